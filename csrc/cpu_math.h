@@ -1,0 +1,124 @@
+// Scalar arithmetic that the compiler turns into vectors: exp, tanh, and the three dtypes' bits.
+// Everything is static inline on purpose: each instruction set compiles its own copy, and a shared
+// (external) symbol would let the linker pick the AVX-512 one for a machine that has none.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace fsl {
+
+#define FSL_INLINE static inline __attribute__((always_inline))
+
+FSL_INLINE float as_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+FSL_INLINE uint32_t as_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kInf = __builtin_inff();
+
+FSL_INLINE float canonical(float x) { return x == x ? x : __builtin_nanf(""); }
+
+// e^u for u <= 88, NaN for a NaN whose low 9 bits are clear. u * log2(e) = n + f with |f| <= 1/2, and 2^f is a polynomial of degree 5
+// with p(0) = 1 (Lawson's weighted least squares for the smallest maximal relative error: 9.2e-8; with
+// fp32 rounding 1.8e-7). Results under 2^-126 carry an absolute error of at most 2^-126; e^u is
+// exactly 0 from u = -88.03 (2^-127) down, -inf included. u = +inf gives NaN: it arises only in a row
+// whose log-sum-exp is NaN already.
+FSL_INLINE float exp_nonpositive(float u) {
+  constexpr float kUnderflow = -88.02969f;   // -127 ln 2
+  constexpr float kRound = 12582912.0f;      // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  const float shifted = u * kLog2e + kRound;
+  const float f = u * kLog2e - (shifted - kRound);
+  float p = 0.001326472731307149f;
+  p = p * f + 0.009671512991189957f;
+  p = p * f + 0.05550733581185341f;
+  p = p * f + 0.24022242426872253f;
+  p = p * f + 0.6931470036506653f;
+  p = p * f + 1.0f;
+  const float scaled = as_float(as_bits(p) + (as_bits(shifted) << 23));
+  return u <= kUnderflow ? 0.0f : scaled;
+}
+
+// tanh(u) and its derivative. Away from 0 by e^{-2|u|}, which loses no digits there; near 0 by its odd
+// Taylor series (next term 1382/155925 u^11: under 4e-8 relative for |u| < 0.25).
+struct Tanh {
+  float value, slope;
+};
+
+FSL_INLINE Tanh tanh_and_slope(float u) {
+  const float magnitude = as_float(as_bits(u) & 0x7fffffffu);
+  const float e = exp_nonpositive(-2.0f * magnitude);
+  const float inverse = 1.0f / (1.0f + e);
+  const float far = as_float(as_bits((1.0f - e) * inverse) | (as_bits(u) & 0x80000000u));
+  const float s = u * u;
+  float series = 62.0f / 2835.0f;
+  series = series * s - 17.0f / 315.0f;
+  series = series * s + 2.0f / 15.0f;
+  series = series * s - 1.0f / 3.0f;
+  const float near = u + u * (s * series);
+  return {magnitude < 0.25f ? near : far, 4.0f * e * inverse * inverse};
+}
+
+// A dtype is read and written a 32-bit word at a time: one fp32, or two 16-bit logits whose halves are
+// widened in place, which spares the lane shuffles that uint16 -> uint32 conversions cost.
+// `lo` and `hi` unpack; `pack` (a word) and `round` (one element) round to nearest even.
+struct F32 {
+  static constexpr int kPerWord = 1;
+  using Element = uint32_t;
+  // One NaN for all: exp_nonpositive shifts low bits into the exponent, where a payload would do harm.
+  FSL_INLINE float lo(uint32_t word) { return canonical(as_float(word)); }
+  FSL_INLINE float hi(uint32_t) { return 0.0f; }
+  FSL_INLINE uint32_t round(float x) { return as_bits(x); }
+  FSL_INLINE uint32_t pack(float x, float) { return as_bits(x); }
+};
+
+struct BF16 {
+  static constexpr int kPerWord = 2;
+  using Element = uint16_t;
+  FSL_INLINE float lo(uint32_t word) { return as_float(word << 16); }
+  FSL_INLINE float hi(uint32_t word) { return as_float(word & 0xffff0000u); }
+  // Rounded bf16 in the upper half. A NaN must be quiet with a clear low half or the carry could make it
+  // an infinity: the callers' NaNs come from arithmetic on bf16 logits and canonical row constants.
+  FSL_INLINE uint32_t upper(float x) {
+    const uint32_t bits = as_bits(x);
+    return bits + 0x7fffu + ((bits >> 16) & 1u);
+  }
+  FSL_INLINE uint32_t round(float x) { return upper(x) >> 16; }
+  FSL_INLINE uint32_t pack(float low, float high) { return (upper(low) >> 16) | (upper(high) & 0xffff0000u); }
+};
+
+struct F16 {
+  static constexpr int kPerWord = 2;
+  using Element = uint16_t;
+  // The exponent is moved by a multiplication with 2^112, which also makes subnormal halves right.
+  FSL_INLINE float widen(uint32_t half) {
+    const uint32_t magnitude = (half & 0x7fffu) << 13;
+    const float finite = as_float(magnitude) * 0x1p112f;
+    const uint32_t special = magnitude + 0x70000000u;   // infinity and NaN: exponent 31 -> 255
+    const uint32_t bits = magnitude >= 0x0f800000u ? special : as_bits(finite);
+    return as_float(bits | (half & 0x8000u) << 16);
+  }
+  FSL_INLINE float lo(uint32_t word) { return widen(word & 0xffffu); }
+  FSL_INLINE float hi(uint32_t word) { return widen(word >> 16); }
+  FSL_INLINE uint32_t round(float x) {
+    const uint32_t sign = as_bits(x) >> 16 & 0x8000u;
+    const uint32_t bits = as_bits(x) & 0x7fffffffu;
+    const uint32_t normal = (bits - 0x38000000u + 0xfffu + (bits >> 13 & 1u)) >> 13;
+    // Below 2^-14 the sum with 0.5 puts the half's last bit on the float's last bit: the FPU rounds.
+    const uint32_t subnormal = as_bits(as_float(bits) + 0.5f) - 0x3f000000u;
+    const uint32_t special = bits > 0x7f800000u ? 0x7e00u : 0x7c00u;
+    const uint32_t finite = bits < 0x38800000u ? subnormal : normal;
+    return sign | (bits >= 0x477ff000u ? special : finite);   // 65520 and above round to infinity
+  }
+  FSL_INLINE uint32_t pack(float low, float high) { return round(low) | round(high) << 16; }
+};
+
+}  // namespace fsl

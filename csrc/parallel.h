@@ -1,0 +1,39 @@
+// Run fn(item) for every item of [0, items) on up to `threads` threads, in no particular order.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <thread>
+#include <vector>
+
+namespace fsl {
+
+// GOMP_parallel of the OpenMP runtime that torch has already loaded, or null. Borrowing it matters: its
+// workers spin for milliseconds after each torch operator, and threads of our own would share their cores.
+// (GNU's, LLVM's and Intel's runtimes all export the symbol.) Without one: std::thread, started per call.
+using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+GompParallel loaded_openmp();
+
+template <class Fn>
+void parallel_for(int64_t items, int threads, const Fn& fn) {
+  struct Share {
+    const Fn& fn;
+    int64_t items;
+    std::atomic<int64_t> next{0};
+    void drain() {
+      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < items;) fn(i);
+    }
+  } share{fn, items};
+  if (threads > items) threads = static_cast<int>(items);
+  if (threads <= 1) return share.drain();
+  if (GompParallel gomp = loaded_openmp()) {
+    gomp([](void* s) { static_cast<Share*>(s)->drain(); }, &share, static_cast<unsigned>(threads), 0);
+    return;
+  }
+  std::vector<std::thread> helpers;
+  for (int i = 1; i < threads; ++i) helpers.emplace_back([&share] { share.drain(); });
+  share.drain();
+  for (std::thread& helper : helpers) helper.join();
+}
+
+}  // namespace fsl

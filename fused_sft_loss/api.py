@@ -1,0 +1,290 @@
+"""sft_loss, SFTLoss and token_metrics: defaults, validation, and the way into the operators."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import autograd as _operators  # noqa: F401  (registers them)
+from . import checks
+from .backends import choose
+from .rowmath import RowMath
+from .targets import Targets
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+@dataclass(frozen=True)
+class Options:
+    """The keyword options of :func:`sft_loss` but reduction; see there."""
+
+    shift: bool = True
+    layout: str = "bsv"
+    cu_seqlens: Tensor | None = None
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    softcap: float | None = None
+    logit_scale: float = 1.0
+    vocab_size: int | None = None
+    tp_group: Any = None
+    vocab_start: int | None = None
+    inplace_backward: bool = False
+    backend: str | None = None
+
+    def validate(self) -> None:
+        """Raise ValueError for options that are wrong whatever the tensors."""
+        _expect(self.layout in ("bsv", "sbv"), "layout 'bsv' or 'sbv'", self.layout)
+        _expect(0.0 <= self.label_smoothing < 1.0, "0 <= label_smoothing < 1", self.label_smoothing)
+        _expect(0.0 <= self.z_loss < float("inf"), "a finite z_loss >= 0", self.z_loss)
+        _expect(
+            self.softcap is None or 0.0 < self.softcap < float("inf"),
+            "softcap > 0 or None",
+            self.softcap,
+        )
+        _expect(0.0 < self.logit_scale < float("inf"), "a finite logit_scale > 0", self.logit_scale)
+        _expect(
+            self.vocab_size is None or self.vocab_size > 0,
+            "vocab_size > 0 or None",
+            self.vocab_size,
+        )
+        if self.cu_seqlens is not None and not self.shift:
+            raise ValueError(
+                "expected no cu_seqlens with shift=False, where labels are taken as they are and "
+                "there is "
+                "no neighbour to look at; pass it to shift_targets, or use shift=True"
+            )
+
+
+class LossTerms(NamedTuple):
+    """The pieces of a reduction, none of them read by the host."""
+
+    losses: Tensor  # labels' shape, fp32: weight * loss, exactly 0 where not scored
+    weight_sum: Tensor  # 0-d fp32
+    count: Tensor  # 0-d int32: scored tokens
+
+
+class TokenMetrics(NamedTuple):
+    """Per-token figures of the labels' shape, without a graph; 0 or False where a token is not
+    scored.
+
+    The mask selects and does not weigh: `loss` is that of ``sft_loss`` before the weight. With
+    tensor parallelism every rank holds the same values.
+    """
+
+    loss: Tensor  # fp32, smoothing and z-loss included
+    log_prob: Tensor  # fp32, of the label
+    lse: Tensor  # fp32, log-sum-exp of the transformed logits
+    correct: Tensor  # bool: the label is the first id with the largest logit
+    entropy: Tensor  # fp32, nats
+
+
+def sft_loss(
+    logits: Tensor,
+    labels: Tensor,
+    loss_mask: Tensor | None = None,
+    *,
+    shift: bool = True,
+    layout: str = "bsv",
+    cu_seqlens: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    vocab_size: int | None = None,
+    tp_group: "dist.ProcessGroup | None" = None,
+    vocab_start: int | None = None,
+    inplace_backward: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Masked next-token cross-entropy, read straight from the logits.
+
+    Equivalent to, without any of its copies (unsharded, all defaults)::
+
+        losses = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), labels[:, 1:],
+        reduction="none") weight = loss_mask[:, 1:].float()
+        (losses * weight).sum() / weight.sum()
+
+    Args:
+        logits: `[b, s, v]`, `[s, b, v]` with ``layout="sbv"``, or `[n, v]`; bf16, fp16 or fp32; any
+            strides but a vocabulary stride of 1. `v` is this rank's shard of the vocabulary.
+        labels: `[b, s]` (`[n]`) integer token ids of the global vocabulary, in batch-major order
+            whatever the layout.
+        loss_mask: labels' shape, bool, int or float >= 0: which *label* tokens count, and how much.
+        shift: True: row t is scored on ``labels[t + 1]`` with ``loss_mask[t + 1]``. False: on
+            position t.
+        cu_seqlens: `[k+1]` boundaries of packed documents over the flattened b*s positions: no
+            prediction crosses one, and positions outside all documents are not scored.
+        ignore_index: a label that is never scored.
+        reduction: "mean" = sum(w * loss) / sum(w), 0 when nothing is scored; "sum" = sum(w * loss);
+            "none" = w * loss in labels' shape, exactly 0 where not scored. fp32.
+        label_smoothing, z_loss, softcap, logit_scale: see :class:`fused_sft_loss.rowmath.RowMath`.
+        vocab_size: true global vocabulary; columns beyond it are padding, outside the softmax,
+            gradient 0.
+        tp_group: process group over which the vocabulary is sharded. Every rank gets the same loss.
+        vocab_start: first global id on this rank, for uneven shards (needs vocab_size); None: equal
+            shards in rank order.
+        inplace_backward: the gradient overwrites the logits' memory; a second backward raises.
+        backend: "cpu", "eager", "triton", "cuda", "hip", or None for the best there is (see
+            ``python -m fused_sft_loss env``).
+
+    Raises:
+        TypeError, ValueError: expected, got, and the fix. On a CPU (elsewhere with
+            FUSED_SFT_LOSS_CHECK=1) also for a label outside the vocabulary or a negative weight, by
+            position; without that check such a label makes its row's loss NaN.
+        NotImplementedError: the backend asked for cannot run here.
+    """
+    _expect(reduction in REDUCTIONS, f"reduction in {REDUCTIONS}", reduction)
+    options = Options(
+        shift=shift,
+        layout=layout,
+        cu_seqlens=cu_seqlens,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        vocab_size=vocab_size,
+        tp_group=tp_group,
+        vocab_start=vocab_start,
+        inplace_backward=inplace_backward,
+        backend=backend,
+    )
+    terms = loss_terms(logits, labels, loss_mask, options)
+    if reduction == "none":
+        return terms.losses
+    total = terms.losses.sum()
+    return total if reduction == "sum" else weighted_mean(total, terms.weight_sum)
+
+
+def loss_terms(
+    logits: Tensor, labels: Tensor, loss_mask: Tensor | None, options: Options
+) -> LossTerms:
+    """Per-token losses and what normalises them; the losses carry the graph."""
+    if options.inplace_backward:
+        checks.inplace(logits)
+    rows, call = _prepare(logits, labels, loss_mask, options)
+    losses, _ = torch.ops.fused_sft_loss.token_losses(*call, options.inplace_backward)
+    return LossTerms(losses.view(labels.shape), rows.weight_sum, rows.count)
+
+
+def weighted_mean(total: Tensor, weight_sum: Tensor) -> Tensor:
+    """total / weight_sum, and 0 with a graph where nothing is scored."""
+    return total / torch.where(weight_sum > 0, weight_sum, 1.0)
+
+
+def token_metrics(
+    logits: Tensor, labels: Tensor, loss_mask: Tensor | None = None, **options
+) -> TokenMetrics:
+    """Loss, label log-probability, lse, top-1 hit and entropy per token, from one read of the
+    scored rows.
+
+    Takes the arguments of :func:`sft_loss` but `reduction` and `inplace_backward`; same errors.
+    """
+    labels_shape = labels.shape
+    with torch.no_grad():
+        _, call = _prepare(logits, labels, loss_mask, Options(**options))
+        vectors = torch.ops.fused_sft_loss.token_metrics(*call)
+    return TokenMetrics(*(vector.view(labels_shape) for vector in vectors))
+
+
+class SFTLoss(torch.nn.Module):
+    """:func:`sft_loss` with options bound; those wrong by themselves raise at construction."""
+
+    def __init__(self, *, reduction: str = "mean", **options):
+        super().__init__()
+        _expect(reduction in REDUCTIONS, f"reduction in {REDUCTIONS}", reduction)
+        Options(**options).validate()
+        self.reduction = reduction
+        self.options = options
+
+    def forward(
+        self, logits: Tensor, labels: Tensor, loss_mask: Tensor | None = None, **overrides
+    ) -> Tensor:
+        """As :func:`sft_loss`; `overrides` are options of this call alone, such as cu_seqlens."""
+        options = {"reduction": self.reduction, **self.options, **overrides}
+        return sft_loss(logits, labels, loss_mask, **options)
+
+    def extra_repr(self) -> str:
+        defaults = asdict(Options())
+        changed = [
+            f"{name}={value!r}" for name, value in self.options.items() if value != defaults[name]
+        ]
+        return ", ".join([f"reduction={self.reduction!r}", *changed])
+
+
+def _prepare(logits: Tensor, labels: Tensor, loss_mask: Tensor | None, options: Options):
+    """Validate, find the targets, and line up the operators' arguments."""
+    options.validate()
+    checks.tensors(logits, labels, loss_mask, options.cu_seqlens, options.layout)
+    start, size, group_name = _vocabulary(logits.shape[-1], options)
+    math = RowMath(
+        label_smoothing=float(options.label_smoothing),
+        z_loss=float(options.z_loss),
+        softcap=float(options.softcap or 0.0),
+        logit_scale=float(options.logit_scale),
+        vocab_start=start,
+        vocab_size=size,
+    )
+    backend = choose.resolve(options.backend, logits.device.type)
+    rows = Targets(
+        *torch.ops.fused_sft_loss.row_targets(
+            labels,
+            loss_mask,
+            options.cu_seqlens,
+            options.shift,
+            options.ignore_index,
+            size,
+            backend,
+        )
+    )
+    # A view: rows are read where they lie.
+    if logits.dim() == 2:
+        logits = logits.unsqueeze(0)
+    elif options.layout == "sbv":
+        logits = logits.transpose(0, 1)
+    return rows, (logits, rows.target, rows.weight, *math.as_args(), group_name, backend)
+
+
+def _vocabulary(columns: int, options: Options) -> tuple[int, int, str]:
+    """(vocab_start, vocab_size, group name or "") of this rank."""
+    group, start, size = options.tp_group, options.vocab_start, options.vocab_size
+    ranks = 1 if group is None else dist.get_world_size(group)
+    if ranks == 1:
+        if start:
+            raise ValueError(f"expected vocab_start 0 or None without a tp_group, got {start}")
+        if size is not None and size > columns:
+            raise ValueError(
+                f"expected at least vocab_size={size} columns without a tp_group, got {columns}; "
+                f"if these "
+                "logits are one shard of the vocabulary, pass tp_group"
+            )
+        return 0, columns if size is None else size, ""
+    if start is not None:
+        if size is None or not 0 <= start:
+            raise ValueError(
+                "expected vocab_size and vocab_start >= 0 for shards placed by vocab_start (no "
+                "rank sees "
+                f"the others' sizes), got vocab_size={size}, vocab_start={start}"
+            )
+        return start, size, group.group_name
+    total = columns * ranks
+    size = total if size is None else size
+    if not total - columns < size <= total:
+        gathered = "; these look like gathered logits: drop tp_group" if columns >= size else ""
+        raise ValueError(
+            f"expected {ranks} equal shards that add up to vocab_size={size} (the last one may "
+            f"end in "
+            f"padding), got {ranks} x {columns} = {total} columns{gathered}. For uneven shards "
+            f"pass vocab_start"
+        )
+    return dist.get_rank(group) * columns, size, group.group_name
+
+
+def _expect(holds: bool, expected: str, got) -> None:
+    if not holds:
+        raise ValueError(f"expected {expected}, got {got!r}")

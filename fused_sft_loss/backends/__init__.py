@@ -1,0 +1,19 @@
+"""The row kernels, once per way of running them.
+
+A backend is a module with these functions. Logits are `[b, s, v]` with any row strides and a unit
+last stride; N = b*s rows, batch-major; `math` is a :class:`~fused_sft_loss.rowmath.RowMath`. None
+of them may synchronise with the host on an accelerator.
+
+``row_targets(labels, loss_mask, cu_seqlens, shift, ignore_index, vocab_size) -> Targets``
+    as :func:`fused_sft_loss.targets.row_targets`.
+``row_stats(logits, target, weight, math, columns) -> [N, columns] fp32``
+    maximum, sum of exp(z - maximum), target's z (0 when another shard owns it); with 4 columns also
+    the sum of z; with 6 also the argmax (global id) and the sum of (z - maximum) * exp(z -
+    maximum). Rows with weight 0 are zeros and are not read.
+``merge(gathered, target, weight, math)`` and ``merge_metrics(...)``
+    as in :mod:`fused_sft_loss.shards`: statistics of all shards `[ranks, N, columns]` -> per-row
+    results.
+``row_grad(logits, lse, target, scale, math, out)``
+    writes the gradient of scale * loss to `out`, which may be `logits` itself, in fp32 rounded
+    once. Rows with scale 0 are zeros and are not read.
+"""

@@ -1,0 +1,77 @@
+"""Which backend runs on a device, and why the others do not."""
+
+import importlib
+import os
+from functools import cache
+from types import ModuleType
+
+import torch
+
+#: Every name the API accepts -> the module that implements it, None while nothing does.
+MODULES = {
+    "cpu": "native",
+    "cuda": None,
+    "hip": None,
+    "triton": None,
+    "eager": "eager",
+}
+
+#: What ``backend=None`` tries on a device, best first. ROCm's torch calls its devices "cuda" too.
+PREFERENCE = {"cpu": ("cpu", "eager"), "cuda": ("cuda", "hip", "triton", "eager")}
+
+VARIABLE = "FUSED_SFT_LOSS_BACKEND"
+
+
+@cache
+def load(name: str) -> ModuleType:
+    """The backend's module. Call only for a name that `reason_against` has nothing against."""
+    return importlib.import_module(f".{MODULES[name]}", __package__)
+
+
+@cache
+def reason_against(name: str, device_type: str) -> str | None:
+    """Why `name` cannot run on tensors of `device_type`, or None when it can."""
+    if MODULES[name] is None:
+        return "not in this version yet"
+    if name == "cpu":
+        if device_type != "cpu":
+            return f"runs on CPU tensors, not on {device_type}"
+        try:
+            load(name)
+        except ImportError as error:
+            return (
+                f"its compiled module cannot be loaded ({error}); install a C++ compiler "
+                "(g++ or clang), then reinstall fused_sft_loss"
+            )
+    return None
+
+
+def best(device_type: str) -> str:
+    """The backend that ``backend=None`` takes for a device type."""
+    names = PREFERENCE.get(device_type, ("eager",))
+    return next(name for name in names if reason_against(name, device_type) is None)
+
+
+@torch.compiler.assume_constant_result
+def resolve(name: str | None, device_type: str) -> str:
+    """The backend to use: the one asked for, else ``FUSED_SFT_LOSS_BACKEND``, else the best there
+    is.
+
+    Raises:
+        ValueError: the name is not a backend's.
+        NotImplementedError: that backend cannot run here; the message says why and names one that
+            can.
+    """
+    asked_by = f"backend={name!r}"
+    if name is None and (name := os.environ.get(VARIABLE) or None) is not None:
+        asked_by = f"{VARIABLE}={name}"
+    if name is None:
+        return best(device_type)
+    if name not in MODULES:
+        raise ValueError(f"expected one of {', '.join(MODULES)}, got {asked_by}")
+    if reason := reason_against(name, device_type):
+        raise NotImplementedError(
+            f"{asked_by} cannot run on {device_type}: {reason}. Here "
+            f"backend={best(device_type)!r} can."
+        )
+    return name

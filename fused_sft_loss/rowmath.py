@@ -1,0 +1,37 @@
+"""What is computed on a row: the options every kernel of every backend takes, and nothing else."""
+
+from dataclasses import astuple, dataclass
+
+#: The same fields as an operator schema; see ``autograd.py``.
+SCHEMA = (
+    "float label_smoothing, float z_loss, float softcap, float logit_scale, "
+    "SymInt vocab_start, SymInt vocab_size"
+)
+
+
+@dataclass(frozen=True)
+class RowMath:
+    """loss = (1-eps) * (lse - z_y) + eps * (lse - mean z) + z_loss * lse^2, with eps =
+    label_smoothing.
+
+    z = softcap * tanh(logit_scale * x / softcap), or logit_scale * x where softcap is 0; infinities
+    pass the cap unchanged, so a masked-out column (-inf) stays out and +inf surfaces as NaN. lse
+    and the mean run over the global vocabulary [0, vocab_size); columns beyond it are padding.
+    Smoothing is that of ``torch.nn.functional.cross_entropy``; the z-loss that of PaLM (arXiv
+    2204.02311, section 5).
+    """
+
+    label_smoothing: float
+    z_loss: float
+    softcap: float  # 0: none
+    logit_scale: float
+    vocab_start: int  # global id of this shard's column 0
+    vocab_size: int  # true global vocabulary
+
+    def as_args(self) -> tuple:
+        """The fields in the order of ``SCHEMA``."""
+        return astuple(self)
+
+    def valid_columns(self, columns: int) -> int:
+        """How many of a shard's `columns` are vocabulary rather than padding."""
+        return max(0, min(columns, self.vocab_size - self.vocab_start))

@@ -1,0 +1,117 @@
+"""A vocabulary cut over ranks: one all-gather of row statistics, one merge in rank order."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group
+
+from .rowmath import RowMath
+from .targets import OUT_OF_VOCABULARY
+
+
+def gather(stats: Tensor, math: RowMath, columns: int, group_name: str, *, check: bool) -> Tensor:
+    """`[N, k]` fp32 on every rank of the group -> `[ranks, N, k]`, the same bits everywhere.
+
+    `group_name` is "" for an unsharded vocabulary. Operators cannot take a ProcessGroup, so the
+    group travels by the name that torch's own functional collectives use. With `check`, one more
+    row says which columns each rank holds, so that shards that do not add up are an error on every
+    rank, not on some.
+    """
+    if not group_name:
+        return stats.unsqueeze(0)
+    group = _resolve_process_group(group_name)
+    if check:
+        held = [math.vocab_start, math.vocab_start + columns, math.vocab_size]
+        header = stats.new_tensor(held + [0] * (stats.shape[-1] - 3))
+        stats = torch.cat([stats, header.unsqueeze(0)])
+    gathered = stats.new_empty((group.size(), *stats.shape))
+    dist.all_gather_into_tensor(gathered, stats, group=group)
+    if not check:
+        return gathered
+    _check_shards(gathered[:, -1, :3].long().tolist())
+    return gathered[:, :-1]
+
+
+def _check_shards(held: list[list[int]]) -> None:
+    """Raise ValueError unless the shards [start, stop), in rank order, tile one vocabulary."""
+    ordered = sorted((start, stop) for start, stop, _ in held)
+    edges = [0] + [stop for _, stop in ordered]
+    tiled = all(start == edge for (start, _), edge in zip(ordered, edges, strict=False))
+    sizes = {size for _, _, size in held}
+    if not tiled or len(sizes) != 1 or edges[-1] < max(sizes):
+        raise ValueError(
+            "expected the ranks' vocabulary shards to tile [0, vocab_size) without gap or overlap "
+            "and one "
+            f"vocab_size, got (start, stop, vocab_size) by rank: {[tuple(rank) for rank in held]}"
+        )
+
+
+def merge_exponentials(gathered: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Maximum, sum of exp(z - maximum) and each shard's rescaling `[ranks, N]` from `[ranks, N,
+    k]`.
+
+    A shard, or a whole row, may be all -inf: its factor is 0, where -inf - -inf would make a NaN.
+    """
+    maximum = gathered[..., 0].amax(0)
+    shift = gathered[..., 0] - maximum
+    shift = torch.where(gathered[..., 0] == -torch.inf, -torch.inf, shift)
+    rescale = shift.exp()
+    return maximum, _ordered_sum(gathered[..., 1] * rescale), rescale
+
+
+def merge(gathered: Tensor, target: Tensor, weight: Tensor, math: RowMath) -> tuple[Tensor, Tensor]:
+    """(weight * loss `[N]`, lse `[N]`), fp32, from the shards' statistics `[ranks, N, k]`.
+
+    Both are exactly 0 in rows with weight 0, whatever their statistics. A label outside the
+    vocabulary makes both NaN.
+    """
+    maximum, denominator, _ = merge_exponentials(gathered)
+    log_denominator = denominator.log()
+    lse = maximum + log_denominator
+    z_target = _ordered_sum(gathered[..., 2])
+    # (maximum - z_y) first: both are logits, so their difference is exact when it matters.
+    loss = (maximum - z_target) + log_denominator
+    if math.label_smoothing:
+        mean = _ordered_sum(gathered[..., 3]) / math.vocab_size
+        smooth = (maximum - mean) + log_denominator
+        loss = (1 - math.label_smoothing) * loss + math.label_smoothing * smooth
+    if math.z_loss:
+        loss = loss + math.z_loss * lse.square()
+    poisoned = target == OUT_OF_VOCABULARY
+    scored = weight != 0
+    lse = torch.where(scored, torch.where(poisoned, torch.nan, lse), 0.0)
+    loss = torch.where(scored, torch.where(poisoned, torch.nan, weight * loss), 0.0)
+    return loss, lse
+
+
+def merge_metrics(
+    gathered: Tensor, target: Tensor, weight: Tensor, math: RowMath
+) -> tuple[Tensor, ...]:
+    """(loss, log_prob, lse, correct, entropy) `[N]`; 0 or False where weight is 0. The loss is
+    unweighted.
+
+    entropy = lse - sum of p*z; with u = z - maximum that is log(denominator) - sum(u * e^u) /
+    denominator.
+    """
+    scored = weight != 0
+    loss, lse = merge(gathered, target, scored.float(), math)
+    maximum, denominator, rescale = merge_exponentials(gathered)
+    shift = torch.where(rescale == 0, 0.0, gathered[..., 0] - maximum)
+    weighted = _ordered_sum((gathered[..., 5] + shift * gathered[..., 1]) * rescale)
+    entropy = denominator.log() - weighted / denominator
+    log_prob = (_ordered_sum(gathered[..., 2]) - maximum) - denominator.log()
+    # Of equal maxima the first id wins, as in torch.argmax over the whole vocabulary.
+    holder = torch.where(gathered[..., 0] == maximum, gathered[..., 4], torch.inf)
+    correct = scored & (holder.amin(0) == target)
+    poisoned = torch.where(target == OUT_OF_VOCABULARY, torch.nan, 0.0)
+    log_prob = torch.where(scored, log_prob + poisoned, 0.0)
+    entropy = torch.where(scored, entropy + poisoned, 0.0)
+    return loss, log_prob, lse, correct, entropy
+
+
+def _ordered_sum(per_rank: Tensor) -> Tensor:
+    """Sum over dim 0 in rank order: a library reduction may choose an order per rank."""
+    total = per_rank[0]
+    for part in per_rank[1:]:
+        total = total + part
+    return total

@@ -1,0 +1,121 @@
+"""What a row is scored on: shift, packing, ignore_index and mask, decided here alone."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+#: `target` of a row that is not scored, and of one whose label is not a vocabulary id (its loss is
+#: NaN).
+NOT_SCORED = -1
+OUT_OF_VOCABULARY = -2
+
+
+class Targets(NamedTuple):
+    """What each of the N = b*s rows (batch-major) is scored on."""
+
+    target: Tensor  # [N] int64: global vocabulary id, NOT_SCORED or OUT_OF_VOCABULARY
+    weight: Tensor  # [N] fp32: 0 where not scored
+    count: Tensor  # 0-d int32: rows with weight != 0
+    weight_sum: Tensor  # 0-d fp32
+
+
+def row_targets(
+    labels: Tensor,
+    loss_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    shift: bool,
+    ignore_index: int,
+    vocab_size: int,
+) -> Targets:
+    """Turn labels and mask `[b, s]` into per-row targets; plain torch, no host synchronisation.
+
+    Row (b, t) is scored on `labels[b, t + shift]` with weight `loss_mask[b, t + shift]`. It is not
+    scored when that position does not exist or lies in another document of `cu_seqlens`, when the
+    label is `ignore_index`, or when the weight is 0.
+    """
+    if shift:
+        labels, loss_mask = shift_targets(labels, loss_mask, cu_seqlens, ignore_index=ignore_index)
+    labels = labels.long()
+    scored = labels != ignore_index
+    if loss_mask is not None:
+        scored = scored & (loss_mask != 0)
+    in_vocabulary = (labels >= 0) & (labels < vocab_size)
+    target = torch.where(in_vocabulary, labels, OUT_OF_VOCABULARY)
+    target = torch.where(scored, target, NOT_SCORED).flatten()
+    weight = torch.where(scored, 1.0 if loss_mask is None else loss_mask.float(), 0.0).flatten()
+    return Targets(target, weight, scored.sum(dtype=torch.int32), weight.sum())
+
+
+def shift_targets(
+    labels: Tensor,
+    loss_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+) -> tuple[Tensor, Tensor]:
+    """Shift labels and mask left by one, so that position t holds what row t is scored on.
+
+    For context parallelism: shift the whole sequence first, slice it after, and call the loss with
+    ``shift=False``; neighbours in a slice are not neighbours in the sequence.
+
+    Args:
+        labels: `[b, s]` (or `[n]`) integer token ids.
+        loss_mask: same shape, any dtype; None counts every label.
+        cu_seqlens: `[k+1]` increasing document boundaries over the flattened b*s positions. The
+            last position of a document, and any position outside all documents, gets `ignore_index`
+            and mask 0.
+        ignore_index: label written where there is nothing to predict.
+
+    Returns:
+        (labels, loss_mask): new tensors of the same shapes and dtypes (a mask of None becomes
+        bool).
+    """
+    if loss_mask is None:
+        loss_mask = torch.ones_like(labels, dtype=torch.bool)
+    has_next = torch.ones_like(labels, dtype=torch.bool)
+    has_next[..., -1:] = False
+    if cu_seqlens is not None:
+        has_next &= same_document_next(cu_seqlens, labels.numel()).view(labels.shape)
+    labels = torch.where(has_next, labels.roll(-1, -1), ignore_index)
+    loss_mask = torch.where(has_next, loss_mask.roll(-1, -1), torch.zeros_like(loss_mask))
+    return labels, loss_mask
+
+
+def same_document_next(cu_seqlens: Tensor, positions: int) -> Tensor:
+    """`[positions]` bool: p and p+1 lie in one document [cu_seqlens[i], cu_seqlens[i+1])."""
+    position = torch.arange(positions, device=cu_seqlens.device)
+    bounds = cu_seqlens.long().contiguous()
+    document = torch.searchsorted(bounds, position, right=True)
+    following = torch.searchsorted(bounds, position + 1, right=True)
+    return (document == following) & (document > 0) & (document < bounds.numel())
+
+
+def check_values(loss_mask: Tensor | None, cu_seqlens: Tensor | None, positions: int) -> None:
+    """Raise ValueError for a negative or NaN weight and for boundaries that are not boundaries."""
+    if loss_mask is not None and loss_mask.dtype != torch.bool:
+        bad = ~(loss_mask >= 0)
+        if bad.any():
+            at = bad.nonzero()[0].tolist()
+            value = loss_mask[tuple(at)].item()
+            raise ValueError(f"expected loss_mask >= 0, got {value} at loss_mask{at}")
+    if cu_seqlens is not None:
+        bounds = cu_seqlens.tolist()
+        if bounds[0] < 0 or bounds[-1] > positions or sorted(bounds) != bounds:
+            raise ValueError(
+                f"expected cu_seqlens increasing within [0, {positions}] (b*s positions), got "
+                f"{bounds}"
+            )
+
+
+def check_labels(target: Tensor, labels: Tensor, shift: bool, vocab_size: int) -> None:
+    """Raise ValueError naming the first scored label that is not a vocabulary id."""
+    outside = (target == OUT_OF_VOCABULARY).view(labels.shape)
+    if outside.any():
+        at = outside.nonzero()[0].tolist()
+        at[-1] += shift
+        raise ValueError(
+            f"expected labels in [0, {vocab_size}) or ignore_index, got "
+            f"{labels[tuple(at)].item()} at "
+            f"labels{at}; mask that position or check the tokenizer against vocab_size"
+        )
