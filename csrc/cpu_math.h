@@ -8,7 +8,8 @@
 
 namespace fsl {
 
-#define FSL_INLINE static inline __attribute__((always_inline))
+#define FSL_MEMBER inline __attribute__((always_inline))
+#define FSL_INLINE static FSL_MEMBER
 
 FSL_INLINE float as_float(uint32_t bits) {
   float value;
@@ -89,7 +90,7 @@ struct BF16 {
   // an infinity: the callers' NaNs come from arithmetic on bf16 logits and canonical row constants.
   FSL_INLINE uint32_t upper(float x) {
     const uint32_t bits = as_bits(x);
-    return bits + 0x7fffu + ((bits >> 16) & 1u);
+    return bits + (bits & 0x10000u ? 0x8000u : 0x7fffu);   // half to even; a select is one instruction less
   }
   FSL_INLINE uint32_t round(float x) { return upper(x) >> 16; }
   FSL_INLINE uint32_t pack(float low, float high) { return (upper(low) >> 16) | (upper(high) & 0xffff0000u); }

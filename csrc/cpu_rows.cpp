@@ -13,18 +13,18 @@ typedef uint32_t Word __attribute__((aligned(2), may_alias));
 struct Plain {
   float scale;
   float slope;
-  float value(float x) const { return x * scale; }
-  float less(float x, float reference) const { return x * scale - reference; }
+  FSL_MEMBER float value(float x) const { return x * scale; }
+  FSL_MEMBER float less(float x, float reference) const { return x * scale - reference; }
 };
 
 struct Capped {
   float inward;    // logit_scale / softcap
   float cap;
   float scale;
-  Tanh bend(float x) const { return tanh_and_slope(x * inward); }
-  float value(float x) const { return keep_infinity(x, cap * bend(x).value); }
-  float less(float x, float reference) const { return value(x) - reference; }
-  static float keep_infinity(float x, float capped) {
+  FSL_MEMBER Tanh bend(float x) const { return tanh_and_slope(x * inward); }
+  FSL_MEMBER float value(float x) const { return keep_infinity(x, cap * bend(x).value); }
+  FSL_MEMBER float less(float x, float reference) const { return value(x) - reference; }
+  FSL_INLINE float keep_infinity(float x, float capped) {
     return (as_bits(x) & 0x7fffffffu) == 0x7f800000u ? x : capped;
   }
 };
@@ -33,108 +33,143 @@ template <class T>
 using Element = typename T::Element;
 
 template <class T>
-float element(const void* row, int64_t column) {
+FSL_INLINE float element(const void* row, int64_t column) {
   return T::lo(static_cast<const Element<T>*>(row)[column]);
 }
 
 template <class T>
-const Word* words(const void* row, int64_t column) {
+FSL_INLINE const Word* words(const void* row, int64_t column) {
   return reinterpret_cast<const Word*>(static_cast<const Element<T>*>(row) + column);
-}
-
-// Largest logit of [begin, end), NaN or not: a NaN always reaches the caller's sum, except when everything
-// else is -inf and there is nothing to sum, so that case looks for one.
-template <class T>
-float finish_max(float max, const void* row, int64_t begin, int64_t end) {
-  if (max != -kInf) return max;
-  for (int64_t c = begin; c < end; ++c)
-    if (element<T>(row, c) != element<T>(row, c)) return __builtin_nanf("");
-  return max;
 }
 
 template <class T>
 float max_of(const void* row, int64_t begin, int64_t end) {
-  if constexpr (T::kPerWord == 1) {
-    const auto* x = static_cast<const float*>(row);
-    float max = -kInf;
+  float max = -kInf;
 #pragma omp simd reduction(max : max)
-    for (int64_t c = begin; c < end; ++c) max = x[c] > max ? x[c] : max;
-    return finish_max<T>(max, row, begin, end);
-  } else {
-    // Sign and magnitude order like integers among positives and backwards among negatives, so two
-    // 16-bit extremes give the maximum at a quarter of the work of widening each logit.
-    const auto* x = static_cast<const int16_t*>(row);
-    int16_t most = INT16_MIN, least = INT16_MAX;
-#pragma omp simd reduction(max : most) reduction(min : least)
-    for (int64_t c = begin; c < end; ++c) {
-      most = x[c] > most ? x[c] : most;
-      least = x[c] < least ? x[c] : least;
+  for (int64_t c = begin; c < end; ++c) {
+    const float x = element<T>(row, c);
+    max = x > max ? x : max;
+  }
+  return max;
+}
+
+// The sums of a chunk against any finite reference. `top` is the largest logit's bits when some logit is not
+// negative (among those, integers order as floats do, and an integer maximum costs half of a float's), and
+// negative otherwise.
+struct Sums {
+  int32_t top;
+  float denominator, sum, weighted;
+};
+
+// u * e^u, and 0 for -inf: a masked-out column has no entropy.
+FSL_INLINE float weighted_by(float u, float e) { return u < -88.0f ? 0.0f : u * e; }
+
+// A sum is kept in kLanes parts whatever the width of the registers, so that every instruction set adds in
+// the same order. The inner loops over lanes are what the compiler turns into vectors.
+constexpr int kLanes = 16;                     // words; 64 bytes, a cache line
+constexpr int64_t kAhead = 4096;               // bytes; hardware prefetchers stop at a 4 KiB page
+
+template <class T, Want want, class Z>
+struct Lanes {
+  int32_t top[kLanes];
+  float denominator[kLanes], sum[kLanes], weighted[kLanes];
+
+  Lanes() {
+    for (int l = 0; l < kLanes; ++l) {
+      top[l] = -1;
+      denominator[l] = sum[l] = weighted[l] = 0;
     }
-    return finish_max<T>(T::lo(static_cast<uint16_t>(most >= 0 ? most : least)), row, begin, end);
   }
-}
+
+  FSL_MEMBER void add(const Z& z, float x, float reference, int l) {
+    const float u = z.less(x, reference), e = exp_nonpositive(u);
+    const int32_t bits = static_cast<int32_t>(as_bits(x));
+    top[l] = bits > top[l] ? bits : top[l];
+    denominator[l] += e;
+    if constexpr (want != Want::loss) sum[l] += z.value(x);
+    if constexpr (want == Want::metrics) weighted[l] += weighted_by(u, e);
+  }
+
+  Sums total() const {
+    Sums t{-1, 0, 0, 0};
+    for (int l = 0; l < kLanes; ++l) {
+      t.top = top[l] > t.top ? top[l] : t.top;
+      t.denominator += denominator[l];
+      t.sum += sum[l];
+      t.weighted += weighted[l];
+    }
+    return t;
+  }
+};
 
 template <class T, Want want, class Z>
-void accumulate(const Z& z, float x, float max, float& denominator, float& sum, float& weighted) {
-  const float u = z.less(x, max);
-  const float e = exp_nonpositive(u);
-  denominator += e;
-  if constexpr (want != Want::loss) sum += z.value(x);
-  if constexpr (want == Want::metrics) weighted += u < -88.0f ? 0.0f : u * e;   // -inf * 0 is no entropy
-}
-
-template <class T, Want want, class Z>
-Partial chunk_stats(const Z& z, const void* row, int64_t begin, int64_t end) {
-  Partial out;
-  const float top = max_of<T>(row, begin, end);
-  out.max = z.value(top);
-  if (top == -kInf) {          // all masked out: exp(-inf - -inf) would be NaN
-    if constexpr (want != Want::loss) out.sum = -kInf;
-    out.argmax = begin;
-    return out;
-  }
+Sums sums_against(const Z& z, const void* row, int64_t begin, int64_t end, float reference) {
+  const Z local = z;
   const Word* w = words<T>(row, begin);
   const int64_t n = (end - begin) / T::kPerWord;
-  const float max = out.max;
-  float d0 = 0, d1 = 0, s0 = 0, s1 = 0, h0 = 0, h1 = 0;
-#pragma omp simd reduction(+ : d0, d1, s0, s1, h0, h1)
-  for (int64_t i = 0; i < n; ++i) {
-    const uint32_t word = w[i];
-    accumulate<T, want>(z, T::lo(word), max, d0, s0, h0);
-    if constexpr (T::kPerWord == 2) accumulate<T, want>(z, T::hi(word), max, d1, s1, h1);
+  Lanes<T, want, Z> low, high;
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    __builtin_prefetch(reinterpret_cast<const char*>(w + i) + kAhead);
+#pragma omp simd
+    for (int l = 0; l < kLanes; ++l) low.add(local, T::lo(w[i + l]), reference, l);
+    if constexpr (T::kPerWord == 2) {
+#pragma omp simd
+      for (int l = 0; l < kLanes; ++l) high.add(local, T::hi(w[i + l]), reference, l);
+    }
   }
-  if (begin + n * T::kPerWord < end) accumulate<T, want>(z, element<T>(row, end - 1), max, d0, s0, h0);
-  out.denominator = d0 + d1;
-  out.sum = s0 + s1;
-  out.weighted = h0 + h1;
+  for (int64_t c = begin + i * T::kPerWord; c < end; ++c) low.add(local, element<T>(row, c), reference, c % kLanes);
+  const Sums a = low.total(), b = high.total();
+  return {a.top > b.top ? a.top : b.top, a.denominator + b.denominator, a.sum + b.sum,
+          a.weighted + b.weighted};
+}
+
+// Sums against one maximum restated against another, delta = old - new.
+void move_maximum(Partial* p, float delta) {
+  const float factor = exp_nonpositive(delta);
+  p->weighted = (p->weighted + delta * p->denominator) * factor;
+  p->denominator *= factor;
+}
+
+// Scale sums by e^reference never overflow while no logit is this far above the reference.
+constexpr float kHeadroom = 64.0f;
+constexpr int64_t kGuess = 64;
+
+// One pass over the chunk: exponentials against a reference guessed from its first columns (arithmetic and
+// memory overlap, where a pass for the maximum would make them take turns), restated against the maximum
+// afterwards. A guess that proves to be far too low costs a second pass.
+template <class T, Want want, class Z>
+Partial chunk_stats(const Z& z, const void* row, int64_t begin, int64_t end) {
+  float guess = max_of<T>(row, begin, begin + kGuess < end ? begin + kGuess : end);
+  if (guess == -kInf) guess = max_of<T>(row, begin, end);
+  float reference = guess == -kInf ? 0.0f : z.value(guess);
+  Sums sums = sums_against<T, want>(z, row, begin, end, reference);
+  const float top = sums.top < 0 ? max_of<T>(row, begin, end) : as_float(static_cast<uint32_t>(sums.top));
+  const float max = z.value(top);
+  if (max - reference > kHeadroom) {
+    reference = max;
+    sums = sums_against<T, want>(z, row, begin, end, reference);
+  }
+  Partial out{max, sums.denominator, sums.sum, sums.weighted, begin};
+  if (max != -kInf) move_maximum(&out, reference - max);
   if constexpr (want == Want::metrics) {
-    out.argmax = begin;
     while (out.argmax < end - 1 && element<T>(row, out.argmax) != top) ++out.argmax;
   }
   return out;
 }
 
 void merge(Partial* into, const Partial& next) {
-  const bool higher = next.max > into->max;
-  const float max = higher || next.max != next.max ? next.max : into->max;
-  const float delta = higher ? into->max - next.max : next.max - into->max;
-  into->sum += next.sum;
-  if (max == -kInf) return;
-  const float shrink = exp_nonpositive(delta);
-  if (!(delta > -88.0f || delta != delta)) {   // one side vanishes; -inf * 0 must not make a NaN
-    if (higher) {
-      into->denominator = next.denominator;
-      into->weighted = next.weighted;
-    }
-  } else if (higher) {
-    into->weighted = (into->weighted + delta * into->denominator) * shrink + next.weighted;
-    into->denominator = into->denominator * shrink + next.denominator;
-  } else {
-    into->weighted += (next.weighted + delta * next.denominator) * shrink;
-    into->denominator += next.denominator * shrink;
-  }
-  if (higher) into->argmax = next.argmax;
+  Partial right = next;
+  const bool higher = right.max > into->max;
+  Partial& lower = higher ? *into : right;
+  const float max = higher ? right.max : into->max;
+  if (lower.max - max < -88.0f) lower.denominator = lower.weighted = 0.0f;   // -inf * 0 would be NaN
+  else if (lower.max != max) move_maximum(&lower, lower.max - max);
   into->max = max;
+  into->denominator += right.denominator;
+  into->sum += right.sum;
+  into->weighted += right.weighted;
+  if (higher) into->argmax = right.argmax;
 }
 
 template <class T, Want want, class Z>
@@ -145,7 +180,7 @@ void stats_range(const Z& z, const void* row, int64_t begin, int64_t end, Partia
 }
 
 template <class T, class Z>
-float grad_of(const Z& z, const RowGrad& g, float x) {
+FSL_INLINE float grad_of(const Z& z, const RowGrad& g, float x) {
   if constexpr (__is_same(Z, Plain)) {
     return exp_nonpositive(z.less(x, g.lse)) * g.softmax_factor - g.smoothing;
   } else {
@@ -173,14 +208,18 @@ void grad_range(const Z& z, const RowGrad& g, const void* row, void* out, int64_
   const RowGrad local = g;
   const Z transform = z;
   // Word i is written after word i was read, and out is row or does not overlap it.
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    __builtin_prefetch(reinterpret_cast<const char*>(w + i) + kAhead, 1);
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const uint32_t word = w[i];
-    const float low = grad_of<T>(transform, local, T::lo(word));
-    o[i] = T::pack(low, T::kPerWord == 2 ? grad_of<T>(transform, local, T::hi(word)) : 0.0f);
+    for (int l = 0; l < kLanes; ++l) {
+      const uint32_t word = w[i + l];
+      const float low = grad_of<T>(transform, local, T::lo(word));
+      o[i + l] = T::pack(low, T::kPerWord == 2 ? grad_of<T>(transform, local, T::hi(word)) : 0.0f);
+    }
   }
   auto* elements = static_cast<Element<T>*>(out);
-  if (begin + n * T::kPerWord < end) elements[end - 1] = T::round(grad_of<T>(z, g, element<T>(row, end - 1)));
+  for (int64_t c = begin + i * T::kPerWord; c < end; ++c) elements[c] = T::round(grad_of<T>(z, g, element<T>(row, c)));
   if (owns) elements[g.target_column] = T::round(at_target);
 }
 
