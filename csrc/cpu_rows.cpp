@@ -169,8 +169,12 @@ void merge(Partial* into, const Partial& next) {
   const bool higher = right.max > into->max;
   Partial& lower = higher ? *into : right;
   const float max = higher ? right.max : into->max;
-  if (lower.max - max < -88.0f) lower.denominator = lower.weighted = 0.0f;   // -inf * 0 would be NaN
-  else if (lower.max != max) move_maximum(&lower, lower.max - max);
+  if (lower.max - max < -88.0f) {   // vanishes, unless it is NaN; a maximum of -inf has no exponential
+    lower.denominator *= 0.0f;
+    lower.weighted *= 0.0f;
+  } else if (lower.max != max) {
+    move_maximum(&lower, lower.max - max);
+  }
   into->max = max;
   into->denominator += right.denominator;
   into->sum += right.sum;

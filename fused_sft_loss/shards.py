@@ -25,7 +25,7 @@ def gather(stats: Tensor, math: RowMath, columns: int, group_name: str, *, check
         header = stats.new_tensor(held + [0] * (stats.shape[-1] - 3))
         stats = torch.cat([stats, header.unsqueeze(0)])
     gathered = stats.new_empty((group.size(), *stats.shape))
-    dist.all_gather_into_tensor(gathered, stats, group=group)
+    dist.all_gather(list(gathered.unbind()), stats, group=group)
     if not check:
         return gathered
     _check_shards(gathered[:, -1, :3].long().tolist())

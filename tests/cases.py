@@ -72,7 +72,7 @@ def build(view, dtype, b, s, v, seed, mask_kind, options, scale=4.0) -> Case:
     loss_mask = make_mask(mask_kind, b, s, g)
     if view == "nv":
         labels = labels.view(-1)
-        loss_mask = None if loss_mask is None else loss_mask.view(-1)
+        loss_mask = None if loss_mask is None else loss_mask.reshape(-1)
     return Case(storage, view, v, labels, loss_mask, options)
 
 

@@ -1,0 +1,87 @@
+"""Promise: torch.compile(fullgraph=True) works and torch.library.opcheck passes."""
+
+import pytest
+import torch
+from backends import ON_CPU, using
+from cases import build
+
+import fused_sft_loss as fsl
+from fused_sft_loss.rowmath import RowMath
+
+BACKENDS = ["eager", "cpu"] if len(ON_CPU) > 1 else ["eager"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "softcap": 9.0, "vocab_size": 900}], ids=str)
+def test_compiled_step_equals_the_eager_one(backend, dynamic, inplace, options):
+    torch._dynamo.reset()
+
+    def step(x, labels, mask):
+        logits = x * 1.5
+        return fsl.sft_loss(logits, labels, mask, backend=backend, inplace_backward=inplace, **options)
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for seed, s in enumerate([5, 9]):
+        case = build("bsv", torch.float32, 2, s, 1000, seed, "float", options)
+        eager, traced = (case.storage.clone().requires_grad_() for _ in range(2))
+        want = step(eager, case.labels, case.loss_mask)
+        got = compiled(traced, case.labels, case.loss_mask)
+        (want * 0.7).backward()
+        (got * 0.7).backward()
+        assert torch.equal(got, want) and torch.equal(traced.grad, eager.grad)
+
+
+def test_compiled_module_and_metrics():
+    torch._dynamo.reset()
+    case = build("bsv", torch.bfloat16, 2, 5, 1000, 0, "float", {})
+    module = fsl.SFTLoss(z_loss=1e-4)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    args = case.storage, case.labels, case.loss_mask
+    assert torch.equal(compiled(*args), module(*args))
+    metrics = torch.compile(fsl.token_metrics, fullgraph=True, backend="aot_eager")
+    for got, want in zip(metrics(*args), fsl.token_metrics(*args), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_compiled_with_inductor():
+    """The default compiler, in a process-wide cache: slower, so once."""
+    torch._dynamo.reset()
+    case = build("bsv", torch.float32, 2, 5, 1000, 0, "float", {})
+    leaf, again = (case.storage.clone().requires_grad_() for _ in range(2))
+
+    def step(x):
+        return fsl.sft_loss(x * 1.0, case.labels, case.loss_mask)
+
+    loss = torch.compile(step, fullgraph=True)(leaf)
+    loss.backward()
+    want = step(again)
+    want.backward()
+    torch.testing.assert_close(loss, want, rtol=1e-6, atol=0)
+    torch.testing.assert_close(leaf.grad, again.grad, rtol=1e-6, atol=1e-9)
+
+
+def operator_arguments(backend):
+    math = RowMath(0.1, 1e-3, 20.0, 1.5, 0, 90)
+    logits = torch.randn(2, 3, 100, requires_grad=True)
+    target, weight = torch.randint(0, 90, (6,)), torch.rand(6)
+    weight[2] = 0
+    lse, grad = torch.randn(6) + 10, torch.randn(6)
+    labels, mask = torch.randint(0, 90, (2, 3)), torch.rand(2, 3)
+    fixed = math.as_args()
+    return {
+        "row_targets": (labels, mask, torch.tensor([0, 4, 6]), True, -100, 90, backend),
+        "token_losses": (logits, target, weight, *fixed, "", backend, False),
+        "row_grad": (grad, logits.detach(), target, weight, lse, *fixed, backend),
+        "row_grad_": (grad, logits.detach().clone(), target, weight, lse, *fixed, backend),
+        "token_metrics": (logits.detach(), target, weight, *fixed, "", backend),
+    }
+
+
+@pytest.mark.parametrize("name", ON_CPU[:2])
+@pytest.mark.parametrize("operator", ["row_targets", "token_losses", "row_grad", "row_grad_", "token_metrics"])
+def test_opcheck(operator, name):
+    with using(name) as backend:
+        args = operator_arguments(backend)[operator]
+        torch.library.opcheck(getattr(torch.ops.fused_sft_loss, operator).default, args)
