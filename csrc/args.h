@@ -12,9 +12,9 @@ enum class Dtype : int { f32 = 0, bf16 = 1, f16 = 2 };
 struct Rows {
   void* data;
   Dtype dtype;
-  int64_t batch, seq;          // N = batch * seq
-  int64_t columns;             // V_local: columns that exist
-  int64_t valid;               // columns that are vocabulary; [valid, columns) is padding
+  int64_t batch, seq;  // N = batch * seq
+  int64_t columns;     // V_local: columns that exist
+  int64_t valid;       // columns that are vocabulary; [valid, columns) is padding
   int64_t stride_b, stride_s;
 
   int64_t count() const { return batch * seq; }
@@ -24,34 +24,34 @@ struct Rows {
 // masked-out column is masked out on either side of the cap.
 struct Transform {
   float logit_scale;
-  float softcap;               // 0: none
+  float softcap;  // 0: none
 };
 
 // Columns of the statistics row that row_stats writes, in this order. The first three are always there.
 enum Stat : int { kMax = 0, kDenominator = 1, kTarget = 2, kSum = 3, kArgmax = 4, kWeighted = 5 };
-enum class Want : int { loss = 3, smoothing = 4, metrics = 6 };   // the value is the number of columns
+enum class Want : int { loss = 3, smoothing = 4, metrics = 6 };  // the value is the number of columns
 
 struct StatsArgs {
   Rows logits;
   Transform transform;
-  const int64_t* target;       // [N] global vocabulary id, < 0: none
-  const float* weight;         // [N] 0: the row is not read and its statistics are zeros
-  int64_t vocab_start;         // global id of column 0
+  const int64_t* target;  // [N] global vocabulary id, < 0: none
+  const float* weight;    // [N] 0: the row is not read and its statistics are zeros
+  int64_t vocab_start;    // global id of column 0
   Want want;
-  float* stats;                // [N, want]
+  float* stats;  // [N, want]
 };
 
 struct GradArgs {
   Rows logits;
-  Rows grad;                   // may be the same memory as logits
+  Rows grad;  // may be the same memory as logits
   Transform transform;
-  const int64_t* target;       // [N]
-  const float* lse;            // [N]
-  const float* scale;          // [N] weight * upstream gradient; 0: the row gets stored zeros and is not read
+  const int64_t* target;  // [N]
+  const float* lse;       // [N]
+  const float* scale;     // [N] weight * upstream gradient; 0: the row gets stored zeros and is not read
   int64_t vocab_start;
-  float label_smoothing;       // eps
+  float label_smoothing;  // eps
   float z_loss;
-  int64_t vocab_size;          // global, for eps / V
+  int64_t vocab_size;  // global, for eps / V
 };
 
 }  // namespace fsl

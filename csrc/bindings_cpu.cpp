@@ -20,11 +20,13 @@ T* pointer(uintptr_t address) {
 fsl::Rows rows(uintptr_t data, int dtype, int64_t batch, int64_t seq, int64_t columns, int64_t valid,
                int64_t stride_b, int64_t stride_s) {
   if (dtype < 0 || dtype > 2)
-    throw std::invalid_argument("expected dtype 0 (fp32), 1 (bf16) or 2 (fp16), got " + std::to_string(dtype));
+    throw std::invalid_argument("expected dtype 0 (fp32), 1 (bf16) or 2 (fp16), got " +
+                                std::to_string(dtype));
   if (valid < 0 || valid > columns)
     throw std::invalid_argument("expected 0 <= valid <= columns, got " + std::to_string(valid) + " of " +
                                 std::to_string(columns));
-  return {pointer<void>(data), static_cast<fsl::Dtype>(dtype), batch, seq, columns, valid, stride_b, stride_s};
+  return {
+      pointer<void>(data), static_cast<fsl::Dtype>(dtype), batch, seq, columns, valid, stride_b, stride_s};
 }
 
 fsl::Want want(int columns) {
@@ -37,15 +39,16 @@ int at_least_one(int threads) { return threads < 1 ? 1 : threads; }
 
 void row_stats(const fsl::Rows& logits, float logit_scale, float softcap, uintptr_t target, uintptr_t weight,
                int64_t vocab_start, int columns, uintptr_t stats, int threads) {
-  const fsl::StatsArgs args{logits,      {logit_scale, softcap}, pointer<int64_t>(target), pointer<float>(weight),
-                            vocab_start, want(columns),          pointer<float>(stats)};
+  const fsl::StatsArgs args{
+      logits,      {logit_scale, softcap}, pointer<int64_t>(target), pointer<float>(weight),
+      vocab_start, want(columns),          pointer<float>(stats)};
   py::gil_scoped_release unlocked;
   fsl::cpu::row_stats(args, at_least_one(threads));
 }
 
-void row_grad(const fsl::Rows& logits, const fsl::Rows& grad, float logit_scale, float softcap, uintptr_t target,
-              uintptr_t lse, uintptr_t scale, int64_t vocab_start, float label_smoothing, float z_loss,
-              int64_t vocab_size, int threads) {
+void row_grad(const fsl::Rows& logits, const fsl::Rows& grad, float logit_scale, float softcap,
+              uintptr_t target, uintptr_t lse, uintptr_t scale, int64_t vocab_start, float label_smoothing,
+              float z_loss, int64_t vocab_size, int threads) {
   const fsl::GradArgs args{logits,
                            grad,
                            {logit_scale, softcap},
@@ -73,7 +76,9 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("row_grad", &row_grad, py::kw_only(), py::arg("logits"), py::arg("grad"), py::arg("logit_scale"),
         py::arg("softcap"), py::arg("target"), py::arg("lse"), py::arg("scale"), py::arg("vocab_start"),
         py::arg("label_smoothing"), py::arg("z_loss"), py::arg("vocab_size"), py::arg("threads"));
-  m.def("exp", [](uintptr_t in, uintptr_t out, int64_t n) { fsl::cpu::exp(pointer<float>(in), pointer<float>(out), n); });
+  m.def("exp", [](uintptr_t in, uintptr_t out, int64_t n) {
+    fsl::cpu::exp(pointer<float>(in), pointer<float>(out), n);
+  });
   m.def("isas", &fsl::cpu::isas, "Instruction sets this processor runs, fastest first.");
   m.def("isa", &fsl::cpu::isa, "The instruction set in use.");
   m.def("use_isa", &fsl::cpu::use_isa, "Choose one of isas(): for tests and measurements.");

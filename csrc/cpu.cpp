@@ -50,7 +50,7 @@ constexpr int kKernelSets = 0
 
 const RowKernels* fastest() {
   const RowKernels* k = all_kernels();
-  while (!runs_here(k->isa)) ++k;         // ends with `baseline`, which runs anywhere
+  while (!runs_here(k->isa)) ++k;  // ends with `baseline`, which runs anywhere
   return k;
 }
 
@@ -89,7 +89,7 @@ void write_stats(const StatsArgs& a, const RowKernels& kernels, int64_t row, con
   }
 }
 
-float quiet(float x) { return std::isnan(x) ? std::nanf("") : x; }   // payloads would upset bf16 rounding
+float quiet(float x) { return std::isnan(x) ? std::nanf("") : x; }  // payloads would upset bf16 rounding
 
 RowGrad row_constants(const GradArgs& a, int64_t row) {
   const float scale = quiet(a.scale[row]), lse = quiet(a.lse[row]);

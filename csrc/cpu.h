@@ -12,8 +12,8 @@ void row_stats(const StatsArgs& args, int threads);
 void row_grad(const GradArgs& args, int threads);
 void exp(const float* in, float* out, int64_t n);
 
-std::vector<std::string> isas();          // what this processor runs, fastest first
-void use_isa(const std::string& isa);     // throws std::invalid_argument; for tests and measurements
+std::vector<std::string> isas();       // what this processor runs, fastest first
+void use_isa(const std::string& isa);  // throws std::invalid_argument; for tests and measurements
 std::string isa();
 std::string threading();
 

@@ -30,13 +30,13 @@ FSL_INLINE float canonical(float x) { return x == x ? x : __builtin_nanf(""); }
 
 // e^u for u <= 88, NaN for a NaN whose low 9 bits are clear. u * log2(e) = n + f with |f| <= 1/2, and 2^f is
 // a polynomial of degree 5 with p(0) = 1 (Lawson's weighted least squares for the smallest maximal relative
-// error: 9.2e-8). Relative error at most 2e-7 + |u| * 3e-8; without FMA instructions, where the product rounds
-// before n is taken off, 2e-7 + |u| * 9e-8. Results under 2^-126 carry an absolute error of at most 2^-126, and
-// e^u is exactly 0 from u = -88.03 (2^-127) down, -inf included. u = +inf gives NaN: it arises only in a row
-// whose log-sum-exp is NaN already.
+// error: 9.2e-8). Relative error at most 2e-7 + |u| * 3e-8; without FMA instructions, where the product
+// rounds before n is taken off, 2e-7 + |u| * 9e-8. Results under 2^-126 carry an absolute error of at most
+// 2^-126, and e^u is exactly 0 from u = -88.03 (2^-127) down, -inf included. u = +inf gives NaN: it arises
+// only in a row whose log-sum-exp is NaN already.
 FSL_INLINE float exp_nonpositive(float u) {
-  constexpr float kUnderflow = -88.02969f;   // -127 ln 2
-  constexpr float kRound = 12582912.0f;      // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  constexpr float kUnderflow = -88.02969f;  // -127 ln 2
+  constexpr float kRound = 12582912.0f;     // 1.5 * 2^23: adding it rounds to an integer in the low bits
   const float shifted = u * kLog2e + kRound;
   const float f = u * kLog2e - (shifted - kRound);
   float p = 0.001326472731307149f;
@@ -71,8 +71,8 @@ FSL_INLINE Tanh tanh_and_slope(float u) {
 
 // A dtype is read and written two logits, one word, at a time: 16-bit logits are widened where they lie,
 // which spares the lane shuffles of a uint16 -> uint32 conversion, and as fp32 is taken in pairs too, sums
-// run in the same order for every dtype. `lo` and `hi` unpack; `pack` (a word) and `round` (one element) round
-// to nearest even.
+// run in the same order for every dtype. `lo` and `hi` unpack; `pack` (a word) and `round` (one element)
+// round to nearest even.
 struct F32 {
   using Element = uint32_t;
   typedef uint64_t Word __attribute__((aligned(4), may_alias));
@@ -85,14 +85,14 @@ struct F32 {
 
 struct BF16 {
   using Element = uint16_t;
-  typedef uint32_t Word __attribute__((aligned(2), may_alias));   // a row may start at any element
+  typedef uint32_t Word __attribute__((aligned(2), may_alias));  // a row may start at any element
   FSL_INLINE float lo(uint32_t word) { return as_float(word << 16); }
   FSL_INLINE float hi(uint32_t word) { return as_float(word & 0xffff0000u); }
   // Rounded bf16 in the upper half. A NaN must be quiet with a clear low half or the carry could make it
   // an infinity: the callers' NaNs come from arithmetic on bf16 logits and canonical row constants.
   FSL_INLINE uint32_t upper(float x) {
     const uint32_t bits = as_bits(x);
-    return bits + (bits & 0x10000u ? 0x8000u : 0x7fffu);   // half to even; a select is one instruction less
+    return bits + (bits & 0x10000u ? 0x8000u : 0x7fffu);  // half to even; a select is one instruction less
   }
   FSL_INLINE uint32_t round(float x) { return upper(x) >> 16; }
   FSL_INLINE uint32_t pack(float low, float high) { return (upper(low) >> 16) | (upper(high) & 0xffff0000u); }
@@ -105,7 +105,7 @@ struct F16 {
   FSL_INLINE float widen(uint32_t half) {
     const uint32_t magnitude = (half & 0x7fffu) << 13;
     const float finite = as_float(magnitude) * 0x1p112f;
-    const uint32_t special = magnitude + 0x70000000u;   // infinity and NaN: exponent 31 -> 255
+    const uint32_t special = magnitude + 0x70000000u;  // infinity and NaN: exponent 31 -> 255
     const uint32_t bits = magnitude >= 0x0f800000u ? special : as_bits(finite);
     return as_float(bits | (half & 0x8000u) << 16);
   }
@@ -119,7 +119,7 @@ struct F16 {
     const uint32_t subnormal = as_bits(as_float(bits) + 0.5f) - 0x3f000000u;
     const uint32_t special = bits > 0x7f800000u ? 0x7e00u : 0x7c00u;
     const uint32_t finite = bits < 0x38800000u ? subnormal : normal;
-    return sign | (bits >= 0x477ff000u ? special : finite);   // 65520 and above round to infinity
+    return sign | (bits >= 0x477ff000u ? special : finite);  // 65520 and above round to infinity
   }
   FSL_INLINE uint32_t pack(float low, float high) { return round(low) | round(high) << 16; }
 };

@@ -15,7 +15,7 @@ struct Plain {
 };
 
 struct Capped {
-  float inward;    // logit_scale / softcap
+  float inward;  // logit_scale / softcap
   float cap;
   float scale;
   FSL_MEMBER Tanh bend(float x) const { return tanh_and_slope(x * inward); }
@@ -66,8 +66,8 @@ FSL_INLINE float weighted_by(float u, float e) { return u < -88.0f ? 0.0f : u * 
 
 // A sum is kept in kLanes parts whatever the width of the registers, so that every instruction set adds in
 // the same order. The inner loops over lanes are what the compiler turns into vectors.
-constexpr int kLanes = 16;                     // words
-constexpr int64_t kLine = 64, kAhead = 4096;   // bytes
+constexpr int kLanes = 16;                    // words
+constexpr int64_t kLine = 64, kAhead = 4096;  // bytes
 
 // Arithmetic fills the reorder window before the hardware has enough lines in flight (measured on Ice Lake:
 // 14.5 ms -> 9.5 ms for 128 MiB of bf16 on two cores).
@@ -169,7 +169,7 @@ void merge(Partial* into, const Partial& next) {
   const bool higher = right.max > into->max;
   Partial& lower = higher ? *into : right;
   const float max = higher ? right.max : into->max;
-  if (lower.max - max < -88.0f) {   // vanishes, unless it is NaN; a maximum of -inf has no exponential
+  if (lower.max - max < -88.0f) {  // vanishes, unless it is NaN; a maximum of -inf has no exponential
     lower.denominator *= 0.0f;
     lower.weighted *= 0.0f;
   } else if (lower.max != max) {
@@ -224,7 +224,8 @@ void grad_range(const Z& z, const RowGrad& g, const void* row, void* out, int64_
 #pragma omp simd
     for (int l = 0; l < kLanes; ++l) {
       const auto word = w[i + l];
-      o[i + l] = T::pack(grad_of<T>(transform, local, T::lo(word)), grad_of<T>(transform, local, T::hi(word)));
+      o[i + l] =
+          T::pack(grad_of<T>(transform, local, T::lo(word)), grad_of<T>(transform, local, T::hi(word)));
     }
   }
   auto* elements = static_cast<Element<T>*>(out);
@@ -259,7 +260,7 @@ void stats(const StatsArgs& a, const void* row, int64_t begin, int64_t end, Part
 void grad(const GradArgs& a, const RowGrad& g, const void* row, void* out, int64_t begin, int64_t end) {
   with_types(a.logits.dtype, a.transform, [&](auto tag, auto z) {
     if constexpr (__is_same(decltype(z), Plain)) {
-      RowGrad scaled = g;      // dz/dx is one number for the whole row
+      RowGrad scaled = g;  // dz/dx is one number for the whole row
       scaled.softmax_factor *= z.slope;
       scaled.smoothing *= z.slope;
       scaled.target_factor *= z.slope;

@@ -13,17 +13,17 @@ constexpr int64_t kChunk = 8192;
 // Statistics of some columns of a row; merging is exact in the maximum and ordered in the sums.
 struct Partial {
   float max = -__builtin_inff();
-  float denominator = 0;       // sum of exp(z - max)
-  float sum = 0;               // sum of z
-  float weighted = 0;          // sum of (z - max) * exp(z - max)
-  int64_t argmax = 0;          // first column that holds the maximum
+  float denominator = 0;  // sum of exp(z - max)
+  float sum = 0;          // sum of z
+  float weighted = 0;     // sum of (z - max) * exp(z - max)
+  int64_t argmax = 0;     // first column that holds the maximum
 };
 
 // What the gradient of one row needs besides its logits:
 // dz/dx * (p * softmax_factor - smoothing), and target_factor less at the target.
 struct RowGrad {
   float lse, softmax_factor, smoothing, target_factor;
-  int64_t target_column;       // outside the row: none
+  int64_t target_column;  // outside the row: none
 };
 
 struct RowKernels {
@@ -33,8 +33,7 @@ struct RowKernels {
   void (*grad)(const GradArgs&, const RowGrad&, const void* row, void* out, int64_t begin, int64_t end);
   void (*merge)(Partial* into, const Partial& next);
   float (*target_logit)(const StatsArgs&, const void* row, int64_t column);
-  void (*exp)(const float* in, float* out, int64_t n);     // for the tests of the polynomial
+  void (*exp)(const float* in, float* out, int64_t n);  // for the tests of the polynomial
 };
-
 
 }  // namespace fsl

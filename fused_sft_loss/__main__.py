@@ -1,4 +1,4 @@
-"""``python -m fused_sft_loss env``: which backends there are, which are taken, and why others are not."""
+"""``python -m fused_sft_loss env``: which backends there are, which is taken, why not others."""
 
 import argparse
 import platform
@@ -13,7 +13,8 @@ from .backends import choose
 def environment() -> list[str]:
     """The report, a line each."""
     lines = [
-        f"fused_sft_loss {__version__}, torch {torch.__version__}, python {platform.python_version()}",
+        f"fused_sft_loss {__version__}, torch {torch.__version__}, "
+        f"python {platform.python_version()}",
         f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} torch threads",
     ]
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])

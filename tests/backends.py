@@ -1,4 +1,4 @@
-"""The ways of running the kernels on a CPU: every backend, and the native one per instruction set."""
+"""The ways of running on a CPU: every backend, and the native one per instruction set."""
 
 from contextlib import contextmanager
 

@@ -1,16 +1,33 @@
-"""Shared set-up: one seed, quiet thread counts, and a count of what a device would have run."""
+"""Shared set-up: one seed, the package under test, and a count of what a device would have run."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
+from backends import ON_CPU, using
 
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+import fused_sft_loss
+
+
+def pytest_configure():
+    """A run meant for a certain copy of the package (`make sanitize`) must not test another."""
+    if wanted := os.environ.get("FSL_EXPECT_PACKAGE_IN"):
+        found = Path(fused_sft_loss.__file__).resolve()
+        if not found.is_relative_to(Path(wanted).resolve()):
+            pytest.exit(f"expected fused_sft_loss from {wanted}, got {found}", returncode=3)
 
 
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=ON_CPU)
+def backend(request):
+    """The `backend=` argument of every way of running on a CPU, one after the other."""
+    with using(request.param) as name:
+        yield name
 
 
 def pytest_collection_modifyitems(items):
@@ -25,6 +42,6 @@ def pytest_terminal_summary(terminalreporter):
     skipped = [r for r in terminalreporter.stats.get("skipped", []) if "gpu" in r.keywords]
     if skipped:
         terminalreporter.write_line(
-            f"{len(skipped)} GPU tests were skipped: no accelerator here; nothing above ran on one.",
+            f"{len(skipped)} GPU tests were skipped: no accelerator here, nothing ran on one.",
             yellow=True,
         )

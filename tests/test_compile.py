@@ -14,13 +14,17 @@ BACKENDS = ["eager", "cpu"] if len(ON_CPU) > 1 else ["eager"]
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "softcap": 9.0, "vocab_size": 900}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"label_smoothing": 0.1, "softcap": 9.0, "vocab_size": 900}], ids=str
+)
 def test_compiled_step_equals_the_eager_one(backend, dynamic, inplace, options):
     torch._dynamo.reset()
 
     def step(x, labels, mask):
         logits = x * 1.5
-        return fsl.sft_loss(logits, labels, mask, backend=backend, inplace_backward=inplace, **options)
+        return fsl.sft_loss(
+            logits, labels, mask, backend=backend, inplace_backward=inplace, **options
+        )
 
     compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for seed, s in enumerate([5, 9]):
@@ -80,7 +84,9 @@ def operator_arguments(backend):
 
 
 @pytest.mark.parametrize("name", ON_CPU[:2])
-@pytest.mark.parametrize("operator", ["row_targets", "token_losses", "row_grad", "row_grad_", "token_metrics"])
+@pytest.mark.parametrize(
+    "operator", ["row_targets", "token_losses", "row_grad", "row_grad_", "token_metrics"]
+)
 def test_opcheck(operator, name):
     with using(name) as backend:
         args = operator_arguments(backend)[operator]

@@ -19,14 +19,20 @@ def test_metrics_agree_with_the_oracle(name, case):
     case.loss_mask = mask
     want = expected(case)
     with using(name) as backend:
-        got = fsl.token_metrics(case.logits(case.storage), case.labels, mask, backend=backend, **options)
+        got = fsl.token_metrics(
+            case.logits(case.storage), case.labels, mask, backend=backend, **options
+        )
     size = 1 + want.lse.abs() + want.losses.abs()
     for field in ("log_prob", "lse", "entropy"):
         value, wanted = getattr(got, field), getattr(want, field)
         assert value.dtype == torch.float32 and value.shape == case.labels.shape
-        torch.testing.assert_close(value.flatten().double() / size, wanted / size, rtol=0, atol=2e-6)
+        torch.testing.assert_close(
+            value.flatten().double() / size, wanted / size, rtol=0, atol=2e-6
+        )
         assert (value.flatten()[want.weight == 0] == 0).all()
-    torch.testing.assert_close(got.loss.flatten().double() / size, want.losses / size, rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        got.loss.flatten().double() / size, want.losses / size, rtol=0, atol=1e-6
+    )
     assert torch.equal(got.correct.flatten(), want.correct)
 
 
@@ -67,7 +73,12 @@ def test_module_is_the_function_with_its_options():
     case = build("bsv", torch.bfloat16, 2, 6, 1000, 0, "float", {})
     module = fsl.SFTLoss(label_smoothing=0.1, z_loss=1e-3, softcap=20.0, reduction="sum")
     want = fsl.sft_loss(
-        case.storage, case.labels, case.loss_mask, label_smoothing=0.1, z_loss=1e-3, softcap=20.0,
+        case.storage,
+        case.labels,
+        case.loss_mask,
+        label_smoothing=0.1,
+        z_loss=1e-3,
+        softcap=20.0,
         reduction="sum",
     )
     assert torch.equal(module(case.storage, case.labels, case.loss_mask), want)

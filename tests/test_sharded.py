@@ -1,4 +1,4 @@
-"""Promise: a vocabulary cut over ranks gives the unsharded result, with one all-gather, on every rank."""
+"""Promise: a vocabulary cut over ranks gives the unsharded result with one all-gather."""
 
 import pytest
 import torch
@@ -35,7 +35,14 @@ def shard(full, starts, rank, options):
 def count_collectives():
     """Wrap the collectives of torch.distributed; returns the list that calls are noted in."""
     calls = []
-    for name in ("all_gather_into_tensor", "all_gather", "all_to_all", "all_reduce", "broadcast", "barrier"):
+    for name in (
+        "all_gather_into_tensor",
+        "all_gather",
+        "all_to_all",
+        "all_reduce",
+        "broadcast",
+        "barrier",
+    ):
         original = getattr(dist, name)
 
         def noted(*args, _name=name, _original=original, **kwargs):
@@ -47,7 +54,7 @@ def count_collectives():
 
 
 def sharded_runs(jobs):
-    """In each rank: (losses, gradient shard, metrics, collectives forward and backward) of each job."""
+    """Per job: (losses, gradient shard, metrics, collectives forward, collectives backward)."""
     rank, results = dist.get_rank(), []
     calls = count_collectives()
     for name, case, starts, options in jobs:
@@ -70,7 +77,7 @@ def sharded_runs(jobs):
 
 
 def special(case, kind, starts):
-    """A shard that is all -inf; a row whose target lies in one; NaN in one shard of one scored row."""
+    """Put -inf into all of the last shard, or a NaN into one of its rows."""
     if kind == "a shard of -inf":
         last = starts[-1]
         case.storage[..., last:] = -float("inf")
@@ -84,14 +91,14 @@ def special(case, kind, starts):
 def test_sharded_equals_unsharded(ranks):
     jobs = []
     for name in ON_CPU:
-        for placement, starts in EDGES.items():
+        for starts in EDGES.values():
             for i, options in enumerate(OPTIONS):
                 for kind in ("plain", "a shard of -inf") if ranks > 1 and i == 0 else ("plain",):
                     case = build("bsv", torch.float32, 2, 5, 1000, i, "float", options)
                     case.labels.clamp_(max=996)
                     jobs.append((name, special(case, kind, starts[ranks]), starts[ranks], options))
     by_rank = run_ranks(ranks, sharded_runs, jobs)
-    for i, (name, case, starts, options) in enumerate(jobs):
+    for i, (name, case, _, options) in enumerate(jobs):
         want = expected(case)
         results = [results[i] for results in by_rank]
         size = 1 + want.losses.abs() + want.weight * want.lse.abs()
@@ -106,8 +113,10 @@ def test_sharded_equals_unsharded(ranks):
         correct = results[0][2][3].flatten()
         assert torch.equal(correct, want.correct)
         torch.testing.assert_close(
-            results[0][2][4].flatten().double(), torch.where(want.weight != 0, want.entropy, 0.0),
-            rtol=0, atol=2e-5,
+            results[0][2][4].flatten().double(),
+            torch.where(want.weight != 0, want.entropy, 0.0),
+            rtol=0,
+            atol=2e-5,
         )
         for result in results:
             assert result[3] == (["all_gather"] if ranks > 1 else []), (name, options)
@@ -115,7 +124,9 @@ def test_sharded_equals_unsharded(ranks):
 
 
 def test_nan_in_one_shard_reaches_every_rank():
-    case = special(build("bsv", torch.float32, 2, 5, 1000, 1, "none", {}), "NaN in one shard", [0, 500])
+    case = special(
+        build("bsv", torch.float32, 2, 5, 1000, 1, "none", {}), "NaN in one shard", [0, 500]
+    )
     case.labels.clamp_(min=0)
     jobs = [(name, case, [0, 500], {}) for name in ON_CPU]
     for results in run_ranks(2, sharded_runs, jobs):

@@ -1,0 +1,222 @@
+"""Real megatron-core runs: what the processes that `bench.ranks.run_ranks` starts execute.
+
+A tiny GPTModel (fp32, learned positions, untied head) on four micro-batches of two sequences. The
+unsharded model with the reference loss gives the gradient of every micro-batch on its own; each
+convention of Megatron's is a linear combination of those, so one reference serves every case.
+Imports no pytest: the workers would pay for it.
+"""
+
+import copy
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+import torch.distributed as dist
+
+from bench.megatron_cpu import build_model, config, init, sequence_shard, zigzag_positions
+from fused_sft_loss import shift_targets
+from fused_sft_loss.megatron import make_forward_step, sft_loss_func
+
+VOCAB, SEQ, BATCH, LAYERS = 64, 16, 2, 2
+SHAPE = {"num_layers": LAYERS, "hidden_size": 32, "num_attention_heads": 4}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run of the schedule."""
+
+    returns: str = "per_token"
+    calculate_per_token_loss: bool = False
+    data: tuple = (0, 1, 2, 3)  # which micro-batches, split over data parallelism in order
+    own_forward_step: bool = False  # sft_loss_func in a hand-written forward_step
+    gathered: bool = False  # parallel_output=False
+    forward_only: bool = False
+    non_loss: bool = False  # collect_non_loss_data=True
+    options: dict = field(default_factory=dict)  # of sft_loss
+
+
+def micro_batches():
+    """Unequal on purpose: many scored, few scored, none scored, and weights adding up to 0.375.
+
+    Each is a dict of tokens, position_ids [2, 16] int64, attention_mask None, loss_mask [2, 16].
+    """
+    generator = torch.Generator().manual_seed(7)
+    masks = torch.zeros(4, BATCH, SEQ)
+    masks[0] = (torch.rand(BATCH, SEQ, generator=generator) > 0.2).float()
+    masks[1, 0, 5] = masks[1, 1, 9] = masks[1, 1, 10] = 1
+    masks[1, :, 0] = 1  # the first token is never a target: it must not be counted
+    masks[3, 0, 4], masks[3, 1, 7] = 0.25, 0.125
+    tokens = torch.randint(0, VOCAB, (4, BATCH, SEQ), generator=generator)
+    positions = torch.arange(SEQ).expand(BATCH, SEQ).contiguous()
+    parts = {"position_ids": positions, "attention_mask": None}
+    return [{"tokens": t, "loss_mask": m, **parts} for t, m in zip(tokens, masks, strict=True)]
+
+
+def reference(loss_func):
+    """The unsharded model in one process: its weights, and what every micro-batch is on its own.
+
+    `loss_func(logits [b, s, V], labels [b, s], mask [b, s])` is the reference's weighted mean. A
+    part has S = sum(w * loss), its gradients by name, n scored tokens and W = sum(w); and "shards",
+    the same of the positions that each of two context-parallel ranks holds.
+    """
+    init()
+    model = build_model(config(**SHAPE), VOCAB, SEQ)
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    def part(batch, mask):
+        logits = model(batch["tokens"], batch["position_ids"], None)
+        scored = mask[:, 1:]
+        total = loss_func(logits, batch["tokens"], mask) * scored.sum()
+        grads = torch.autograd.grad(total, list(model.parameters()))
+        sums = {"S": total.detach(), "n": int((scored != 0).sum()), "W": scored.sum()}
+        return {**sums, "logits": logits.detach(), "grads": dict(zip(weights, grads, strict=True))}
+
+    def of_shard(mask, rank):
+        """The mask without the labels that rank's positions, one to the left, do not predict."""
+        predicted = torch.zeros_like(mask)
+        predicted[:, 1 + zigzag_positions(SEQ, 2, rank).clamp(max=SEQ - 2)] = 1
+        return mask * predicted
+
+    parts = []
+    for batch in micro_batches():
+        mask = batch["loss_mask"]
+        shards = [part(batch, of_shard(mask, rank)) for rank in range(2)]
+        parts.append({**part(batch, mask), "shards": shards})
+    return {"weights": weights, "parts": parts}
+
+
+def train(weights, cases, tp=1, pp=1, cp=1):
+    """Run every case on a sharded model holding `weights`; a list of dicts, one per case:
+
+    rank {"tp", "pp", "dp", "cp"}, collected (what the schedule returned), logged (the "lm loss"
+    that a training loop makes of it; None on stages without), grads {unsharded name: (main_grad,
+    partition_dim or None)}.
+    """
+    parallel = init(tp, pp, cp)
+    rank = {
+        "tp": parallel.get_tensor_model_parallel_rank(),
+        "pp": parallel.get_pipeline_model_parallel_rank(),
+        "dp": parallel.get_data_parallel_rank(),
+        "cp": parallel.get_context_parallel_rank(),
+    }
+    return [{"rank": rank, **run(case, weights, parallel, rank)} for case in cases]
+
+
+def run(case, weights, parallel, rank):
+    """One case: build, load, wrap in Megatron's DDP, run the schedule of the pipeline size."""
+    from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+
+    model = wrapped_model(case, weights, rank)
+    dp, cp = parallel.get_data_parallel_world_size(), parallel.get_context_parallel_world_size()
+    mine = [copy.copy(micro_batches()[i]) for i in case.data]
+    mine = mine[rank["dp"] * len(mine) // dp : (rank["dp"] + 1) * len(mine) // dp]
+    options = {"returns": case.returns, **case.options}
+    if cp > 1:
+        mine = [context_shard(batch, cp, rank["cp"]) for batch in mine]
+        options["shift"] = False
+    step = own_forward_step if case.own_forward_step else make_forward_step
+    collected = get_forward_backward_func()(
+        forward_step_func=step(next, **options),
+        data_iterator=iter(mine),
+        model=[model],
+        num_microbatches=len(mine),
+        seq_length=SEQ,
+        micro_batch_size=BATCH,
+        forward_only=case.forward_only,
+        collect_non_loss_data=case.non_loss,
+    )
+    grads = {
+        global_name(name, rank["pp"]): (p.main_grad.clone(), shard_dim(p))
+        for name, p in model.module.named_parameters()
+    }
+    logged = None if case.non_loss or not model.module.post_process else reduced_report(collected)
+    return {"collected": collected, "logged": logged, "grads": grads}
+
+
+def wrapped_model(case, weights, rank):
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        finalize_model_grads,
+    )
+
+    cfg = config(
+        **SHAPE,
+        calculate_per_token_loss=case.calculate_per_token_loss,
+        finalize_model_grads_func=finalize_model_grads,
+    )
+    model = build_model(cfg, VOCAB, SEQ)
+    if case.gathered and model.post_process:
+        model.parallel_output, model.output_layer.gather_output = False, True
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            whole = weights[global_name(name, rank["pp"])]
+            dim = shard_dim(parameter)
+            size = 0 if dim is None else parameter.size(dim)
+            parameter.copy_(whole if dim is None else whole.narrow(dim, rank["tp"] * size, size))
+    return DistributedDataParallel(cfg, DistributedDataParallelConfig(), model)
+
+
+def own_forward_step(get_batch, **options):
+    """What a user writes: the model called without labels, sft_loss_func bound to the batch."""
+
+    def forward_step(data_iterator, model):
+        batch = get_batch(data_iterator)
+        output = model(batch["tokens"], batch["position_ids"], batch["attention_mask"])
+        labels = batch.get("labels", batch["tokens"])
+        return output, partial(sft_loss_func, labels, batch["loss_mask"], **options)
+
+    return forward_step
+
+
+def context_shard(batch, cp, cp_rank):
+    """Shift first, slice after: this rank's chunks of the tokens and of the shifted targets."""
+    labels, mask = shift_targets(batch["tokens"], batch["loss_mask"])
+    whole = {**batch, "labels": labels, "loss_mask": mask}
+    return {k: v if v is None else sequence_shard(v, cp, cp_rank) for k, v in whole.items()}
+
+
+def shard_dim(parameter):
+    """The dimension that tensor parallelism splits, or None."""
+    split = getattr(parameter, "tensor_model_parallel", False)
+    return parameter.partition_dim if split and parameter.partition_dim >= 0 else None
+
+
+def global_name(name, pp_rank):
+    """A stage numbers its layers from 0: the name in the unsharded model."""
+    from megatron.core import parallel_state
+
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    head, found, tail = name.partition("decoder.layers.")
+    if not found:
+        return name
+    index, _, rest = tail.partition(".")
+    return f"{head}{found}{int(index) + pp_rank * LAYERS // stages}.{rest}"
+
+
+def whole_grads(ranks):
+    """Unsharded gradients from the ranks of one replica: shards joined, copies compared."""
+    pieces = {}
+    for result in sorted(ranks, key=lambda r: r["rank"]["tp"]):
+        for name, (grad, dim) in result["grads"].items():
+            pieces.setdefault(name, (dim, []))[1].append(grad)
+    for name, (dim, grads) in pieces.items():
+        if dim is None:
+            assert all(torch.equal(grads[0], g) for g in grads), f"{name} differs between TP ranks"
+    return {n: gs[0] if dim is None else torch.cat(gs, dim) for n, (dim, gs) in pieces.items()}
+
+
+def reduced_report(reports):
+    """The figure a Megatron-LM training loop (0.13 and later) logs from a rank's "lm loss" reports.
+
+    Two numbers: (sum, count), added over micro-batches and data (and context) parallelism, then
+    divided. One number: averaged over the micro-batches, and that is all.
+    """
+    from megatron.core import parallel_state
+
+    values = [report["lm loss"].view(-1) for report in reports]
+    if values[0].numel() == 1:
+        return torch.cat(values).mean()
+    total = torch.vstack(values).sum(0)
+    dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    return total[0] / total[1]

@@ -1,0 +1,171 @@
+"""Wrong use inside Megatron: which error, what it says, and that every rank raises it at once."""
+
+import sys
+import time
+from functools import partial
+from types import SimpleNamespace
+
+import megatron_runs as runs
+import pytest
+import torch
+
+from bench.megatron_cpu import RankError, build_model, config, init, run_ranks
+from fused_sft_loss.megatron import make_forward_step, sft_loss_func
+
+LABELS = torch.zeros(2, 5, dtype=torch.int64)
+LOGITS = torch.zeros(2, 5, 11)
+PER_TOKEN = SimpleNamespace(calculate_per_token_loss=True)
+
+
+def schedule(forward_step, tp=1, pp=1, cp=1, **options):
+    """One micro-batch through the schedule, in every rank.
+
+    forward_step: a user's own, or the options of a `make_forward_step`.
+    """
+    from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+
+    init(tp, pp, cp)
+    if isinstance(forward_step, dict):
+        forward_step = make_forward_step(next, **forward_step)
+    get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(runs.micro_batches()),
+        model=[build_model(config(**runs.SHAPE, **options), runs.VOCAB, runs.SEQ)],
+        num_microbatches=1,
+        seq_length=runs.SEQ,
+        micro_batch_size=runs.BATCH,
+    )
+
+
+def error_on_every_rank(processes, forward_step, **sizes):
+    """The message, the same on all ranks; none waits for another that has gone."""
+    start = time.monotonic()
+    with pytest.raises(RankError) as caught:
+        run_ranks(processes, schedule, forward_step, timeout=30, **sizes)
+    assert sorted(caught.value.exceptions) == list(range(processes)), str(caught.value)
+    assert time.monotonic() - start < 25, "ranks were killed for waiting"
+    (kind, message), *others = caught.value.exceptions.values()
+    assert kind == "ValueError" and all(other == (kind, message) for other in others)
+    return message
+
+
+def model_called_with_labels(data_iterator, model):
+    batch = next(data_iterator)
+    losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["tokens"])
+    return losses, partial(sft_loss_func, batch["tokens"], batch["loss_mask"])
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_trap_labels_passed_to_the_model(tp):
+    """A GPTModel called with labels returns per-token losses [b, s], not logits."""
+    message = error_on_every_rank(tp, model_called_with_labels, tp=tp)
+    assert "called with labels" in message and "per-token loss" in message
+    assert "call it without" in message, "the fix"
+
+
+def shift_under_cp(data_iterator, model):
+    logits = torch.zeros(2, 8, runs.VOCAB, requires_grad=True)
+    labels = torch.zeros(2, 8, dtype=torch.int64)
+    return logits, partial(sft_loss_func, labels, None)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_trap_shift_inside_a_context_parallel_shard(own):
+    message = error_on_every_rank(2, shift_under_cp if own else {}, cp=2)
+    assert "context parallelism of size 2" in message
+    steps = ("shift_targets", "get_batch_on_this_cp_rank", "then shift=False")
+    recipe = [message.index(step) for step in steps]
+    assert recipe == sorted(recipe), "shift first, slice after"
+
+
+def test_mean_contradicts_calculate_per_token_loss():
+    options = {"returns": "mean"}
+    message = error_on_every_rank(2, options, calculate_per_token_loss=True, tp=2)
+    assert "returns='mean' with calculate_per_token_loss=True" in message
+    assert "Use returns='per_token'" in message
+
+
+def test_mean_contradicts_calculate_per_token_loss_on_the_first_pipeline_stage():
+    """The last stage waits for the first one's output, so the first one is to say what is wrong."""
+    with pytest.raises(RankError) as caught:
+        run_ranks(2, schedule, {"returns": "mean"}, pp=2, calculate_per_token_loss=True)
+    kind, message = caught.value.exceptions[0]
+    assert kind == "ValueError" and "returns='mean'" in message
+
+
+def whole_logits(data_iterator, model):
+    """The model gathers its logits, and the loss is told the vocabulary but not that."""
+    batch = next(data_iterator)
+    inputs = batch["tokens"], batch["position_ids"], None
+    logits = model(*inputs, runtime_gather_output=True)
+    return logits, partial(sft_loss_func, batch["tokens"], None, vocab_size=runs.VOCAB)
+
+
+def test_trap_gathered_logits_to_the_sharded_loss():
+    """Off by log(tp) when not noticed."""
+    assert "vocab_size" in error_on_every_rank(2, whole_logits, tp=2)
+
+
+@pytest.mark.parametrize("learnt", ["config", "megatron-lm"])
+def test_mean_contradicts_the_config_that_can_be_learnt(monkeypatch, learnt):
+    options = {"returns": "mean"}
+    if learnt == "config":
+        options["config"] = PER_TOKEN
+    else:
+        stand_in = SimpleNamespace(get_args=lambda: PER_TOKEN)
+        monkeypatch.setitem(sys.modules, "megatron.training.global_vars", stand_in)
+    with pytest.raises(ValueError, match="returns='mean' with calculate_per_token_loss=True"):
+        sft_loss_func(LABELS, None, LOGITS, **options)
+    sft_loss_func(LABELS, None, LOGITS, **{**options, "returns": "per_token"})
+
+
+def test_megatron_lm_imported_but_not_initialised(monkeypatch):
+    def get_args():
+        raise AssertionError("args is not initialized.")
+
+    stand_in = SimpleNamespace(get_args=get_args)
+    monkeypatch.setitem(sys.modules, "megatron.training.global_vars", stand_in)
+    sft_loss_func(LABELS, None, LOGITS, returns="mean")
+
+
+@pytest.mark.parametrize(
+    ("labels", "mask", "logits", "options", "kind", "says"),
+    [
+        (LABELS, None, LOGITS[..., 0], {}, ValueError, "called with labels"),
+        (LABELS, None, LOGITS[..., 0], {"returns": "mean"}, ValueError, "called with labels"),
+        (LABELS, None, LOGITS[..., 0], {"non_loss_data": True}, ValueError, "called with labels"),
+        (LABELS, torch.ones(2, 4), LOGITS, {}, ValueError, "loss_mask"),
+        (LABELS[:, 1:], None, LOGITS, {}, ValueError, "labels"),
+        (None, None, LOGITS, {}, ValueError, "last one"),
+        (LABELS, None, LOGITS, {"returns": "sum"}, ValueError, "'per_token' or 'mean', got 'sum'"),
+        (LABELS, None, LOGITS, {"reduction": "sum"}, TypeError, "reduction: not an option"),
+        (LABELS, None, LOGITS, {"shfit": True}, TypeError, "shfit"),
+    ],
+)
+def test_errors_of_the_loss_func(labels, mask, logits, options, kind, says):
+    with pytest.raises(kind, match=says):
+        sft_loss_func(labels, mask, logits, **options)
+
+
+BATCH = {"tokens": LABELS, "position_ids": LABELS, "attention_mask": None}
+
+
+@pytest.mark.parametrize(
+    ("batch", "options", "kind", "says"),
+    [
+        (tuple(BATCH.values()), {}, TypeError, "expected a dict .* got tuple.*name its parts"),
+        ({"tokens": LABELS}, {}, ValueError, r"missing \['position_ids', 'attention_mask'\]"),
+        ({**BATCH, "mask": LABELS}, {}, ValueError, r"unknown \['mask'\]"),
+        (BATCH, {"shift": False}, ValueError, "expected 'labels' with shift=False"),
+        (BATCH, {"returns": "sum"}, ValueError, "got 'sum'"),
+        (BATCH, {"reduction": "mean"}, TypeError, "reduction: not an option"),
+    ],
+)
+def test_errors_of_the_forward_step(batch, options, kind, says):
+    """Raised before the model runs, so no rank waits inside one of its collectives."""
+
+    def model(*_):
+        raise AssertionError("the model ran")
+
+    with pytest.raises(kind, match=says):
+        make_forward_step(lambda _: batch, **options)(None, model)

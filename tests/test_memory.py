@@ -1,0 +1,85 @@
+"""Promise: O(N) bytes beyond the logits forward, one gradient backward, nothing in place."""
+
+import pytest
+import torch
+from backends import ON_CPU
+
+import fused_sft_loss as fsl
+from bench.memory import MemoryRecord
+
+B, S, V = 2, 64, 65536  # 16 MiB of bf16
+LOGITS_BYTES = B * S * V * 2
+BACKENDS = ["eager", "cpu"] if len(ON_CPU) > 1 else ["eager"]
+SCRATCH = {
+    "eager": 64 * 2**20,
+    "cpu": 0,
+}  # eager's stated bound; native keeps vectors of N rows alone
+VECTORS = 64 * 2**10  # bytes: N rows of statistics, losses, targets
+
+
+def peaks(backend, inplace, make_logits):
+    """Peak bytes beyond the logits in forward, held after it, and peak in backward."""
+    labels = torch.randint(0, V, (B, S))
+    mask = (torch.rand(B, S) < 0.7).float()
+    with MemoryRecord() as record:
+        logits = make_logits()
+        record.mark("begin")
+        loss = fsl.sft_loss(logits, labels, mask, backend=backend, inplace_backward=inplace)
+        record.mark("forward")
+        (grad,) = torch.autograd.grad(loss, logits)
+        record.mark("backward")
+    del grad
+    forward = record.usage("begin", "forward")
+    return forward.peak, forward.held, record.usage("begin", "backward").peak
+
+
+def owned():
+    return torch.randn(B, S, V).bfloat16().requires_grad_() * 1
+
+
+def transposed():
+    return torch.randn(S, B, V).bfloat16().requires_grad_().mul(1).transpose(0, 1)
+
+
+@pytest.mark.parametrize("make_logits", [owned, transposed])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_forward_holds_vectors_of_rows_only(backend, make_logits):
+    forward, held, _ = peaks(backend, False, make_logits)
+    assert forward <= SCRATCH[backend] + VECTORS
+    assert held <= VECTORS
+
+
+@pytest.mark.parametrize("make_logits", [owned, transposed])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_backward_holds_one_gradient(backend, make_logits):
+    _, _, backward = peaks(backend, False, make_logits)
+    assert LOGITS_BYTES <= backward <= LOGITS_BYTES + SCRATCH[backend] + VECTORS
+
+
+@pytest.mark.parametrize("make_logits", [owned, transposed])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_in_place_backward_holds_nothing(backend, make_logits):
+    _, _, backward = peaks(backend, True, make_logits)
+    assert backward <= SCRATCH[backend] + VECTORS
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 2**20), (1, 1, 2**24), (512, 8, 1024), (1, 3, 5_000_001)])
+def test_eager_scratch_stays_under_64_mib(shape):
+    """Whatever the logits: many rows, one row of 64 MiB, a width that is no multiple of a tile."""
+    b, s, v = shape
+    logits = torch.randn(shape).bfloat16().requires_grad_()
+    labels = torch.randint(0, v, (b, s))
+    options = {"softcap": 30.0, "label_smoothing": 0.1, "shift": False, "backend": "eager"}
+    with MemoryRecord() as record:
+        record.mark("begin")
+        loss = fsl.sft_loss(logits, labels, **options)
+        record.mark("forward")
+        fsl.token_metrics(logits, labels, **options)
+        record.mark("metrics")
+        (grad,) = torch.autograd.grad(loss, logits)
+        record.mark("backward")
+    gradient = grad.numel() * 2
+    del grad
+    assert record.usage("begin", "forward").peak < 64 * 2**20
+    assert record.usage("forward", "metrics").peak < 64 * 2**20
+    assert record.usage("metrics", "backward").peak - gradient < 64 * 2**20
