@@ -48,7 +48,7 @@ sanitize: $(VENV)/.installed
 	    --build-lib build/sanitize/lib
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/sanitize/lib:. \
-	OMP_NUM_THREADS=2 FSL_EXPECT_PACKAGE_IN=build/sanitize/lib $(BIN)/pytest -o pythonpath= -q \
+	OMP_NUM_THREADS=2 FSL_EXPECT_PACKAGE_IN=build/sanitize/lib $(BIN)/pytest -o pythonpath= -q -s \
 	    -k "not eager" $(NATIVE_TESTS:%=tests/%.py)
 
 $(VENV)/.installed: $(SOURCES) | system

@@ -109,6 +109,7 @@ namespace cpu {
 void row_stats(const StatsArgs& a, int threads) {
   const RowKernels& kernels = *chosen();
   const int64_t rows = a.logits.count(), chunks = chunks_of(a.logits);
+  if (rows == 0) return;  // empty tensors have null addresses
   std::memset(a.stats, 0, sizeof(float) * static_cast<size_t>(rows) * static_cast<size_t>(a.want));
   if (!too_few(a.weight, rows, threads)) {
     parallel_for(rows, threads, [&](int64_t row) {

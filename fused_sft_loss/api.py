@@ -1,6 +1,6 @@
 """sft_loss, SFTLoss and token_metrics: defaults, validation, and the way into the operators."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -53,8 +53,7 @@ class Options:
         if self.cu_seqlens is not None and not self.shift:
             raise ValueError(
                 "expected no cu_seqlens with shift=False, where labels are taken as they are and "
-                "there is "
-                "no neighbour to look at; pass it to shift_targets, or use shift=True"
+                "there is no neighbour to look at; pass it to shift_targets, or use shift=True"
             )
 
 
@@ -105,8 +104,9 @@ def sft_loss(
 
     Equivalent to, without any of its copies (unsharded, all defaults)::
 
-        losses = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), labels[:, 1:],
-        reduction="none") weight = loss_mask[:, 1:].float()
+        rows = logits[:, :-1].float().transpose(1, 2)
+        losses = F.cross_entropy(rows, labels[:, 1:], reduction="none")
+        weight = loss_mask[:, 1:].float()
         (losses * weight).sum() / weight.sum()
 
     Args:
@@ -167,9 +167,9 @@ def loss_terms(
     """Per-token losses and what normalises them; the losses carry the graph."""
     if options.inplace_backward:
         checks.inplace(logits)
-    rows, call = _prepare(logits, labels, loss_mask, options)
+    targets, call = _prepare(logits, labels, loss_mask, options)
     losses, _ = torch.ops.fused_sft_loss.token_losses(*call, options.inplace_backward)
-    return LossTerms(losses.view(labels.shape), rows.weight_sum, rows.count)
+    return LossTerms(losses.view(labels.shape), targets.weight_sum, targets.count)
 
 
 def weighted_mean(total: Tensor, weight_sum: Tensor) -> Tensor:
@@ -180,16 +180,14 @@ def weighted_mean(total: Tensor, weight_sum: Tensor) -> Tensor:
 def token_metrics(
     logits: Tensor, labels: Tensor, loss_mask: Tensor | None = None, **options
 ) -> TokenMetrics:
-    """Loss, label log-probability, lse, top-1 hit and entropy per token, from one read of the
-    scored rows.
+    """Loss, label log-probability, lse, top-1 hit and entropy per token, from one read.
 
     Takes the arguments of :func:`sft_loss` but `reduction` and `inplace_backward`; same errors.
     """
-    labels_shape = labels.shape
     with torch.no_grad():
         _, call = _prepare(logits, labels, loss_mask, Options(**options))
         vectors = torch.ops.fused_sft_loss.token_metrics(*call)
-    return TokenMetrics(*(vector.view(labels_shape) for vector in vectors))
+    return TokenMetrics(*(vector.view(labels.shape) for vector in vectors))
 
 
 class SFTLoss(torch.nn.Module):
@@ -210,11 +208,8 @@ class SFTLoss(torch.nn.Module):
         return sft_loss(logits, labels, loss_mask, **options)
 
     def extra_repr(self) -> str:
-        defaults = asdict(Options())
-        changed = [
-            f"{name}={value!r}" for name, value in self.options.items() if value != defaults[name]
-        ]
-        return ", ".join([f"reduction={self.reduction!r}", *changed])
+        given = {"reduction": self.reduction, **self.options}
+        return ", ".join(f"{name}={value!r}" for name, value in given.items())
 
 
 def _prepare(logits: Tensor, labels: Tensor, loss_mask: Tensor | None, options: Options):
@@ -231,7 +226,7 @@ def _prepare(logits: Tensor, labels: Tensor, loss_mask: Tensor | None, options: 
         vocab_size=size,
     )
     backend = choose.resolve(options.backend, logits.device.type)
-    rows = Targets(
+    targets = Targets(
         *torch.ops.fused_sft_loss.row_targets(
             labels,
             loss_mask,
@@ -247,7 +242,8 @@ def _prepare(logits: Tensor, labels: Tensor, loss_mask: Tensor | None, options: 
         logits = logits.unsqueeze(0)
     elif options.layout == "sbv":
         logits = logits.transpose(0, 1)
-    return rows, (logits, rows.target, rows.weight, *math.as_args(), group_name, backend)
+    call = (logits, targets.target, targets.weight, *math.as_args(), group_name, backend)
+    return targets, call
 
 
 def _vocabulary(columns: int, options: Options) -> tuple[int, int, str]:
@@ -260,16 +256,14 @@ def _vocabulary(columns: int, options: Options) -> tuple[int, int, str]:
         if size is not None and size > columns:
             raise ValueError(
                 f"expected at least vocab_size={size} columns without a tp_group, got {columns}; "
-                f"if these "
-                "logits are one shard of the vocabulary, pass tp_group"
+                "if these logits are one shard of the vocabulary, pass tp_group"
             )
         return 0, columns if size is None else size, ""
     if start is not None:
         if size is None or not 0 <= start:
             raise ValueError(
                 "expected vocab_size and vocab_start >= 0 for shards placed by vocab_start (no "
-                "rank sees "
-                f"the others' sizes), got vocab_size={size}, vocab_start={start}"
+                f"rank sees the others' sizes), got vocab_size={size}, vocab_start={start}"
             )
         return start, size, group.group_name
     total = columns * ranks
@@ -278,9 +272,8 @@ def _vocabulary(columns: int, options: Options) -> tuple[int, int, str]:
         gathered = "; these look like gathered logits: drop tp_group" if columns >= size else ""
         raise ValueError(
             f"expected {ranks} equal shards that add up to vocab_size={size} (the last one may "
-            f"end in "
-            f"padding), got {ranks} x {columns} = {total} columns{gathered}. For uneven shards "
-            f"pass vocab_start"
+            f"end in padding), got {ranks} x {columns} = {total} columns{gathered}. For uneven "
+            "shards pass vocab_start"
         )
     return dist.get_rank(group) * columns, size, group.group_name
 

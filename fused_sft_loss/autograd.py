@@ -1,5 +1,4 @@
-"""The schedule: targets -> statistics -> merge over shards -> loss -> gradient, as torch.library
-operators.
+"""The schedule as torch.library operators: targets -> statistics -> merge -> loss -> gradient.
 
 Operators rather than an autograd.Function, so that torch.compile and opcheck see schemas, shapes
 and what is mutated. Saved for backward: the logits themselves and vectors of N rows; nothing else

@@ -54,8 +54,8 @@ def inplace(logits: Tensor) -> None:
     if logits.requires_grad and logits.is_leaf:
         raise ValueError(
             "expected non-leaf logits for inplace_backward, got a leaf that requires grad: its "
-            "value would "
-            "be replaced by its gradient. Pass a model's output, or inplace_backward=False"
+            "value would be replaced by its gradient. Pass a model's output, or "
+            "inplace_backward=False"
         )
     if any(
         stride == 0 and size > 1 for size, stride in zip(logits.shape, logits.stride(), strict=True)
@@ -79,11 +79,9 @@ def _not_losses(logits: Tensor, labels: Tensor) -> None:
     if logits.shape == labels.shape or (labels.dim() == 2 and transposed) or logits.dim() == 0:
         raise ValueError(
             f"expected logits [b, s, v], got {list(logits.shape)}, which is the shape of "
-            f"per-token losses "
-            f"for labels {list(labels.shape)}. The model was called with labels and computed its "
-            f"own loss: "
-            "call it without (model(tokens, position_ids, attention_mask)) so that it returns "
-            "logits"
+            f"per-token losses for labels {list(labels.shape)}. The model was called with labels "
+            "and computed its own loss: call it without (model(tokens, position_ids, "
+            "attention_mask)) so that it returns logits"
         )
 
 
@@ -95,9 +93,8 @@ def _columns(logits: Tensor) -> None:
     if logits.shape[-1] > 1 and logits.stride(-1) != 1:
         raise ValueError(
             f"expected logits with a vocabulary stride of 1, got strides {list(logits.stride())} "
-            f"for shape "
-            f"{list(logits.shape)}; any strides of the other dimensions are fine. Pass "
-            f"logits.contiguous()"
+            f"for shape {list(logits.shape)}; any strides of the other dimensions are fine. Pass "
+            "logits.contiguous()"
         )
 
 

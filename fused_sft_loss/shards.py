@@ -41,8 +41,8 @@ def _check_shards(held: list[list[int]]) -> None:
     if not tiled or len(sizes) != 1 or edges[-1] < max(sizes):
         raise ValueError(
             "expected the ranks' vocabulary shards to tile [0, vocab_size) without gap or overlap "
-            "and one "
-            f"vocab_size, got (start, stop, vocab_size) by rank: {[tuple(rank) for rank in held]}"
+            "and one vocab_size, got (start, stop, vocab_size) by rank: "
+            f"{[tuple(rank) for rank in held]}"
         )
 
 

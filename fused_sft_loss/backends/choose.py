@@ -12,7 +12,7 @@ MODULES = {
     "cpu": "native",
     "cuda": None,
     "hip": None,
-    "triton": None,
+    "triton": "triton",
     "eager": "eager",
 }
 
@@ -43,6 +43,23 @@ def reason_against(name: str, device_type: str) -> str | None:
                 f"its compiled module cannot be loaded ({error}); install a C++ compiler "
                 "(g++ or clang), then reinstall fused_sft_loss"
             )
+    if name == "triton":
+        return _reason_against_triton(device_type)
+    return None
+
+
+def _reason_against_triton(device_type: str) -> str | None:
+    if device_type not in ("cpu", "cuda"):
+        return f"runs on NVIDIA and AMD GPUs, not on {device_type}"
+    try:
+        module = load("triton")
+    except ImportError as error:
+        return f"triton cannot be imported ({error}); pip install triton"
+    if device_type == "cpu" and not module.INTERPRETED:
+        return (
+            "runs on NVIDIA and AMD GPUs; on CPU tensors only in Triton's interpreter, which is for "
+            "tests: start Python with TRITON_INTERPRET=1"
+        )
     return None
 
 
