@@ -1,0 +1,47 @@
+"""python -m bench COMMAND: each command is a module with add_arguments(parser) and run(args)."""
+
+import argparse
+import importlib
+import sys
+
+from . import interrupts
+from .errors import UserError
+
+COMMANDS = {
+    "sft": ("bench.sft.command", "a real Megatron SFT run, with the reference loss and with ours"),
+    "cpu": ("bench.cpu", "time and memory of the loss on this machine's CPU"),
+}
+
+
+def main(argv=None):
+    """Run one command; returns the exit status (2 for wrong arguments, 130 for Ctrl-C)."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        parser, commands = _parsers()
+        name = argv[0] if argv else None
+        if name in COMMANDS:  # only this command's imports are paid for
+            module = importlib.import_module(COMMANDS[name][0])
+            module.add_arguments(commands[name])
+        args = parser.parse_args(argv)
+        return module.run(args) or 0
+    except UserError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        interrupts.tell()
+        return interrupts.STATUS
+
+
+def _parsers():
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.split(":")[0])
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    return parser, {
+        name: commands.add_parser(name, help=text, description=text, formatter_class=formatter)
+        for name, (_, text) in COMMANDS.items()
+    }
+
+
+if __name__ == "__main__":
+    interrupts.exit_at_once()
+    sys.exit(main())

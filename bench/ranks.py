@@ -1,0 +1,194 @@
+"""Run a function in several local processes that form one gloo process group, and never hang.
+
+Workers are forked from a clean server process that has torch (and megatron-core, when installed)
+imported already and has run nothing: a group starts in a fraction of a second, whatever threads and
+autograd state the caller has.
+"""
+
+import importlib.util
+import multiprocessing
+import os
+import pickle
+import signal
+import tempfile
+import threading
+import time
+import traceback
+from datetime import timedelta
+from multiprocessing import resource_tracker
+from multiprocessing.connection import wait
+
+import torch
+import torch.distributed as dist
+
+GRACE_S = 3.0  # after one rank failed: time the others have to finish or to fail on their own
+
+
+class RankError(RuntimeError):
+    """Some ranks raised, died or did not finish; the message holds every rank's own report."""
+
+    def __init__(self, message, exceptions=None):
+        super().__init__(message)
+        self.exceptions = exceptions or {}  # rank -> (type name, message)
+
+
+def run_ranks(world_size, fn, *args, timeout=120.0, threads=1, on_message=None, **kwargs):
+    """Call `fn(*args, **kwargs)` in `world_size` processes; return its results in rank order.
+
+    fn          a module-level function (it is sent by name). Inside it the default process group is
+                up (gloo, file store): torch.distributed.get_rank() says who it is.
+    timeout     seconds for the whole call; when it passes every process is killed.
+    threads     torch.set_num_threads of each process.
+    on_message  called here with (rank, object) for each `send_to_parent(object)` of a worker.
+
+    Raises RankError with every rank's traceback when any rank fails, dies or is late.
+    """
+    context = _context()
+    with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
+        job = pickle.dumps((fn, args, kwargs))
+        group = _Group(world_size, on_message)
+        try:
+            resource_tracker.ensure_running()  # starting it would undo the blocking that follows
+            with _interrupts_blocked():
+                for rank in range(world_size):
+                    group.start(context, (rank, world_size, folder, timeout, threads))
+            group.send(job)
+            return group.collect(time.monotonic() + timeout, timeout)
+        finally:
+            group.kill()
+
+
+def send_to_parent(message):
+    """Inside a worker of `run_ranks`: hand a picklable object to the caller's `on_message`."""
+    _worker_pipe.send_bytes(pickle.dumps(("message", message)))
+
+
+class _Group:
+    """The parent's view of the workers: their pipes, results and failures."""
+
+    def __init__(self, world_size, on_message):
+        self.world_size, self.on_message = world_size, on_message
+        self.processes, self.pipes = [], {}  # pipe -> rank, open ones only
+        self.results, self.failures, self.exceptions = {}, {}, {}
+
+    def start(self, context, args):
+        mine, theirs = context.Pipe()
+        process = context.Process(target=_work, args=(theirs, *args), daemon=True)
+        process.start()
+        theirs.close()
+        self.pipes[mine] = len(self.processes)
+        self.processes.append(process)
+
+    def send(self, job):
+        """Let all begin. Until then a worker waits in Python, and ends when the pipe closes."""
+        for pipe, rank in list(self.pipes.items()):
+            try:
+                pipe.send_bytes(job)
+            except OSError:  # dead already: collect() reports it
+                self.failures.setdefault(rank, "died before it began")
+
+    def collect(self, deadline, timeout):
+        """Read until all ranks answered, or GRACE_S after one failed, or until the deadline."""
+        while self.pipes:
+            for pipe in wait(list(self.pipes), max(0.0, deadline - time.monotonic())):
+                self._read(pipe)
+            if time.monotonic() >= deadline:
+                break
+            if self.failures:
+                deadline = min(deadline, time.monotonic() + GRACE_S)
+        if self.failures or self.pipes:
+            late = sorted(self.pipes.values())
+            reports = [f"rank {r}:\n{self.failures[r].rstrip()}" for r in sorted(self.failures)]
+            if late:
+                why = f"within {timeout:g} s" if not self.failures else "after the others failed"
+                reports.append(f"rank(s) {late} did not finish {why} and were killed")
+            raise RankError("\n".join(reports), self.exceptions)
+        return [self.results[rank] for rank in range(self.world_size)]
+
+    def _read(self, pipe):
+        rank = self.pipes[pipe]
+        try:
+            kind, value = pickle.loads(pipe.recv_bytes())
+        except (EOFError, OSError):
+            del self.pipes[pipe]
+            self.processes[rank].join(GRACE_S)
+            self.failures[rank] = f"died with exit code {self.processes[rank].exitcode}"
+            return
+        if kind == "message":
+            if self.on_message is not None:
+                self.on_message(rank, value)
+            return
+        del self.pipes[pipe]
+        if kind == "result":
+            self.results[rank] = value
+        else:
+            self.failures[rank], self.exceptions[rank] = value
+
+    def kill(self):
+        for process in self.processes:
+            if process.is_alive():
+                process.kill()
+        for process in self.processes:
+            process.join()
+
+
+def _work(pipe, rank, world_size, folder, timeout, threads):
+    """A worker's whole life: join the group, run the job, report, leave."""
+    global _worker_pipe
+    _worker_pipe = pipe
+    try:
+        job = pipe.recv_bytes()
+    except (EOFError, OSError):  # the caller gave up before it began
+        os._exit(1)
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    try:
+        torch.set_num_threads(threads)
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{folder}/store",
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=timeout),
+        )
+        fn, args, kwargs = pickle.loads(job)
+        answer = pickle.dumps(("result", fn(*args, **kwargs)))
+        dist.barrier()  # leave together: a peer may still be reading from this rank
+    except BaseException as error:
+        report = (traceback.format_exc(), (type(error).__name__, str(error)))
+        answer = pickle.dumps(("failure", report))
+    pipe.send_bytes(answer)
+    # Skips destructors on purpose: gloo's threads of a half-dead group may wait for a peer forever.
+    pipe.close()
+    os._exit(0)
+
+
+def _die_with_parent():
+    """Leave when the process that called run_ranks is gone, also when it was killed outright."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _context():
+    """The forkserver where there is one, with the slow imports done once in the server."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    preload = ["torch", "torch.distributed"]
+    if importlib.util.find_spec("megatron") and importlib.util.find_spec("megatron.core"):
+        preload.append("bench.megatron_preload")
+    context.set_forkserver_preload(preload)
+    return context
+
+
+class _interrupts_blocked:
+    """Processes started inside inherit the mask and never see Ctrl-C: the parent acts on it."""
+
+    def __enter__(self):
+        self.before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+
+    def __exit__(self, *exc):
+        signal.pthread_sigmask(signal.SIG_SETMASK, self.before)
+
+
+_worker_pipe = None

@@ -1,0 +1,179 @@
+"""`python -m bench sft` and `cpu` end to end, small, and how they end when something is wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+
+from bench.__main__ import main
+
+ROOT = Path(__file__).parent.parent
+SMALL = "--seq-length 32 --micro-batch-size 2 --layers 1 --hidden 64".split()
+MARK = "BENCH_TEST_MARK"
+
+
+def start(*arguments, mark=""):
+    return subprocess.Popen(
+        [sys.executable, "-m", "bench", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", MARK: mark},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # so that a signal to the group reaches what it started alone
+    )
+
+
+@pytest.fixture
+def chat(tmp_path):
+    turns = [("user", "Count."), ("assistant", "one two three four five six")] * 2
+    messages = [{"role": role, "content": content} for role, content in turns]
+    path = tmp_path / "chat.jsonl"
+    path.write_text(json.dumps({"messages": messages}) + "\n")
+    return path
+
+
+def finished(folder, *arguments):
+    """The record of `python -m bench sft`, run to its end, and what it printed."""
+    process = start("sft", *arguments, "--steps", "3", "--out", str(folder), *SMALL)
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert (folder / "result.png").read_bytes().startswith(b"\x89PNG")
+    return json.loads((folder / "result.json").read_text()), output
+
+
+def multiples(record, name):
+    """The memory of a run as multiples of a rank's logits."""
+    logits = record["logits_of_a_rank"]["bytes"]
+    used = record["runs"][name]["memory_bytes"]
+    return {kind: used[kind] / logits for kind in ("forward_peak", "held", "backward_peak")}
+
+
+def test_both_losses_train_alike(tmp_path):
+    record, output = finished(tmp_path / "made" / "out")
+    reference, ours = record["losses"]["reference"], record["losses"]["ours"]
+    assert "loss per step" in output and f"{ours[2]:.5f}" in output
+    assert len(reference) == len(ours) == 3
+    assert ours[0] == pytest.approx(reference[0], rel=1e-6)
+    assert ours == pytest.approx(reference, rel=1e-3)
+    assert record["data"]["vocabulary"] == 131072
+    assert 0 < record["tokens_scored"] < record["tokens"] <= 3 * 64
+    logits = record["logits_of_a_rank"]
+    assert logits["shape"] == [2, 32, 131072] and logits["dtype"] == "bfloat16"
+    part = 31 / 32  # what shifting leaves
+    used = multiples(record, "reference")
+    assert used["forward_peak"] == pytest.approx((1 + 2 + 2) * part, rel=0.01)  # shift, fp32, log
+    assert used["held"] == pytest.approx(2 * part, rel=0.01)
+    assert max(multiples(record, "ours").values()) < 0.01
+    assert all(run["stage_ms"] > 0 for run in record["runs"].values())
+
+
+def test_both_losses_train_alike_on_a_sharded_vocabulary(tmp_path, chat):
+    record, _ = finished(tmp_path, "--tp", "2", "--data", str(chat), "--no-inplace")
+    reference, ours = record["losses"]["reference"], record["losses"]["ours"]
+    assert ours[0] == pytest.approx(reference[0], rel=1e-6)
+    assert ours == pytest.approx(reference, rel=1e-3)
+    assert record["logits_of_a_rank"]["shape"] == [2, 32, 131072 // 2]
+    assert multiples(record, "reference")["forward_peak"] > 2 * 5 * 31 / 32  # and Megatron's gather
+    used = multiples(record, "ours")
+    assert used["backward_peak"] == pytest.approx(1, abs=0.01)  # the gradient
+    assert used["forward_peak"] < 0.01 and used["held"] < 0.01
+
+
+def test_interrupt_is_one_line_and_leaves_nobody_behind(tmp_path, chat):
+    mark = uuid.uuid4().hex
+    options = ("--tp", "2", "--steps", "5000", "--data", str(chat), "--out", str(tmp_path))
+    process = start("sft", *options, *SMALL, mark=mark)
+    deadline = time.monotonic() + 240
+    while len(_alive(mark)) < 4:  # the command, the two ranks and the server they are forked from
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.1)
+    time.sleep(1)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors and errors.rstrip().endswith("bench: interrupted")
+    while _alive(mark):
+        assert time.monotonic() < deadline + 30, _alive(mark)
+        time.sleep(0.1)
+
+
+def _alive(mark):
+    """Command lines of the processes that inherited the mark; forkserver's keeper aside."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"{MARK}={mark}".encode() in (entry / "environ").read_bytes():
+                found.append((entry / "cmdline").read_bytes().replace(b"\0", b" "))
+        except OSError:
+            continue
+    return [line for line in found if line and b"resource_tracker" not in line]
+
+
+def blocked(tmp_path):
+    """A path below a file: unwritable for anyone, whatever the user's rights."""
+    (tmp_path / "file").write_text("")
+    return str(tmp_path / "file" / "out")
+
+
+def test_wrong_use_is_one_line(tmp_path, capsys):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("nonsense\n")
+    out = ["--out", str(tmp_path / "out")]
+    cases = {
+        "cannot read --data": ["sft", *out, "--data", str(tmp_path / "missing.jsonl")],
+        f"{bad}:1: expected a JSON object": ["sft", *out, "--data", str(bad)],
+        "cannot write in": ["sft", "--out", blocked(tmp_path)],
+        "--hidden: expected a multiple of 64": ["sft", *out, "--tp", "2", "--hidden", "96"],
+        "--tp: expected 1, 2, 4 or 8": ["sft", *out, "--tp", "3"],
+        "--rows: expected a multiple of --batch 2": ["cpu", "--rows", "7"],
+        "cannot write ": ["cpu", "--json", blocked(tmp_path)],
+    }
+    for message, arguments in cases.items():
+        assert main(arguments) == 1
+        errors = capsys.readouterr().err
+        assert errors.startswith("bench: ") and errors.count("\n") == 1 and message in errors
+
+
+def test_a_missing_library_is_named(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["sft", "--out", str(tmp_path)]) == 1
+    errors = capsys.readouterr().err
+    assert "matplotlib" in errors and 'pip install "fused_sft_loss[bench]"' in errors
+
+
+def test_cpu_benchmark_records_what_it_measured(tmp_path, capsys):
+    path = tmp_path / "cpu.json"
+    arguments = "cpu --rows 64 --vocab 20000 --rounds 2 --no-compile --json".split()
+    assert main([*arguments, str(path)]) == 0
+    record = json.loads(path.read_text())
+    assert record["logits_bytes"] == 64 * 20000 * 2
+    by_name = {row["name"]: row for row in record["contenders"]}
+    assert by_name["ours, in place"]["peak_x_logits"] < 0.01
+    assert by_name["ours, new gradient"]["peak_x_logits"] == pytest.approx(1, abs=0.01)
+    assert by_name["reference"]["peak_x_logits"] > 5
+    assert by_name["ours, in place, 30% scored"]["scored_rows"] == 2 * 10
+    for row in record["contenders"][1:]:
+        assert row["loss_relative_difference"] < 1e-5
+        assert row["gradient_relative_difference"] < 2**-7  # two roundings to bf16
+        assert len(row["samples_ms"]) == 2 and min(row["samples_ms"]) > 0
+    assert "ours, in place" in capsys.readouterr().out
+
+
+def test_losses_that_disagree_fail_the_command(capsys):
+    from bench.sft.report import verdict
+
+    def record(first, second):
+        losses = {"reference": [10.0, 8.0], "ours": [10.0 + first, 8.0 + second]}
+        return {"losses": losses, "first_difference": abs(first)}
+
+    assert verdict(record(1e-5, 1e-2)) == 0
+    assert verdict(record(1e-3, 0.0)) == 1
+    assert verdict(record(0.0, 0.5)) == 1
+    assert capsys.readouterr().err.count("\n") == 2
