@@ -94,6 +94,24 @@ def test_ignored_rows_never_written(backend):
         assert (grad[~scored] == 0).all() and (grad[scored].abs().sum(-1) > 0).all()
 
 
+def test_ignored_rows_of_a_large_gradient(backend):
+    """Large gradients take another path to their zeros, at any alignment and width."""
+    logits, labels, mask = problem(b=1, s=70, v=131_077, dtype=torch.bfloat16)
+    labels = labels.clamp_max(131_071)
+    mask[:, 10:] = 0
+    odd = torch.empty(logits.numel() + 1, dtype=torch.bfloat16)[1:].view_as(logits).copy_(logits)
+    leaf = odd.requires_grad_()
+    out = fsl.sft_loss(leaf * 1, labels, mask, backend=backend, vocab_size=131_072)
+    out.backward()
+    scored = torch.zeros(70, dtype=torch.bool)
+    scored[:-1] = mask[0, 1:] != 0
+    assert (leaf.grad[0, ~scored] == 0).all() and (leaf.grad[..., 131_072:] == 0).all()
+    _, small = grad_of(
+        logits[:, :11], labels[:, :11], mask[:, :11], backend=backend, vocab_size=131_072
+    )
+    assert torch.equal(leaf.grad[0, :11], small[0])
+
+
 @pytest.mark.parametrize("label", [-100, -1, 7])
 def test_ignored_label_gives_a_finite_wrong_loss(backend, label):
     logits, labels, _ = problem()
