@@ -140,3 +140,32 @@ def test_loss_does_not_depend_on_layout_strides_or_batch_order(backend, v):
         assert torch.equal(losses(padded[:, :s, :v]), reference)
         flipped = losses(base.storage.flip(0), base.labels.flip(0), base.loss_mask.flip(0))
         assert torch.equal(flipped.flip(0), reference)
+
+
+@pytest.mark.parametrize("tile", [7, 64, 1000])
+@settings(PRODUCT, max_examples=60)
+@given(case=cases(vocabularies=(2, 33, 1000), views=("bsv", "sbv", "sliced")))
+def test_eager_cut_into_small_tiles(tile, case):
+    """What otherwise takes a vocabulary of a million: rows cut over tiles, the first ones -inf."""
+    options, out = case.options, case.columns // 3
+    options.update(vocab_size=None, label_smoothing=0.0)  # the mean of -inf is an infinite loss
+    case.logits(case.storage)[..., :out] = -float("inf")
+    scored = case.labels != options["ignore_index"]
+    case.labels = torch.where(scored, case.labels.clamp_min(out), case.labels)
+    upstream = torch.rand(case.labels.numel()) * 3 - 1
+    want = expected(case, upstream)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fused_sft_loss.backends.eager.TILE", tile)
+        losses, grad = run(case, "eager", upstream)
+        metrics = fsl.token_metrics(
+            case.logits(case.storage),
+            case.labels,
+            case.loss_mask,
+            backend="eager",
+            **case.call_options(),
+        )
+    assert_losses(losses, want)
+    scale = (want.weight * upstream).abs().max().item() * options["logit_scale"]
+    assert_grad(grad, storage_grad(case, want.grad), case.storage.dtype, scale)
+    assert torch.equal(metrics.correct.flatten(), want.correct)
+    torch.testing.assert_close(metrics.entropy.flatten().double(), want.entropy, rtol=0, atol=2e-5)

@@ -22,6 +22,9 @@ EDGES = {  # vocabulary of 1000 columns: first column of each rank
 }
 
 
+KINDS = ("plain", "a shard of -inf", "right predictions")
+
+
 def shard(full, starts, rank, options):
     """This rank's columns and the options that place them."""
     edges = [*starts, full.shape[-1]]
@@ -77,13 +80,17 @@ def sharded_runs(jobs):
 
 
 def special(case, kind, starts):
-    """Put -inf into all of the last shard, or a NaN into one of its rows."""
+    """Put -inf into the last shard, a NaN into one of its rows, or the maximum at the targets."""
     if kind == "a shard of -inf":
         last = starts[-1]
         case.storage[..., last:] = -float("inf")
         case.labels[case.labels >= last] = 0
     elif kind == "NaN in one shard":
         case.storage[0, 1, starts[-1]] = float("nan")
+    elif kind == "right predictions":
+        rows = case.storage if not case.options.get("shift", True) else case.storage[:, :-1]
+        labels = case.labels if not case.options.get("shift", True) else case.labels[:, 1:]
+        rows.scatter_(-1, labels.clamp_min(0).unsqueeze(-1), 40.0)
     return case
 
 
@@ -93,7 +100,7 @@ def test_sharded_equals_unsharded(ranks):
     for name in ON_CPU:
         for starts in EDGES.values():
             for i, options in enumerate(OPTIONS):
-                for kind in ("plain", "a shard of -inf") if ranks > 1 and i == 0 else ("plain",):
+                for kind in KINDS if ranks > 1 and i == 0 else KINDS[:1]:
                     case = build("bsv", torch.float32, 2, 5, 1000, i, "float", options)
                     case.labels.clamp_(max=996)
                     jobs.append((name, special(case, kind, starts[ranks]), starts[ranks], options))

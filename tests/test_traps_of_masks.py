@@ -195,6 +195,7 @@ def test_scored_row_that_is_all_minus_infinity_is_nan(backend):
     logits[0, 0] = -INF
     loss, _ = grad_of(logits, labels, backend=backend)
     assert loss.isnan()
+    assert fsl.token_metrics(logits, labels, backend=backend).lse[0, 0] == -INF
 
 
 def test_target_at_minus_infinity_is_an_infinite_loss(backend):
