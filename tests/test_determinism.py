@@ -6,6 +6,7 @@ from backends import ON_CPU, using
 from cases import build, run
 
 from fused_sft_loss.backends import choose
+from fused_sft_loss.rowmath import RowMath
 
 NATIVE = [name for name in ON_CPU if name.startswith("cpu-")]
 
@@ -28,9 +29,9 @@ def test_run_after_run(name):
 
 
 @pytest.mark.parametrize("name", NATIVE)
-@pytest.mark.parametrize("b, s, v", [(1, 2, 262144), (3, 40, 9001), (1, 9, 8192), (1, 3, 8193)])
+@pytest.mark.parametrize("b, s, v", [(1, 2, 262144), (1, 16, 50257), (3, 40, 9001), (1, 16, 8193)])
 def test_threads_over_rows_and_over_the_vocabulary(name, threads, b, s, v):
-    """One scored row is cut over the threads, many rows are dealt out: the bits do not tell."""
+    """Fewer than four scored rows a thread are cut, more are dealt out: the bits do not tell."""
     case = build("bsv", torch.bfloat16, b, s, v, 0, "float", {"label_smoothing": 0.1})
     results = []
     with using(name) as backend:
@@ -39,6 +40,19 @@ def test_threads_over_rows_and_over_the_vocabulary(name, threads, b, s, v):
             results.append(run(case, backend))
     for losses, grad in results[1:]:
         assert torch.equal(losses, results[0][0]) and torch.equal(grad, results[0][1])
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_statistics_of_a_cut_row(name, threads):
+    """The sums themselves: a loss in fp32 would hide their last bits."""
+    math = RowMath(0.0, 0.0, 0.0, 1.0, 0, 100_000)
+    logits, target = torch.randn(1, 12, 100_000) * 4, torch.randint(0, 100_000, (12,))
+    results = []
+    with using(name) as backend:
+        for count in (1, 8):
+            threads(count)
+            results.append(choose.load(backend).row_stats(logits, target, torch.ones(12), math, 6))
+    assert torch.equal(*results)
 
 
 @pytest.mark.skipif(len(NATIVE) < 3, reason="needs two instruction sets with FMA on this processor")

@@ -1,0 +1,64 @@
+"""Promise: a row that is not scored is not read, in either pass. Its memory is made unreadable."""
+
+import subprocess
+import sys
+
+import pytest
+from backends import ON_CPU
+
+# A row is one page of bf16, unscored by its weight or by its label.
+PROGRAM = """
+import ctypes, mmap, sys
+import torch, fused_sft_loss as fsl
+
+ROWS, V = 24, mmap.PAGESIZE // 2
+threads, read_one = int(sys.argv[1]), sys.argv[2] == "read"
+torch.set_num_threads(threads)
+memory = mmap.mmap(-1, ROWS * mmap.PAGESIZE)
+logits = torch.frombuffer(memory, dtype=torch.bfloat16).view(1, ROWS, V)
+logits.copy_(torch.randn(1, ROWS, V))
+labels, mask = torch.randint(0, V, (1, ROWS)), torch.ones(1, ROWS)
+mask[0, 1::3] = 0
+labels[0, 2] = -100
+unread = [row for row in range(ROWS) if mask[0, row] == 0 or row == 2]
+small = logits.clone()
+
+def run(x):
+    leaf = x.detach().requires_grad_()
+    losses = fsl.sft_loss(leaf, labels, mask, shift=False, reduction="none", backend="cpu")
+    metrics = fsl.token_metrics(x, labels, mask, shift=False, backend="cpu")
+    (grad,) = torch.autograd.grad(losses.sum(), leaf)
+    return losses.detach(), grad, *metrics
+
+want = run(small)
+protect = ctypes.CDLL(None, use_errno=True).mprotect
+protect.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+for row in unread:
+    assert protect(logits.data_ptr() + row * mmap.PAGESIZE, mmap.PAGESIZE, 0) == 0
+if read_one:
+    logits[0, unread[0], 0].item()
+for got, wanted in zip(run(logits), want, strict=True):
+    assert torch.equal(got, wanted)
+print("not read:", len(unread))
+"""
+
+
+def run(*arguments):
+    command = [sys.executable, "-c", PROGRAM, *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+pytestmark = [
+    pytest.mark.skipif("cpu-baseline" not in ON_CPU, reason="the native module is not built"),
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs mprotect"),
+]
+
+
+@pytest.mark.parametrize("threads", ["1", "8"])  # rows dealt out; rows cut
+def test_rows_without_weight_are_not_read(threads):
+    done = run(threads, "leave")
+    assert done.returncode == 0 and done.stdout == "not read: 9\n", done.stderr
+
+
+def test_reading_an_unreadable_row_is_fatal():
+    assert run("1", "read").returncode < 0
