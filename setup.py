@@ -137,6 +137,7 @@ class NinjaBuild(build_ext):
         version = self.distribution.get_version()
         sources = {
             "bindings_cpu": ["-O2", f"-DFSL_VERSION='\"{version}\"'", "-DFSL_COMPILER=__VERSION__"],
+            "cpu_vectors": ["-O2"],
             "cpu": ["-O2", f"'-DFSL_ISAS(F)={isa_list}'"],
         }
         objects = []

@@ -54,4 +54,29 @@ struct GradArgs {
   int64_t vocab_size;  // global, for eps / V
 };
 
+struct TargetsArgs {
+  const int64_t* labels;      // [batch, seq], any strides (in elements)
+  const float* mask;          // [batch, seq], any strides; null: every label counts
+  const int64_t* cu_seqlens;  // [boundaries] increasing; null: no documents
+  int64_t batch, seq, boundaries;
+  int64_t label_stride_b, label_stride_s, mask_stride_b, mask_stride_s;
+  bool shift;  // row t is scored on position t + 1
+  int64_t ignore_index, vocab_size;
+  int64_t* target;    // [N]: label, -1 not scored, -2 not a vocabulary id
+  float* weight;      // [N]
+  int32_t* count;     // [1]: rows with weight != 0
+  float* weight_sum;  // [1]
+};
+
+struct MergeArgs {
+  const float* stats;  // [ranks, N, columns], a rank stride of its own
+  int64_t ranks, rows, columns, rank_stride;
+  const int64_t* target;  // [N]
+  const float* weight;    // [N]
+  float label_smoothing, z_loss;
+  int64_t vocab_size;
+  float* loss;  // [N]: weight * loss
+  float* lse;   // [N]
+};
+
 }  // namespace fsl

@@ -10,6 +10,8 @@ namespace fsl::cpu {
 
 void row_stats(const StatsArgs& args, int threads);
 void row_grad(const GradArgs& args, int threads);
+void row_targets(const TargetsArgs& args);
+void merge(const MergeArgs& args);
 void exp(const float* in, float* out, int64_t n);
 
 std::vector<std::string> isas();       // what this processor runs, fastest first
