@@ -57,8 +57,8 @@ def _reason_against_triton(device_type: str) -> str | None:
         return f"triton cannot be imported ({error}); pip install triton"
     if device_type == "cpu" and not module.INTERPRETED:
         return (
-            "runs on NVIDIA and AMD GPUs; on CPU tensors only in Triton's interpreter, which is for "
-            "tests: start Python with TRITON_INTERPRET=1"
+            "runs on NVIDIA and AMD GPUs; on CPU tensors only in Triton's interpreter, which is "
+            "for tests: start Python with TRITON_INTERPRET=1"
         )
     return None
 

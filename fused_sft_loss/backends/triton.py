@@ -73,7 +73,8 @@ def row_stats(
             ),
         )
 
-    launch(choose(chip, "row_stats", logits, launch))
+    name = row_stats_kernels.table_name(columns, math.softcap)
+    launch(choose(chip, name, logits, launch))
     return stats
 
 

@@ -1,0 +1,221 @@
+"""The Triton backend on a device: the promises again, and those that only a device can keep.
+
+Skipped, and counted, where there is none.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from cases import DTYPES, Case, build, cases, expected, run, storage_grad
+from hypothesis import given, settings
+from test_against_oracle import PRODUCT, assert_grad, assert_losses
+
+import fused_sft_loss as fsl
+
+pytestmark = pytest.mark.gpu
+
+VOCABULARIES = (1, 2, 31, 32, 33, 1000, 32000, 50257, 128256, 151936)
+ALL = {"label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 20.0, "logit_scale": 1.5}
+
+
+def on_device(case: Case, device="cuda") -> Case:
+    """The case with its tensors moved; views of the storage are taken there."""
+    options = {
+        key: value.to(device) if isinstance(value, torch.Tensor) else value
+        for key, value in case.options.items()
+    }
+    mask = None if case.loss_mask is None else case.loss_mask.to(device)
+    return replace(
+        case,
+        storage=case.storage.to(device),
+        labels=case.labels.to(device),
+        loss_mask=mask,
+        options=options,
+    )
+
+
+@PRODUCT
+@given(case=cases(vocabularies=VOCABULARIES))
+def test_losses_and_gradients_over_the_option_product(case):
+    upstream = torch.rand(case.labels.numel()) * 3 - 1
+    want = expected(case, upstream)
+    losses, grad = run(on_device(case), "triton", upstream.cuda())
+    assert_losses(losses.cpu(), want)
+    if case.view != "batch_expanded":  # whose copies' rounded gradients torch adds up
+        scale = (want.weight * upstream).abs().max().item() * case.options["logit_scale"]
+        assert_grad(grad.cpu(), storage_grad(case, want.grad), case.storage.dtype, scale)
+
+
+@settings(PRODUCT, max_examples=60)
+@given(case=cases(dtypes=(torch.bfloat16, torch.float16), views=("bsv", "sbv", "sliced", "offset")))
+def test_gradient_is_the_fp32_gradient_rounded_once(case):
+    case = on_device(case)
+    losses, grad = run(case, "triton")
+    losses32, grad32 = run(case, "triton", dtype=torch.float32)
+    assert torch.equal(losses, losses32)
+    assert torch.equal(grad, grad32.to(grad.dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", [{}, ALL], ids=["plain", "all"])
+def test_same_bits_run_after_run_and_whatever_the_split(monkeypatch, dtype, options):
+    from fused_sft_loss.triton_kernels import row_grad, row_stats
+
+    case = on_device(build("bsv", dtype, 4, 64, 128256, 0, "float", options))
+    first = run(case, "triton")
+    for parts in (1, 1, 2, 3, 8):
+        monkeypatch.setattr(row_stats, "splits", lambda *_, n=parts: n)
+        monkeypatch.setattr(row_grad, "splits", lambda *_, n=parts: n)
+        again = run(case, "triton")
+        assert torch.equal(again[0], first[0]) and torch.equal(again[1], first[1])
+
+
+def test_metrics_agree_with_the_oracle():
+    case = build("bsv", torch.bfloat16, 2, 8, 50257, 0, "bool", {"softcap": 30.0})
+    want, there = expected(case), on_device(case)
+    got = fsl.token_metrics(
+        there.storage, there.labels, there.loss_mask, softcap=30.0, backend="triton"
+    )
+    for field in ("log_prob", "lse", "entropy"):
+        value = getattr(got, field).flatten().double().cpu()
+        torch.testing.assert_close(value, getattr(want, field), rtol=2e-6, atol=5e-6)
+    assert torch.equal(got.correct.flatten().cpu(), want.correct)
+
+
+def test_triton_is_what_a_device_gets_unasked():
+    from fused_sft_loss.backends import choose
+
+    assert choose.resolve(None, "cuda") in ("cuda", "hip", "triton")
+    assert choose.reason_against("triton", "cuda") is None
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_extra_memory(inplace):
+    """O(N) in forward; in backward one gradient of the logits' size, or nothing."""
+    rows, v = 2048, 128256
+    leaf = torch.randn(1, rows, v, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    labels = torch.randint(0, v, (1, rows), device="cuda")
+    logits = leaf * 1
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    loss = fsl.sft_loss(logits, labels, backend="triton", inplace_backward=inplace)
+    assert torch.cuda.max_memory_allocated() - before < 4096 * rows
+    torch.cuda.reset_peak_memory_stats()
+    torch.autograd.grad(loss, logits)
+    extra = torch.cuda.max_memory_allocated() - before - (0 if inplace else 2 * rows * v)
+    assert extra < 4096 * rows
+
+
+def test_offsets_beyond_2_31_elements():
+    v, rows = 151936, 2**31 // 151936 + 3
+    if torch.cuda.mem_get_info()[0] < 5 * rows * v:
+        pytest.skip("needs 11 GB of free device memory")
+    logits = torch.randn(1, rows, v, device="cuda", dtype=torch.bfloat16)
+    labels = torch.randint(0, v, (1, rows), device="cuda")
+    mask = torch.zeros(1, rows, device="cuda")
+    mask[0, -4:] = 1
+    want = torch.nn.functional.cross_entropy(logits[0, -4:].double(), labels[0, -4:])
+    got = fsl.sft_loss(logits, labels, mask, shift=False, backend="triton")
+    torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=0)
+
+
+def test_no_synchronisation_and_graph_capture():
+    case = on_device(build("bsv", torch.bfloat16, 2, 64, 32000, 0, "float", ALL))
+    logits = case.storage.clone().requires_grad_()
+
+    def step():
+        loss = fsl.sft_loss(logits, case.labels, case.loss_mask, backend="triton", **ALL)
+        return loss.detach(), torch.autograd.grad(loss, logits)[0]
+
+    want = step()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = step()
+    for tensor in got:
+        tensor.fill_(7)
+    graph.replay()
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+
+
+def test_runs_on_the_current_stream():
+    """Logits written late on a side stream: a launch on any other stream would read zeros."""
+    case = on_device(build("bsv", torch.float32, 2, 16, 32000, 0, "none", {}))
+    want, _ = run(case, "triton")
+    late = torch.zeros_like(case.storage)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)
+        late.copy_(case.storage)
+        got = fsl.sft_loss(late, case.labels, reduction="none", backend="triton")
+    stream.synchronize()
+    assert torch.equal(got, want)
+
+
+def test_compiled_step_equals_the_eager_one():
+    case = on_device(build("bsv", torch.bfloat16, 2, 8, 32000, 0, "float", {}))
+
+    def step(x):
+        return fsl.sft_loss(x * 1.0, case.labels, case.loss_mask, backend="triton")
+
+    leaf, again = (case.storage.clone().requires_grad_() for _ in range(2))
+    loss, want = torch.compile(step, fullgraph=True)(leaf), step(again)
+    loss.backward()
+    want.backward()
+    assert torch.equal(loss, want) and torch.equal(leaf.grad, again.grad)
+
+
+def two_devices():
+    return pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.device_count() < 2, reason="needs two devices"
+    )
+
+
+@two_devices()
+def test_tensors_on_a_device_that_is_not_current():
+    case = build("bsv", torch.bfloat16, 2, 8, 32000, 0, "float", ALL)
+    want = run(on_device(case, "cuda:0"), "triton")
+    got = run(on_device(case, "cuda:1"), "triton")
+    assert torch.equal(got[0].cpu(), want[0].cpu()) and torch.equal(got[1].cpu(), want[1].cpu())
+    assert torch.cuda.current_device() == 0
+
+
+def sharded(rank, case, path, results):
+    torch.cuda.set_device(rank)
+    dist.init_process_group("nccl", init_method=f"file://{path}", rank=rank, world_size=2)
+    case = on_device(case, f"cuda:{rank}")
+    leaf = case.storage.chunk(2, -1)[rank].contiguous().requires_grad_()
+    loss = fsl.sft_loss(
+        leaf, case.labels, case.loss_mask, backend="triton", tp_group=dist.group.WORLD
+    )
+    loss.backward()
+    results[rank] = (loss.detach().cpu(), leaf.grad.cpu())
+    dist.destroy_process_group()
+
+
+@two_devices()
+def test_two_devices_share_a_vocabulary(tmp_path):
+    case = build("bsv", torch.float32, 2, 16, 32000, 0, "float", {})
+    with mp.get_context("spawn").Manager() as manager:
+        results = manager.dict()
+        mp.spawn(sharded, (case, tmp_path / "store", results), nprocs=2)
+        (loss, left), (other, right) = results[0], results[1]
+    assert torch.equal(loss, other)
+    want = expected(case)
+    torch.testing.assert_close(loss.double(), want.reduce("mean"), rtol=1e-6, atol=0)
+    grad = torch.cat([left, right], -1).view(-1, 32000).double()
+    torch.testing.assert_close(grad, want.grad / want.weight.sum(), rtol=0, atol=1e-6)

@@ -1,0 +1,46 @@
+"""The Triton kernels, executed by Triton's interpreter: the promises' own tests, and some more.
+
+In processes of their own, see `triton_interpreter.py`. To run one by hand:
+
+    PYTHONPATH=tests TRITON_INTERPRET=1 python -m pytest -p triton_interpreter tests/triton_rows.py
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+TESTS = Path(__file__).parent
+RUNS = {  # name -> (what is run, how many tests there are at least)
+    "oracle": ("test_against_oracle.py", 20),
+    "traps": ("test_traps.py test_traps_of_masks.py", 70),
+    "sharded": ("test_sharded.py", 5),
+    "others": ("test_module_and_metrics.py test_determinism.py test_compile.py::test_opcheck", 9),
+    "rows": ("triton_rows.py triton_vectors.py", 140),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_in_the_interpreter(name):
+    what, at_least = RUNS[name]
+    command = [sys.executable, "-m", "pytest", "-p", "triton_interpreter", "-q"]
+    command += ["-p", "no:cacheprovider", "-p", "no:xdist"]
+    command += [str(TESTS / part) for part in what.split()]
+    for ranks in (1, 4):  # 2 is left: each rank is an interpreter
+        command += ["--deselect", f"tests/test_sharded.py::test_sharded_equals_unsharded[{ranks}]"]
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")]),
+    }
+    done = subprocess.run(
+        command, cwd=TESTS.parent, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    passed = int(done.stdout.rpartition(" passed")[0].split()[-1])
+    assert passed >= at_least, done.stdout[-2000:]

@@ -1,0 +1,116 @@
+"""Loss, or metrics, of each row from the statistics of all shards, folded in rank order."""
+
+import torch
+import triton
+import triton.language as tl
+
+from .launch import VECTOR_BLOCK, Chip, Launch, vector_options
+from .rowmath import INF, OUT_OF_VOCABULARY, fold, load_stats
+
+
+@triton.jit(do_not_specialize=["rows", "ranks", "stride_rank", "stride_row"])
+def merge_kernel(
+    gathered,  # [ranks, N, COLUMNS] fp32 at rank * stride_rank + n * stride_row
+    target,  # [N] int64
+    weight,  # [N] fp32; 0: the row's results are 0
+    loss,  # [N] fp32: weight * loss, with METRICS just the loss
+    lse,  # [N] fp32
+    log_prob,  # [N] fp32, with METRICS, as what follows
+    correct,  # [N] uint8
+    entropy,  # [N] fp32
+    rows,
+    ranks,
+    stride_rank: tl.int64,
+    stride_row: tl.int64,
+    vocab_size,  # fp32
+    label_smoothing,
+    z_loss,
+    COLUMNS: tl.constexpr,
+    METRICS: tl.constexpr,
+    SMOOTHED: tl.constexpr,
+    Z_LOSS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < rows
+    row_weight = tl.load(weight + row, mask=inside, other=0.0)
+    row_target = tl.load(target + row, mask=inside, other=0)
+    scored = row_weight != 0.0
+    top = tl.full([BLOCK], -INF, tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    z_target = tl.zeros([BLOCK], tl.float32)
+    z_sum = tl.zeros([BLOCK], tl.float32)
+    top_id = tl.full([BLOCK], INF, tl.float32)
+    moment = tl.zeros([BLOCK], tl.float32)
+    gathered += row.to(tl.int64) * stride_row
+    for _rank in range(0, ranks):
+        s_top, s_total, s_sum, s_id, s_moment = load_stats(gathered, inside, COLUMNS)
+        top, total, z_sum, top_id, moment = fold(
+            top, total, z_sum, top_id, moment, s_top, s_total, s_sum, s_id, s_moment
+        )
+        z_target += tl.load(gathered + 2, mask=inside, other=0.0)
+        gathered += stride_rank
+    log_total = tl.log(total)
+    row_lse = top + log_total
+    # (maximum - z_y) first: both are logits, so their difference is exact when it matters.
+    value = (top - z_target) + log_total
+    if SMOOTHED:
+        smooth = (top - z_sum / vocab_size) + log_total
+        value = tl.fma(value, 1.0 - label_smoothing, label_smoothing * smooth)
+    if Z_LOSS:
+        value = tl.fma(row_lse * row_lse, z_loss, value)
+    if not METRICS:
+        value *= row_weight
+    poison = tl.where(row_target == OUT_OF_VOCABULARY, float("nan"), 0.0)
+    tl.store(loss + row, tl.where(scored, value + poison, 0.0), mask=inside)
+    tl.store(lse + row, tl.where(scored, row_lse + poison, 0.0), mask=inside)
+    if METRICS:
+        value = (z_target - top) - log_total
+        tl.store(log_prob + row, tl.where(scored, value + poison, 0.0), mask=inside)
+        value = log_total - moment / total
+        tl.store(entropy + row, tl.where(scored, value + poison, 0.0), mask=inside)
+        hit = scored & (top_id == row_target.to(tl.float32))
+        tl.store(correct + row, hit.to(tl.uint8), mask=inside)
+
+
+def plan(
+    chip: Chip,
+    gathered: torch.Tensor,  # [ranks, N, columns] fp32
+    target: torch.Tensor,  # [N] int64
+    weight: torch.Tensor,  # [N] fp32
+    loss: torch.Tensor,  # [N] fp32, written, as what follows
+    lse: torch.Tensor,  # [N] fp32
+    log_prob: torch.Tensor | None = None,  # [N] fp32; None: no metrics
+    correct: torch.Tensor | None = None,  # [N] bool
+    entropy: torch.Tensor | None = None,  # [N] fp32
+    *,
+    vocab_size: int,
+    label_smoothing: float,
+    z_loss: float,
+) -> list[Launch]:
+    """The one launch."""
+    ranks, rows, columns = gathered.shape
+    arguments = {
+        "gathered": gathered,
+        "target": target,
+        "weight": weight,
+        "loss": loss,
+        "lse": lse,
+        "log_prob": log_prob,
+        "correct": None if correct is None else correct.view(torch.uint8),
+        "entropy": entropy,
+        "rows": rows,
+        "ranks": ranks,
+        "stride_rank": gathered.stride(0),
+        "stride_row": gathered.stride(1),
+        "vocab_size": float(vocab_size),
+        "label_smoothing": label_smoothing,
+        "z_loss": z_loss,
+        "COLUMNS": columns,
+        "METRICS": log_prob is not None,
+        "SMOOTHED": label_smoothing > 0,
+        "Z_LOSS": z_loss > 0,
+        "BLOCK": VECTOR_BLOCK,
+    }
+    grid = triton.cdiv(rows, VECTOR_BLOCK)
+    return [Launch(merge_kernel, grid, arguments, vector_options(chip))]

@@ -1,0 +1,184 @@
+"""Gradient of the logits, row by row, from the logits and each row's log-sum-exp.
+
+Computed in fp32 and rounded once; element by element, so it may overwrite the logits. A row with
+scale 0 is not read: it gets stored zeros.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .launch import Chip, Launch, Shape, aligned, splits
+from .rowmath import (
+    LOG2E,
+    cap_and_slope,
+    load_columns,
+    narrow,
+    row_pointer,
+    tile_columns,
+)
+
+#: Backward walks the rows from the last one, which forward read last and may have left in the L2
+#: or Infinity Cache. A hypothesis: no GPU has measured it yet. False walks them from the first.
+LAST_ROW_FIRST = True
+
+
+@triton.jit
+def grad_tile(
+    x,  # [RUNS, THREADS, 8] fp32
+    columns,
+    own,  # the target among them, if it is there
+    lse,
+    softmax_factor,
+    smoothing,
+    at_target,  # smoothing + what the target gets less
+    scale,
+    inward,
+    cap,
+    SOFTCAP: tl.constexpr,
+):
+    """dz/dx * (p * softmax_factor - smoothing - [target]), with p - [target] formed in fp32."""
+    if SOFTCAP:
+        z, slope = cap_and_slope(x, inward, cap)
+        u = z - lse
+    else:
+        u = tl.fma(x, scale, -lse)
+    p = tl.exp2(u * LOG2E)
+    grad = tl.fma(p, softmax_factor, tl.where(columns == own, -at_target, -smoothing))
+    if SOFTCAP:
+        grad *= slope * scale
+    return grad
+
+
+@triton.jit(do_not_specialize=["seq", "stride_b", "stride_s", "out_stride_b", "out_stride_s",
+                               "vocab_start", "splits"])  # fmt: skip
+def row_grad_kernel(
+    logits,  # row n at (n // seq) * stride_b + (n % seq) * stride_s
+    grad,  # row n at (n // seq) * out_stride_b + (n % seq) * out_stride_s; may be the logits
+    target,  # [N] int64
+    lse,  # [N] fp32
+    row_scale,  # [N] fp32; 0: the row is not read and gets zeros
+    seq,
+    stride_b: tl.int64,
+    stride_s: tl.int64,
+    out_stride_b: tl.int64,
+    out_stride_s: tl.int64,
+    width,  # columns that exist
+    valid,  # columns from here on are padding and get 0
+    vocab_start: tl.int64,
+    splits,  # programs per row
+    two_z_loss,
+    target_share,  # 1 - label_smoothing
+    column_share,  # label_smoothing / vocab_size
+    scale,
+    inward,
+    cap,
+    SOFTCAP: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    REVERSED: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    RUNS: tl.constexpr,
+    THREADS: tl.constexpr,
+):
+    TILE: tl.constexpr = RUNS * THREADS * 8
+    program = tl.program_id(0)
+    if REVERSED:
+        program = tl.num_programs(0) - 1 - program
+    row = program // splits
+    per_part = tl.cdiv(tl.cdiv(width, SEGMENT), splits) * SEGMENT
+    # Not clamped, or Triton would no longer see that it is a multiple of 16 bytes.
+    begin = program % splits * per_part
+    end = tl.minimum(begin + per_part, width)
+    columns = tile_columns(RUNS, THREADS)
+    dtype: tl.constexpr = grad.dtype.element_ty
+    grad = row_pointer(grad, row, seq, out_stride_b, out_stride_s, ALIGNED)
+    factor = tl.load(row_scale + row)
+    if factor == 0.0:
+        zeros = narrow(tl.zeros([RUNS, THREADS, 8], tl.float32), dtype)
+        whole = begin + tl.maximum(end - begin, 0) // TILE * TILE
+        for first in range(begin, whole, TILE):
+            tl.store(grad + first + columns, zeros)
+        if whole < end:
+            tl.store(grad + whole + columns, zeros, mask=columns < end - whole)
+        return
+    logits = row_pointer(logits, row, seq, stride_b, stride_s, ALIGNED)
+    label = tl.load(target + row)
+    own = label - vocab_start
+    # A target elsewhere (none, another shard's) is a column that no tile has.
+    own = tl.where((label >= 0) & (own >= 0) & (own < valid), own, -1).to(tl.int32)
+    lse_row = tl.load(lse + row)
+    softmax_factor = factor * tl.fma(two_z_loss, lse_row, 1.0)
+    smoothing = factor * column_share
+    at_target = smoothing + factor * target_share
+    if not SOFTCAP:
+        softmax_factor *= scale
+        smoothing *= scale
+        at_target *= scale
+    stop = tl.minimum(end, valid)
+    whole = begin + tl.maximum(stop - begin, 0) // TILE * TILE
+    for first in range(begin, whole, TILE):
+        x = load_columns(logits + first, columns, TILE, False)
+        value = grad_tile(
+            x, columns, own - first, lse_row, softmax_factor, smoothing, at_target,
+            scale, inward, cap, SOFTCAP,
+        )  # fmt: skip
+        tl.store(grad + first + columns, narrow(value, dtype))
+    for first in range(whole, end, TILE):
+        x = load_columns(logits + first, columns, stop - first, True)
+        value = grad_tile(
+            x, columns, own - first, lse_row, softmax_factor, smoothing, at_target,
+            scale, inward, cap, SOFTCAP,
+        )  # fmt: skip
+        value = tl.where(columns < stop - first, value, 0.0)
+        tl.store(grad + first + columns, narrow(value, dtype), mask=columns < end - first)
+
+
+def plan(
+    chip: Chip,
+    shape: Shape,
+    logits: torch.Tensor,  # [b, s, v]
+    lse: torch.Tensor,  # [N] fp32
+    target: torch.Tensor,  # [N] int64
+    scale: torch.Tensor,  # [N] fp32
+    out: torch.Tensor,  # [b, s, v], written; may be the logits
+    *,
+    valid: int,
+    vocab_start: int,
+    vocab_size: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    logit_scale: float,
+) -> list[Launch]:
+    """The launch that fills `out`."""
+    rows, columns = scale.numel(), logits.shape[-1]
+    parts_per_row = splits(chip, rows, triton.cdiv(columns, shape.segment))
+    arguments = {
+        "logits": logits,
+        "grad": out,
+        "target": target,
+        "lse": lse,
+        "row_scale": scale,
+        "seq": logits.shape[1],
+        "stride_b": logits.stride(0),
+        "stride_s": logits.stride(1),
+        "out_stride_b": out.stride(0),
+        "out_stride_s": out.stride(1),
+        "width": columns,
+        "valid": valid,
+        "vocab_start": vocab_start,
+        "splits": parts_per_row,
+        "two_z_loss": 2.0 * z_loss,
+        "target_share": 1.0 - label_smoothing,
+        "column_share": label_smoothing / vocab_size,
+        "scale": logit_scale,
+        "inward": logit_scale / softcap if softcap else 0.0,
+        "cap": softcap,
+        "SOFTCAP": softcap > 0,
+        "ALIGNED": aligned(logits) and aligned(out),
+        "REVERSED": LAST_ROW_FIRST,
+        "SEGMENT": shape.segment,
+        "RUNS": shape.runs,
+        "THREADS": shape.threads,
+    }
+    return [Launch(row_grad_kernel, rows * parts_per_row, arguments, shape.options(chip))]

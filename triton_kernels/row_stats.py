@@ -1,0 +1,304 @@
+"""Softmax statistics of each scored row, from one read of it.
+
+A row is cut into segments of a fixed number of columns, and a segment into tiles. A thread keeps
+the running maximum and sums of its own columns (no exchange between threads per tile, one rescale
+per tile); threads meet at the end of a segment, segments are folded left to right. Where there are
+fewer rows than the chip needs, a row's segments go to several programs, their statistics to
+memory, and a second kernel folds them: by the same function in the same order, to the same bits.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .launch import VECTOR_BLOCK, Chip, Launch, Shape, aligned, splits, vector_options
+from .rowmath import (
+    INF,
+    cap_and_slope,
+    exp,
+    fold,
+    load_stats,
+    load_tile,
+    max_tile,
+    not_minus_infinity,
+    row_pointer,
+    store_stats,
+    sum_tile,
+    tile_columns,
+    widen,
+)
+
+LAST = tl.constexpr(0x7FFFFFFF)  # a column beyond all columns
+
+
+@triton.jit
+def accumulate(
+    x,  # [RUNS, THREADS, 8] fp32, -inf where there is no column
+    columns,  # its columns, counted from `first`
+    first,
+    end,  # columns from here on are not there, when MASKED
+    top,  # [THREADS], as what follows: maximum of x,
+    total,  # sum of exp(u), u = x * scale - top * scale
+    x_sum,
+    top_at,  # first column of the maximum
+    moment,  # sum of u * exp(u)
+    scale,
+    inward,
+    cap,
+    COLUMNS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    RUNS: tl.constexpr,
+    THREADS: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Take one tile into each thread's running statistics."""
+    if SOFTCAP:
+        x, _slope = cap_and_slope(x, inward, cap)
+    tile_top = max_tile(x)
+    if COLUMNS > 4:
+        at = tl.where(x == tile_top[None, :, None], first + columns, LAST)
+        top_at = tl.where(tile_top > top, tl.min(tl.min(at, 2), 0), top_at)
+    new_top = tl.maximum(top, tile_top)
+    reference = not_minus_infinity(new_top) * scale
+    delta = tl.fma(top, scale, -reference)
+    shrink = exp(delta)
+    u = tl.fma(x, scale, -reference[None, :, None])
+    e = exp(u)
+    if COLUMNS > 4:
+        moment = tl.fma(tl.where(shrink == 0.0, 0.0, delta), total, moment) * shrink
+        moment += sum_tile(tl.where(e == 0.0, 0.0, u * e), RUNS, THREADS)
+    total = tl.fma(total, shrink, sum_tile(e, RUNS, THREADS))
+    if COLUMNS > 3:
+        if MASKED:
+            x = tl.where(columns < end - first, x, 0.0)
+        x_sum += sum_tile(x, RUNS, THREADS)
+    return new_top, total, x_sum, top_at, moment
+
+
+@triton.jit
+def segment_stats(
+    row,  # pointer to column 0
+    begin,
+    end,
+    scale,
+    inward,
+    cap,
+    COLUMNS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    RUNS: tl.constexpr,
+    THREADS: tl.constexpr,
+):
+    """Scalars (maximum z, sum of exp(z - maximum), sum of z, column of the maximum, moment)."""
+    TILE: tl.constexpr = RUNS * THREADS * 8
+    columns = tile_columns(RUNS, THREADS)
+    top = tl.full([THREADS], -INF, tl.float32)
+    total = tl.zeros([THREADS], tl.float32)
+    x_sum = tl.zeros([THREADS], tl.float32)
+    top_at = tl.zeros([THREADS], tl.int32)
+    moment = tl.zeros([THREADS], tl.float32)
+    whole = begin + (end - begin) // TILE * TILE
+    for first in range(begin, whole, TILE):
+        x = load_tile(row + first, TILE, RUNS, THREADS, ALIGNED, False)
+        top, total, x_sum, top_at, moment = accumulate(
+            x, columns, first, end, top, total, x_sum, top_at, moment,
+            scale, inward, cap, COLUMNS, SOFTCAP, RUNS, THREADS, False,
+        )  # fmt: skip
+    if whole < end:
+        x = load_tile(row + whole, end - whole, RUNS, THREADS, ALIGNED, True)
+        top, total, x_sum, top_at, moment = accumulate(
+            x, columns, whole, end, top, total, x_sum, top_at, moment,
+            scale, inward, cap, COLUMNS, SOFTCAP, RUNS, THREADS, True,
+        )  # fmt: skip
+    row_top = tl.max(top, 0)
+    delta = tl.fma(top, scale, -not_minus_infinity(row_top) * scale)
+    shrink = exp(delta)
+    if COLUMNS > 4:
+        top_at = tl.where(top == row_top, top_at, LAST)
+        moment = tl.fma(tl.where(shrink == 0.0, 0.0, delta), total, moment) * shrink
+    return (
+        row_top * scale,
+        tl.sum(total * shrink, 0),
+        tl.sum(x_sum, 0) * scale,
+        tl.min(top_at, 0),
+        tl.sum(moment, 0),
+    )
+
+
+@triton.jit(do_not_specialize=["seq", "stride_b", "stride_s", "vocab_start", "splits"])
+def row_stats_kernel(
+    logits,  # row n at (n // seq) * stride_b + (n % seq) * stride_s, `valid` columns of it
+    target,  # [N] int64
+    weight,  # [N] fp32; 0: the row is not read
+    stats,  # [N, COLUMNS] fp32; when SPLIT only the target's z
+    parts,  # [N, segments, COLUMNS] fp32, when SPLIT; their column 2 is unused
+    seq,
+    stride_b: tl.int64,
+    stride_s: tl.int64,
+    valid,
+    vocab_start: tl.int64,
+    splits,  # programs per row
+    scale,  # z = x * scale, x capped first when SOFTCAP
+    inward,
+    cap,
+    COLUMNS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    SPLIT: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    RUNS: tl.constexpr,
+    THREADS: tl.constexpr,
+):
+    row = tl.program_id(0) // splits
+    part = tl.program_id(0) % splits
+    segments = tl.cdiv(valid, SEGMENT)
+    stats += row.to(tl.int64) * COLUMNS
+    if tl.load(weight + row) == 0.0:
+        if not SPLIT:
+            store_stats(stats, 0.0, 0.0, 0.0, 0.0, 0.0, None, COLUMNS)
+            tl.store(stats + 2, 0.0)
+        return
+    logits = row_pointer(logits, row, seq, stride_b, stride_s, ALIGNED)
+    top = -INF
+    total = 0.0
+    z_sum = 0.0
+    top_id = INF
+    moment = 0.0
+    per_part = tl.cdiv(segments, splits)
+    for segment in range(part * per_part, tl.minimum(part * per_part + per_part, segments)):
+        begin = segment * SEGMENT
+        end = tl.minimum(begin + SEGMENT, valid)
+        s_top, s_total, s_sum, s_at, s_moment = segment_stats(
+            logits, begin, end, scale, inward, cap, COLUMNS, SOFTCAP, ALIGNED, RUNS, THREADS
+        )
+        s_id = (vocab_start + s_at).to(tl.float32)
+        if SPLIT:
+            at = parts + (row.to(tl.int64) * segments + segment) * COLUMNS
+            store_stats(at, s_top, s_total, s_sum, s_id, s_moment, None, COLUMNS)
+        else:
+            top, total, z_sum, top_id, moment = fold(
+                top, total, z_sum, top_id, moment, s_top, s_total, s_sum, s_id, s_moment
+            )
+    if not SPLIT:
+        store_stats(stats, top, total, z_sum, top_id, moment, None, COLUMNS)
+    if part == 0:
+        label = tl.load(target + row)
+        own = label - vocab_start
+        owned = (label >= 0) & (own >= 0) & (own < valid)
+        x_target = widen(tl.load(logits + own, mask=owned, other=0.0))
+        if SOFTCAP:
+            x_target, _slope = cap_and_slope(x_target, inward, cap)
+        tl.store(stats + 2, tl.where(owned, x_target * scale, 0.0))
+
+
+@triton.jit(do_not_specialize=["rows", "segments"])
+def fold_segments_kernel(
+    parts,  # [N, segments, COLUMNS] fp32
+    weight,  # [N] fp32; 0: the row's parts were not written
+    stats,  # [N, COLUMNS] fp32, all of it but the target's z of scored rows
+    rows,
+    segments,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < rows
+    scored = inside & (tl.load(weight + row, mask=inside, other=0.0) != 0.0)
+    row = row.to(tl.int64)
+    top = tl.full([BLOCK], -INF, tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    z_sum = tl.zeros([BLOCK], tl.float32)
+    top_id = tl.full([BLOCK], INF, tl.float32)
+    moment = tl.zeros([BLOCK], tl.float32)
+    for segment in range(0, segments):
+        s_top, s_total, s_sum, s_id, s_moment = load_stats(
+            parts + (row * segments + segment) * COLUMNS, scored, COLUMNS
+        )
+        top, total, z_sum, top_id, moment = fold(
+            top, total, z_sum, top_id, moment, s_top, s_total, s_sum, s_id, s_moment
+        )
+    store_stats(
+        stats + row * COLUMNS,
+        tl.where(scored, top, 0.0),
+        tl.where(scored, total, 0.0),
+        tl.where(scored, z_sum, 0.0),
+        tl.where(scored, top_id, 0.0),
+        tl.where(scored, moment, 0.0),
+        inside,
+        COLUMNS,
+    )
+    tl.store(stats + row * COLUMNS + 2, 0.0, mask=inside & ~scored)
+
+
+def table_name(columns: int, softcap: float) -> str:
+    """What the launch table calls this use of the kernel."""
+    return "row_stats" + (" metrics" if columns == 6 else " softcap" if softcap else "")
+
+
+def plan(
+    chip: Chip,
+    shape: Shape,
+    logits: torch.Tensor,  # [b, s, v]
+    target: torch.Tensor,  # [N] int64
+    weight: torch.Tensor,  # [N] fp32
+    stats: torch.Tensor,  # [N, columns] fp32, written
+    *,
+    valid: int,
+    vocab_start: int,
+    softcap: float,
+    logit_scale: float,
+) -> list[Launch]:
+    """The launches that fill `stats`: one, or two where rows are few."""
+    columns = stats.shape[1]
+    rows, segments = weight.numel(), triton.cdiv(valid, shape.segment)
+    parts_per_row = splits(chip, rows, segments)
+    split = parts_per_row > 1
+    parts = stats.new_empty((rows, segments, columns)) if split else None
+    launches = [
+        Launch(
+            row_stats_kernel,
+            rows * parts_per_row,
+            {
+                "logits": logits,
+                "target": target,
+                "weight": weight,
+                "stats": stats,
+                "parts": parts,
+                "seq": logits.shape[1],
+                "stride_b": logits.stride(0),
+                "stride_s": logits.stride(1),
+                "valid": valid,
+                "vocab_start": vocab_start,
+                "splits": parts_per_row,
+                "scale": 1.0 if softcap else logit_scale,
+                "inward": logit_scale / softcap if softcap else 0.0,
+                "cap": softcap,
+                "COLUMNS": columns,
+                "SOFTCAP": softcap > 0,
+                "ALIGNED": aligned(logits),
+                "SPLIT": split,
+                "SEGMENT": shape.segment,
+                "RUNS": shape.runs,
+                "THREADS": shape.threads,
+            },
+            shape.options(chip),
+        )
+    ]
+    if split:
+        launches.append(
+            Launch(
+                fold_segments_kernel,
+                triton.cdiv(rows, VECTOR_BLOCK),
+                {
+                    "parts": parts,
+                    "weight": weight,
+                    "stats": stats,
+                    "rows": rows,
+                    "segments": segments,
+                    "COLUMNS": columns,
+                    "BLOCK": VECTOR_BLOCK,
+                },
+                vector_options(chip),
+            )
+        )
+    return launches

@@ -1,0 +1,176 @@
+"""What each row is scored on: shift, packing, ignore_index and mask, in one launch without atomics.
+
+Program 0 walks all the rows for the count and the sum of the weights, in a fixed order; each of
+the others writes the targets and weights of one block. Labels and masks are a few bytes a row, so
+that one program can afford to read them all again.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .launch import Chip, Launch, targets_options
+from .rowmath import NOT_SCORED, OUT_OF_VOCABULARY, widen
+
+BLOCK = 4096  # rows a program handles at a time
+
+
+@triton.jit
+def same_document_next(position, mask, cu_seqlens, stride, boundaries, STEPS: tl.constexpr):
+    """Whether position and position + 1 lie in one document: binary search for the boundaries."""
+    low = tl.zeros_like(position)
+    high = low + boundaries
+    for _ in range(STEPS):  # low: how many boundaries are <= position
+        middle = (low + high) // 2
+        searching = mask & (low < high)
+        edge = tl.load(cu_seqlens + middle.to(tl.int64) * stride, mask=searching, other=0)
+        right = searching & (edge <= position)
+        high = tl.where(searching & (edge > position), middle, high)
+        low = tl.where(right, middle + 1, low)
+    inside = mask & (low > 0) & (low < boundaries)
+    edge = tl.load(cu_seqlens + low.to(tl.int64) * stride, mask=inside, other=0)
+    return inside & (edge > position + 1)
+
+
+@triton.jit
+def scored_on(
+    row,  # [BLOCK]
+    labels,
+    loss_mask,  # or None
+    cu_seqlens,  # or None
+    rows,
+    seq,
+    labels_stride_b,
+    labels_stride_s,
+    mask_stride_b,
+    mask_stride_s,
+    cu_stride,
+    boundaries,
+    ignore_index,
+    vocab_size,
+    SHIFT: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    """(target int64, weight fp32, whether the row is scored) of each row; row >= N is not."""
+    b = (row // seq).to(tl.int64)
+    at = (row % seq + SHIFT).to(tl.int64)
+    scored = (row < rows) & (at < seq)
+    if cu_seqlens is not None:
+        scored = same_document_next(row, scored, cu_seqlens, cu_stride, boundaries, STEPS)
+    label_at = labels + b * labels_stride_b + at * labels_stride_s
+    label = tl.load(label_at, mask=scored, other=0).to(tl.int64)
+    scored = scored & (label != ignore_index)
+    weight = tl.where(scored, 1.0, 0.0)
+    if loss_mask is not None:
+        given = tl.load(loss_mask + b * mask_stride_b + at * mask_stride_s, mask=scored, other=0)
+        if given.dtype == tl.bfloat16:
+            given = widen(given)
+        scored = scored & (given != 0)
+        weight = tl.where(scored, given.to(tl.float32), 0.0)
+    known = (label >= 0) & (label < vocab_size)
+    target = tl.where(known, label, OUT_OF_VOCABULARY)
+    return tl.where(scored, target, NOT_SCORED), weight, scored
+
+
+@triton.jit(do_not_specialize=["rows", "seq", "labels_stride_b", "labels_stride_s", "cu_stride",
+                               "mask_stride_b", "mask_stride_s", "boundaries", "ignore_index",
+                               "vocab_size"])  # fmt: skip
+def row_targets_kernel(
+    labels,  # (b, s) at b * labels_stride_b + s * labels_stride_s, any integer
+    loss_mask,  # (b, s) likewise, any dtype (bool as uint8), or None
+    cu_seqlens,  # [boundaries] int32 or int64, or None
+    target,  # [N] int64
+    weight,  # [N] fp32
+    count,  # [1] int32
+    weight_sum,  # [1] fp32
+    rows,
+    seq,
+    labels_stride_b: tl.int64,
+    labels_stride_s: tl.int64,
+    mask_stride_b: tl.int64,
+    mask_stride_s: tl.int64,
+    cu_stride: tl.int64,
+    boundaries,
+    ignore_index: tl.int64,
+    vocab_size: tl.int64,
+    SHIFT: tl.constexpr,
+    STEPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    lane = tl.arange(0, BLOCK)
+    if tl.program_id(0) == 0:
+        total = tl.zeros([BLOCK], tl.float32)
+        counted = tl.zeros([BLOCK], tl.int32)
+        for first in range(0, rows, BLOCK):
+            _target, row_weight, scored = scored_on(
+                first + lane, labels, loss_mask, cu_seqlens, rows, seq, labels_stride_b,
+                labels_stride_s, mask_stride_b, mask_stride_s, cu_stride, boundaries, ignore_index,
+                vocab_size, SHIFT, STEPS,
+            )  # fmt: skip
+            total += row_weight
+            counted += scored.to(tl.int32)
+        tl.store(count, tl.sum(counted, 0))
+        tl.store(weight_sum, tl.sum(total, 0))
+    else:
+        row = (tl.program_id(0) - 1) * BLOCK + lane
+        row_target, row_weight, _scored = scored_on(
+            row, labels, loss_mask, cu_seqlens, rows, seq, labels_stride_b, labels_stride_s,
+            mask_stride_b, mask_stride_s, cu_stride, boundaries, ignore_index, vocab_size,
+            SHIFT, STEPS,
+        )  # fmt: skip
+        tl.store(target + row, row_target, mask=row < rows)
+        tl.store(weight + row, row_weight, mask=row < rows)
+
+
+def plan(
+    chip: Chip,
+    labels: torch.Tensor,  # [b, s] or [n]
+    loss_mask: torch.Tensor | None,  # labels' shape
+    cu_seqlens: torch.Tensor | None,  # [k+1]
+    target: torch.Tensor,  # [N] int64, written
+    weight: torch.Tensor,  # [N] fp32, written
+    count: torch.Tensor,  # [] int32, written
+    weight_sum: torch.Tensor,  # [] fp32, written
+    *,
+    shift: bool,
+    ignore_index: int,
+    vocab_size: int,
+) -> list[Launch]:
+    """The one launch."""
+    if loss_mask is not None and loss_mask.dtype == torch.bool:
+        loss_mask = loss_mask.view(torch.uint8)
+    if not shift:
+        cu_seqlens = None
+    boundaries = 0 if cu_seqlens is None else cu_seqlens.numel()
+    labels_b, labels_s = row_strides(labels)
+    mask_b, mask_s = (0, 0) if loss_mask is None else row_strides(loss_mask)
+    rows = labels.numel()
+    arguments = {
+        "labels": labels,
+        "loss_mask": loss_mask,
+        "cu_seqlens": cu_seqlens,
+        "target": target,
+        "weight": weight,
+        "count": count,
+        "weight_sum": weight_sum,
+        "rows": rows,
+        "seq": labels.shape[-1],
+        "labels_stride_b": labels_b,
+        "labels_stride_s": labels_s,
+        "mask_stride_b": mask_b,
+        "mask_stride_s": mask_s,
+        "cu_stride": 0 if cu_seqlens is None else cu_seqlens.stride(0),
+        "boundaries": boundaries,
+        "ignore_index": ignore_index,
+        "vocab_size": vocab_size,
+        "SHIFT": int(shift),
+        "STEPS": boundaries.bit_length(),
+        "BLOCK": BLOCK,
+    }
+    grid = 1 + triton.cdiv(rows, BLOCK)
+    return [Launch(row_targets_kernel, grid, arguments, targets_options(chip))]
+
+
+def row_strides(tensor: torch.Tensor) -> tuple[int, int]:
+    """Strides of batch and position, of `[b, s]` or `[n]`."""
+    return tensor.stride() if tensor.dim() == 2 else (0, tensor.stride(0))

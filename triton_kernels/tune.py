@@ -1,0 +1,64 @@
+"""Which line of the launch table a call takes; with FUSED_SFT_LOSS_AUTOTUNE=1 a search for one."""
+
+import os
+from collections.abc import Callable, Iterator
+from itertools import product
+
+import torch
+
+from .launch import Chip, Shape, shape_for
+
+VARIABLE = "FUSED_SFT_LOSS_AUTOTUNE"
+
+_found: dict[tuple, Shape] = {}
+
+
+def choose(chip: Chip, kernel: str, logits: torch.Tensor, launch: Callable[[Shape], None]) -> Shape:
+    """The shape to launch `kernel` with on logits `[b, s, v]`.
+
+    A search times `launch` for each candidate, once per kernel, dtype and V_local. It
+    synchronises, and another run may find another shape, and with it other last bits: to keep a
+    result, put the line it prints into SHAPES and leave the variable out.
+    """
+    if os.environ.get(VARIABLE, "0") in ("", "0"):
+        return shape_for(chip, kernel, logits.dtype, logits.shape[-1])
+    key = (chip, kernel, logits.dtype, logits.shape[-1])
+    if key not in _found:
+        _found[key] = search(*key, launch)
+    return _found[key]
+
+
+def search(
+    chip: Chip,
+    kernel: str,
+    dtype: torch.dtype,
+    columns: int,
+    launch: Callable[[Shape], None],
+    timer: Callable[[Callable[[], None]], float] | None = None,
+    report: Callable[[str], None] = print,
+) -> Shape:
+    """The fastest candidate by `timer` (milliseconds; Triton's do_bench unless given)."""
+    if timer is None:
+        from triton.testing import do_bench as timer
+    times = {}
+    for shape in candidates(chip, kernel, dtype, columns):
+        times[shape] = timer(lambda shape=shape: launch(shape))
+    best = min(times, key=times.get)
+    table = shape_for(chip, kernel, dtype, columns)
+    report(
+        f"{VARIABLE}: {chip.name} {kernel}, {columns} columns of {dtype}: {times[best]:.4f} ms, "
+        f"the table's line {times[table]:.4f} ms. For SHAPES[{chip.name!r}]:\n"
+        f"    Shape({kernel!r}, ({dtype},), {columns}, {best.threads}, {best.runs}, "
+        f'{best.segment}, "{times[best]:.4f} ms measured", {best.waves_per_eu}),'
+    )
+    return best
+
+
+def candidates(chip: Chip, kernel: str, dtype: torch.dtype, columns: int) -> Iterator[Shape]:
+    """The table's own line, then every launch around it that can be made."""
+    table = shape_for(chip, kernel, dtype, columns)
+    yield table
+    sizes = product((64, 128, 256, 512, 1024), (1, 2, 4, 8), (0, 2, 4, 8) if chip.amd else (0,))
+    for threads, runs, waves in sizes:
+        if threads * runs * 8 <= table.segment:
+            yield Shape(kernel, (dtype,), columns, threads, runs, table.segment, "searched", waves)
