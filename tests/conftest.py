@@ -45,3 +45,10 @@ def pytest_terminal_summary(terminalreporter):
             f"{len(skipped)} GPU tests were skipped: no accelerator here, nothing ran on one.",
             yellow=True,
         )
+    everything = terminalreporter.stats.get("skipped", [])
+    peers = [r for r in everything if isinstance(r.longrepr, tuple) and "peer:" in r.longrepr[2]]
+    if peers:
+        terminalreporter.write_line(
+            f"{len(peers)} tests beside a peer were skipped: it is not installed in build/peers.",
+            yellow=True,
+        )

@@ -1,0 +1,55 @@
+"""What must hold of every compiled kernel; each rule says what it found instead."""
+
+
+def violations(record: dict) -> list[str]:
+    """Rules that a record (see record.make) breaks; empty when it is sound."""
+    broken = []
+    for key in ("spills", "scratch_bytes", "local_accesses"):
+        if record[key]:
+            broken.append(f"expected no {key.replace('_', ' ')}, got {record[key]}")
+    if record["threads"] > 1024:
+        broken.append(f"expected at most 1024 threads, got {record['threads']}")
+    if record["shared_bytes"] > record["shared_bytes_limit"]:
+        broken.append(
+            f"expected at most {record['shared_bytes_limit']} bytes of shared memory, "
+            f"got {record['shared_bytes']}"
+        )
+    if record["resident_threads"] < record["threads"]:
+        broken.append(f"expected a block to fit a unit; too many {record['occupancy_limit']}")
+    if record["pass"]:
+        broken += _loop_violations(record)
+    return broken
+
+
+def _loop_violations(record: dict) -> list[str]:
+    purposes = {"statistics": {"statistics"}, "gradient": {"gradient", "zeros"}}[record["pass"]]
+    missing = purposes - set(record["loops"])
+    broken = [f"expected a hot loop for {purpose}, found none" for purpose in sorted(missing)]
+    extra = set(record["loops"]) - purposes
+    broken += [f"unexpected loop over the logits: {purpose}" for purpose in sorted(extra)]
+    size = record["element_bytes"]
+    for purpose, loop in record["loops"].items():
+        if record["aligned"]:
+            for what in ("load", "store"):
+                if any(width < 16 for width in loop[f"{what}_bytes"]):
+                    broken.append(
+                        f"expected {what}s of 16 bytes in the {purpose} loop, "
+                        f"got {loop[f'{what}_bytes']}"
+                    )
+        for what, wanted in _traffic(purpose, size).items():
+            if loop[what] != wanted:
+                broken.append(
+                    f"expected {wanted} bytes {what} per element in the {purpose} loop, "
+                    f"got {loop[what]:g}"
+                )
+        if loop["local_accesses"]:
+            broken.append(f"local memory in the {purpose} loop")
+    return broken
+
+
+def _traffic(purpose: str, size: int) -> dict[str, int]:
+    return {
+        "statistics": {"loaded": size, "stored": 0},
+        "gradient": {"loaded": size, "stored": size},
+        "zeros": {"loaded": 0, "stored": size},
+    }[purpose]

@@ -1,0 +1,98 @@
+"""What a chip can do per clock and hold at once, each figure with where it is documented.
+
+Sources: [1] CUDA Programming Guide, appendix "Compute Capabilities" (technical specifications and
+instruction throughput); [2] CUDA occupancy calculator: registers are given to a warp in units of
+256, shared memory to a block with 1 KiB for the system; [3] NVIDIA data sheets of the A100 80 GB
+SXM, the H100 SXM and the HGX B200; clocks are those at which the peak FP32 rate there holds;
+[4] AMD CDNA2, CDNA3 and CDNA4 ISA guides: 512 VGPRs per lane and SIMD in units of 8, at most 8
+waves per SIMD, 4 SIMDs of 16 lanes, LDS; [5] LLVM's AMDGPU usage guide and SISchedule.td: a
+transcendental takes four passes of a plain VALU instruction; [6] AMD data sheets of the MI250X,
+MI300X and MI355X.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Limits:
+    """A chip as launch and prediction see it; a *unit* is an SM or a CU."""
+
+    device: str
+    bandwidth: float  # bytes per second of its memory
+    units: int
+    clock: float  # Hz, peak
+    threads: int  # per unit
+    blocks: int  # per unit
+    shared_bytes: int  # per unit
+    shared_bytes_of_block: int
+    shared_bytes_reserved: int  # of each block, by the system
+    registers: int  # 32-bit, per lane of a scheduler (one of four in a unit)
+    register_unit: int  # registers per lane are handed out in multiples of this
+    lanes: dict[str, tuple[str, int]]  # class of instruction -> (pipe, lanes per clock and unit)
+
+
+# [1], per SM: 16 special functions, 64 integer, compare, convert, FP32 64 (8.0) or 128; four
+# schedulers issue one warp each. Two-wide FP32 (10.0): half the lanes. IMAD shares the
+# FMA pipe at half rate. Uniform and memory instructions are charged an issue slot only.
+def _nvidia(fp32: int) -> dict[str, tuple[str, int]]:
+    return {
+        "fp32": ("fma", fp32),
+        "fp32x2": ("fma", fp32 // 2),
+        "imad": ("fma", 64),
+        "alu": ("alu", 64),
+        "transcendental": ("mufu", 16),
+        "every": ("issue", 128),
+    }
+
+
+# [4, 5], per CU: a wave of 64 takes a SIMD of 16 lanes for four clocks, a transcendental for 16; a
+# scalar instruction serves all 64 lanes of a wave and one is issued per clock.
+_AMD = {
+    "valu": ("valu", 64),
+    "transcendental": ("valu", 16),
+    "salu": ("salu", 64),
+}
+
+
+def _sm(device, bandwidth, units, clock, shared, fp32) -> Limits:
+    return Limits(
+        device, bandwidth, units, clock, 2048, 32, shared * 1024, (shared - 1) * 1024, 1024,
+        512, 8, _nvidia(fp32),
+    )  # fmt: skip
+
+
+def _cu(device, bandwidth, units, clock, lds) -> Limits:
+    return Limits(
+        device, bandwidth, units, clock, 2048, 32, lds * 1024, lds * 1024, 0, 512, 8, _AMD
+    )
+
+
+CHIPS = {
+    "sm_80": _sm("A100 80GB", 2.039e12, 108, 1.41e9, 164, 64),  # [1, 3]
+    "sm_90": _sm("H100 SXM", 3.35e12, 132, 1.98e9, 228, 128),  # [1, 3]: 67 TFLOP/s
+    "sm_100": _sm("B200", 8.0e12, 148, 1.98e9, 228, 128),  # [1, 3]: 75 TFLOP/s
+    "gfx90a": _cu("MI250X die", 1.6e12, 110, 1.7e9, 64),  # [4, 6]
+    "gfx942": _cu("MI300X", 5.3e12, 304, 2.1e9, 64),  # [4, 6]
+    "gfx950": _cu("MI355X", 8.0e12, 256, 2.4e9, 160),  # [4, 6]
+}
+
+
+def resident_threads(limits: Limits, threads: int, registers: int, shared: int) -> tuple[int, str]:
+    """Threads of a kernel that a unit holds, and what holds it back.
+
+    `registers` per thread, `shared` bytes and `threads` per block. Per lane: the 512 registers of a
+    lane serve the threads of a quarter of the unit's warps (NVIDIA's 64 Ki registers are 512 for
+    each of 128 lanes).
+    """
+    warp = 64 if limits.lanes is _AMD else 32
+    granted = -(-max(registers, 1) // limits.register_unit) * limits.register_unit
+    warps_of_block = -(-threads // warp)
+    warps = min(4 * (limits.registers // granted), limits.threads // warp)
+    blocks = {
+        "threads": limits.threads // threads,
+        "blocks": limits.blocks,
+        "registers": warps // warps_of_block,
+        "shared memory": limits.shared_bytes // max(1, shared + limits.shared_bytes_reserved),
+    }
+    reason = min(blocks, key=blocks.get)
+    return blocks[reason] * threads, reason

@@ -1,0 +1,155 @@
+"""Compile what the launch table can launch, and describe each compiled kernel once."""
+
+import hashlib
+import json
+import multiprocessing
+import os
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from ..errors import UserError
+
+#: What a record is called in the pass it belongs to, by the kernel that makes it.
+PASSES = {"row_stats_kernel": "statistics", "row_grad_kernel": "gradient"}
+
+
+@dataclass(frozen=True)
+class Work:
+    """One launch to compile; `launch` is a triton_kernels.launch.Launch."""
+
+    target: str
+    name: str
+    columns: int | None  # for V_local up to this; None: any
+    launch: object
+    line: str | None = None  # of the launch table; None: a kernel over vectors of rows
+
+    @property
+    def kernel(self) -> str:
+        return self.launch.kernel.__name__.removesuffix("_kernel")
+
+    @property
+    def dtype(self) -> str | None:
+        logits = self.launch.arguments.get("logits", self.launch.arguments.get("X_ptr"))
+        return None if logits is None else str(logits.dtype).removeprefix("torch.")
+
+    @property
+    def element_bytes(self) -> int | None:
+        return {"bfloat16": 2, "float16": 2, "float32": 4}.get(self.dtype)
+
+
+@cache
+def ours(target: str, options: bool) -> list[Work]:
+    """Launches of every line of a target's table; see triton_kernels.offline.variants.
+
+    Without `options` what plain training launches, and of lines that it does not reach, all.
+    """
+    from fused_sft_loss.triton_kernels import offline
+
+    chip = offline.CHIPS[target]
+    variants = list(offline.variants(chip, options))
+    if not options:
+        reached = {v.shape for v in variants}
+        variants += [v for v in offline.variants(chip, True) if v.shape not in reached]
+    return [
+        Work(
+            target,
+            v.name.replace("torch.", ""),
+            v.shape and v.shape.columns,
+            v.launch,
+            v.shape and v.shape.kernel,
+        )
+        for v in variants
+    ]
+
+
+def records(
+    source: Callable[[str], list[Work]],
+    targets: list[str],
+    keep: Callable[[Work], bool],
+    folder: Path,
+    jobs: int,
+) -> list[dict]:
+    """Records of the launches of `source` that `keep` keeps, compiled kernels once each.
+
+    Compiled code and records are kept in `folder`; both are found again by their contents.
+    """
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise UserError(
+            "TRITON_INTERPRET=1 makes Triton interpret kernels; unset it to compile them"
+        )
+    os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
+    # What Triton 3.9 does for kernels that do not say; ours all do.
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+    tasks = [
+        (source, target, index, folder)
+        for target in targets
+        for index, work in enumerate(source(target))
+        if keep(work)
+    ]
+    if jobs > 1 and len(tasks) > 1:
+        # Forked, so that Triton and torch are imported once; no thread has been started yet.
+        context = multiprocessing.get_context("fork")
+        with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+            made = list(pool.map(_one, tasks, chunksize=4))
+    else:
+        made = [_one(task) for task in tasks]
+    return _once_each(made)
+
+
+def _one(task) -> dict:
+    source, target, index, folder = task
+    work = source(target)[index]
+    from fused_sft_loss.triton_kernels import offline
+
+    compiled = offline.compile(work.launch, offline.CHIPS[target])
+    arguments = work.launch.arguments
+    return {
+        "kernel": work.kernel,
+        "name": work.name,
+        "line": work.line,
+        "columns": work.columns,
+        "dtype": work.dtype,
+        "element_bytes": work.element_bytes,
+        "pass": PASSES.get(work.launch.kernel.__name__),
+        "aligned": arguments.get("ALIGNED", True),
+        "hash": compiled.hash,
+        **_described(compiled, work, folder / "records"),
+    }
+
+
+def _described(compiled, work: Work, folder: Path) -> dict:
+    from . import record
+
+    code = compiled.asm.get("cubin") or compiled.asm["amdgcn"].encode()
+    about = (work.target, work.element_bytes, compiled.metadata.num_warps, _version())
+    digest = hashlib.sha256(code + repr(about).encode()).hexdigest()
+    path = folder / f"{digest}.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    made = record.make(compiled, work.target, work.element_bytes)
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps(made))
+    partial.replace(path)
+    return made
+
+
+@cache
+def _version() -> str:
+    """A digest of the files that make a record: another analysis, another record."""
+    here = Path(__file__).parent
+    names = ("amdgcn", "chips", "loops", "machine_code", "predict", "record", "sass")
+    text = b"".join((here / f"{name}.py").read_bytes() for name in names)
+    return hashlib.sha256(text).hexdigest()
+
+
+def _once_each(made: list[dict]) -> list[dict]:
+    """Launches of one line that compile to the same code are one record, of the first's name."""
+    unique: dict[tuple, dict] = {}
+    for item in made:
+        key = (item["target"], item["kernel"], item["columns"], item["hash"])
+        unique.setdefault(key, {**item, "launches": 0})["launches"] += 1
+    return list(unique.values())

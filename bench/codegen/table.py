@@ -1,0 +1,136 @@
+"""The codegen tables."""
+
+from rich.table import Table
+
+from .chips import CHIPS
+
+#: In this order a record's loops are shown; a loop of stored zeros is in the JSON only.
+SHOWN = ("statistics", "gradient", "scaling")
+LOOPS = {"statistics": "stats", "gradient": "grad", "scaling": "scale"}
+
+
+def show(console, ours: list[dict], theirs: list[dict]) -> None:
+    rows = [r for r in ours if r["pass"]]
+    if rows:
+        console.print(_loops("row kernels: the hot loops", rows))
+    rest = [r for r in ours if not r["pass"]]
+    if rest:
+        console.print(_resources(rest))
+    if theirs:
+        console.print(_loops("Liger: the hot loops", theirs))
+        console.print(beside(ours, theirs))
+        console.print(
+            "Liger computes the gradient in forward: one launch reads the row for the statistics, "
+            "reads it again and overwrites it with the gradient (6 bytes per bf16 element). Its "
+            "backward returns that, or, when the upstream gradient is not 1, reads and overwrites "
+            "it once more (scaling, 4 bytes more). Ours: statistics in forward, gradient in "
+            "backward, any upstream gradient."
+        )
+
+
+def show_violations(console, ours, broken) -> None:
+    for record, text in broken:
+        console.print(f"[red]{record['target']} {record['name']}:[/red] {text}")
+    kernels = f"{len(ours)} compiled kernels"
+    console.print(f"{kernels}: {len(broken)} violations" if broken else f"{kernels}: all sound")
+
+
+def _loops(title: str, records: list[dict]) -> Table:
+    caption = (
+        "bytes (loaded+stored), instructions and exp per element of the logits; KB: loads in "
+        "flight per SM or CU; predicted: a roofline of these counts on "
+        + ", ".join(f"{c.device} {c.bandwidth / 1e12:g} TB/s" for c in CHIPS.values())
+        + "; nothing here was timed"
+    )
+    table = Table(title=title, caption=caption)
+    for name in ("target", "kernel", "loop"):
+        table.add_column(name, no_wrap=True)
+    for name in ("thr", "regs", "spill", "smem", "occ", "ld/st", "bytes", "instr", "exp", "KB",
+                 "bound", "predicted"):  # fmt: skip
+        table.add_column(name, justify="right", no_wrap=True)
+    for record in records:
+        for purpose in SHOWN:
+            if loop := record["loops"].get(purpose):
+                table.add_row(
+                    record["target"], _name(record), LOOPS[purpose], *_figures(record, loop)
+                )
+    return table
+
+
+def _name(record: dict) -> str:
+    limit = f" ..{record['columns']}" if record["columns"] else ""
+    return record["name"].replace("bfloat", "bf").replace("float", "fp") + limit
+
+
+def _figures(record: dict, loop: dict) -> list[str]:
+    widths = (loop["load_bytes"], loop["store_bytes"])
+    predicted = loop["predicted"]
+    return [
+        str(record["threads"]),
+        _registers(record),
+        str(record["spills"]),
+        str(record["shared_bytes"]),
+        f"{record['occupancy']:.0%}",
+        "/".join(",".join(map(str, w)) or "-" for w in widths),
+        f"{loop['loaded']:g}+{loop['stored']:g}",
+        f"{loop['instructions']:.2f}",
+        f"{loop['exps']:.2f}",
+        f"{loop['in_flight'] / 1024:.0f}",
+        predicted["bound"],
+        f"{predicted['bytes_per_second'] / 1e9:.0f} GB/s",
+    ]
+
+
+def _registers(record: dict) -> str:
+    """Registers per thread; on AMD VGPRs, AGPRs among them, and SGPRs."""
+    if record["target"].startswith("gfx"):
+        return f"{record['registers']}({record['agprs']})+{record['sgprs']}"
+    return str(record["registers"])
+
+
+def _resources(records: list[dict]) -> Table:
+    table = Table(title="kernels over vectors of rows")
+    for name in ("target", "kernel"):
+        table.add_column(name, no_wrap=True)
+    for name in ("threads", "registers", "spills", "shared", "occupancy"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for r in records:
+        table.add_row(r["target"], r["name"], str(r["threads"]), _registers(r), str(r["spills"]),
+                      str(r["shared_bytes"]), f"{r['occupancy']:.0%}")  # fmt: skip
+    return table
+
+
+def beside(ours: list[dict], theirs: list[dict]) -> Table:
+    """Our plain passes against the same loops of the peer."""
+    table = Table(title="ours beside Liger, per element: bytes, instructions, exp")
+    for name in ("target", "dtype", "loop", "line"):
+        table.add_column(name, no_wrap=True)
+    for name in ("bytes", "Liger", "instr", "Liger", "exp", "Liger", "regs", "Liger", "spills",
+                 "Liger"):  # fmt: skip
+        table.add_column(name, justify="right", no_wrap=True)
+    for r, loop, other, their in pairs(ours, theirs):
+        table.add_row(
+            r["target"], r["dtype"], loop["purpose"], f"..{r['columns'] or ''}",
+            f"{loop['loaded'] + loop['stored']:g}", f"{their['loaded'] + their['stored']:g}",
+            f"{loop['instructions']:.2f}", f"{their['instructions']:.2f}",
+            f"{loop['exps']:.2f}", f"{their['exps']:.2f}",
+            str(r["registers"]), str(other["registers"]),
+            str(r["spills"]), str(other["spills"]),
+        )  # fmt: skip
+    return table
+
+
+def pairs(ours: list[dict], theirs: list[dict]):
+    """(our record, its loop, the peer's record, its loop) of plain passes over the same rows."""
+    for r in filter(is_plain, ours):
+        for other in theirs:
+            same = all(other[key] == r[key] for key in ("target", "dtype", "columns"))
+            if same and r["pass"] in other["loops"]:
+                yield r, r["loops"][r["pass"]], other, other["loops"][r["pass"]]
+
+
+def is_plain(record: dict) -> bool:
+    """Whether it is a pass of plain training: no option, rows at multiples of 16 bytes."""
+    options = ("softcap", "x4", "x6")  # with softcap, label smoothing, metrics
+    named = any(word in record["name"] for word in options)
+    return bool(record["pass"]) and record["aligned"] and not named

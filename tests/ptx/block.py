@@ -1,0 +1,256 @@
+"""One block: registers, program counters and shared memory of its threads."""
+
+import re
+
+import numpy as np
+
+from . import arithmetic
+from .convert import compare, convert, pack, unpack
+from .memory import check_alignment, gather, scatter
+from .values import FLOAT, RAW, raw, size_of, typed
+
+_ADDRESS = re.compile(r"\[\s*([%\w$.]+)\s*(?:\+\s*(-?\w+)\s*)?\]")
+_VECTOR = {"v2": 2, "v4": 4, "v8": 8}
+_IGNORED = {"membar", "fence", "prefetch", "discard", "griddepcontrol"}
+WARP = 32
+POISON = 0xFF  # shared memory before it is written: NaN, or an address that is nowhere
+
+
+class Block:
+    def __init__(self, machine, kernel, number, grid, threads, parameters, dynamic_shared):
+        self.machine, self.kernel, self.counts = machine, kernel, machine.counts
+        self.threads, self.parameters = threads, parameters
+        self.lanes = np.arange(threads)
+        self.counter = np.zeros(threads, np.int64)
+        self.waiting = np.zeros(threads, bool)
+        self.done = np.zeros(threads, bool)
+        self.registers: dict[str, np.ndarray] = {}
+        self.predicates: dict[str, np.ndarray] = {}
+        # Read by code that throws the result away; as a float large, as an address nowhere.
+        self.unwritten = np.full(threads, 0x6EADBEEF6EADBEEF, RAW)
+        static = -(-kernel.shared_bytes // 128) * 128
+        self.shared = np.full(static + dynamic_shared, POISON, np.uint8)
+        self.special = {
+            "%tid.x": self.lanes, "%ctaid.x": number, "%ntid.x": threads, "%nctaid.x": grid,
+            "%laneid": self.lanes % WARP, "%warpid": self.lanes // WARP,
+        }  # fmt: skip
+        for axis in "yz":
+            self.special |= {f"%tid.{axis}": 0, f"%ctaid.{axis}": 0}
+            self.special |= {f"%ntid.{axis}": 1, f"%nctaid.{axis}": 1}
+
+    def ready(self):
+        return ~self.done & ~self.waiting
+
+    def step(self, among) -> bool:
+        """One instruction of those lanes that are furthest behind; False when none can run."""
+        able = self.ready() & among
+        if not able.any():
+            return False
+        at = int(self.counter[able].min())
+        lanes = able & (self.counter == at)
+        instruction = self.kernel.code[at]
+        warps = len(np.unique(self.lanes[lanes] // WARP))
+        self.counts.instructions[instruction.name] += warps
+        self.counter[lanes] = at + 1
+        if instruction.guard:
+            chosen = self.predicates[instruction.guard]
+            lanes = lanes & (~chosen if instruction.guard_is_inverted else chosen)
+        if lanes.any():
+            self._execute(instruction, lanes)
+        if self.waiting.any() and (self.waiting | self.done).all():
+            self.waiting[:] = False
+        return True
+
+    def _execute(self, i, lanes) -> None:
+        if i.name == "bra":
+            self.counter[lanes] = self.kernel.labels[i.operands[0]]
+        elif i.name in ("ret", "exit"):
+            self.done |= lanes
+        elif i.name in ("bar", "barrier"):
+            if "sync" not in i.modifiers or i.operands[0] != "0":
+                raise NotImplementedError(i.text)
+            self.waiting |= lanes
+        elif i.name in ("ld", "st"):
+            self._access(i, lanes)
+        elif i.name in ("shfl", "redux"):
+            self._exchange(i, lanes)
+        elif i.name == "mov":
+            self._move(i, lanes)
+        elif i.name == "setp":
+            other = self.read_predicate(i.operands[3]) if len(i.operands) > 3 else None
+            a, b = (self.read(o, i.kind) for o in i.operands[1:3])
+            self.write_predicate(i.operands[0], compare(i, a, b, other), lanes)
+        elif i.name == "selp":
+            a, b = (self.read(o, i.kind) for o in i.operands[1:3])
+            self.write(i.operands[0], np.where(self.read_predicate(i.operands[3]), a, b), lanes)
+        elif i.name == "cvt":
+            source = i.modifiers[-1]
+            bits = convert(i, [self.read(o, source) for o in i.operands[1:]])
+            self.write(i.operands[0], bits, lanes)
+        elif i.name == "cvta":
+            self.write(i.operands[0], self.read(i.operands[1], "u64"), lanes)
+        elif i.kind == "pred":
+            self._logic(i, lanes)
+        elif i.name in arithmetic.HANDLED:
+            self.counts.exps += int(lanes.sum()) if i.name == "ex2" else 0
+            kinds = arithmetic.operand_kinds(i)
+            operands = [self.read(o, k) for o, k in zip(i.operands[1:], kinds, strict=True)]
+            self.write(i.operands[0], arithmetic.compute(i, operands), lanes)
+        elif i.name not in _IGNORED:
+            raise NotImplementedError(i.text)
+
+    def read(self, operand: str, kind: str):
+        """Raw bits of a register, a special register, a symbol or a literal, for every lane."""
+        if operand[0] == "%":
+            if operand in self.special:
+                return np.broadcast_to(np.asarray(self.special[operand], RAW), self.threads)
+            return self.registers.get(operand, self.unwritten)
+        if operand[:2] in ("0f", "0F", "0d", "0D"):
+            size = 4 if operand[1] in "fF" else 8
+            value = np.array([int(operand[2:], 16)], f"u{size}").view(FLOAT[size])
+            bits = raw(value, kind if kind[0] == "f" and len(kind) == 3 else f"f{8 * size}")[0]
+        elif operand in self.kernel.shared:
+            bits = self.kernel.shared[operand]
+        else:
+            bits = int(operand.rstrip("U"), 0) & 0xFFFFFFFFFFFFFFFF
+        return np.full(self.threads, bits, RAW)
+
+    def write(self, register: str, bits, lanes) -> None:
+        if register == "_":
+            return
+        old = self.registers.get(register, self.unwritten)
+        self.registers[register] = np.where(lanes, bits, old)
+
+    def read_predicate(self, operand: str):
+        if operand[0] == "!":
+            return ~self.read_predicate(operand[1:])
+        if operand[0] != "%":
+            return np.full(self.threads, bool(int(operand, 0)))
+        return self.predicates[operand]
+
+    def write_predicate(self, register: str, value, lanes) -> None:
+        old = self.predicates.get(register, np.zeros(self.threads, bool))
+        self.predicates[register] = np.where(lanes, value, old)
+
+    def _logic(self, i, lanes) -> None:
+        a, *rest = (self.read_predicate(o) for o in i.operands[1:])
+        operation = {"mov": lambda: a, "not": lambda: ~a, "and": lambda: a & rest[0],
+                     "or": lambda: a | rest[0], "xor": lambda: a ^ rest[0]}  # fmt: skip
+        self.write_predicate(i.operands[0], operation[i.name](), lanes)
+
+    def _move(self, i, lanes) -> None:
+        to, source = i.operands
+        if i.kind == "pred":
+            self._logic(i, lanes)
+        elif to[0] == "{":
+            names = _names(to)
+            parts = unpack(self.read(source, i.kind), len(names), size_of(i.kind) // len(names))
+            for name, part in zip(names, parts, strict=True):
+                self.write(name, part, lanes)
+        elif source[0] == "{":
+            names = _names(source)
+            size = size_of(i.kind) // len(names)
+            parts = [self.read(name, f"b{8 * size}") for name in names]
+            self.write(to, pack(parts, size), lanes)
+        else:
+            self.write(to, self.read(source, i.kind), lanes)
+
+    def _exchange(self, i, lanes) -> None:
+        """Shuffles and reductions of a warp: all of its living lanes must be here."""
+        warp = self.lanes // WARP
+        for number in np.unique(warp[lanes]):
+            if not lanes[(warp == number) & ~self.done].all():
+                raise RuntimeError(f"expected all lanes of warp {number} at: {i.text}")
+        if i.name == "redux":
+            self.write(i.operands[0], self._reduced(i, lanes, warp), lanes)
+            return
+        to, *valid = i.operands[0].split("|")
+        amount, clamp = (self.read(o, "u32").astype(np.int64) for o in i.operands[2:4])
+        source, inside = _shuffle_source(i.modifiers[1], self.lanes % WARP, amount, clamp)
+        bits = self.read(i.operands[1], "b32")
+        self.write(to, bits[warp * WARP + source], lanes)
+        if valid:
+            self.write_predicate(valid[0], inside, lanes)
+
+    def _reduced(self, i, lanes, warp):
+        values = typed(self.read(i.operands[1], i.kind), i.kind)
+        strict = "NaN" in i.modifiers
+        operation = {
+            "add": np.add, "min": np.minimum if strict else np.fmin,
+            "max": np.maximum if strict else np.fmax, "and": np.bitwise_and, "or": np.bitwise_or,
+            "xor": np.bitwise_xor,
+        }[i.modifiers[1]]  # fmt: skip
+        result = np.zeros_like(values)
+        for number in np.unique(warp[lanes]):
+            mine = lanes & (warp == number)
+            result[mine] = operation.reduce(values[mine])
+        return raw(result, i.kind)
+
+    def _access(self, i, lanes) -> None:
+        store = i.name == "st"
+        place, registers = i.operands if store else i.operands[::-1]
+        names = _names(registers)
+        size = size_of(i.kind)
+        if len(names) != max([_VECTOR[m] for m in i.modifiers if m in _VECTOR], default=1):
+            raise NotImplementedError(i.text)
+        space = next(m.partition("::")[0] for m in (*i.modifiers, "global") if m.partition("::")[0]
+                     in ("global", "shared", "param", "local"))  # fmt: skip
+        addresses = self._address(place)
+        check_alignment(addresses[lanes], size * len(names))
+        for name, flat, offsets, inside in self._find(space, addresses, lanes, size * len(names)):
+            warps = self.lanes[inside] // WARP
+            self.counts.moved(name, store, warps, offsets[inside], size * len(names))
+            for part, register in enumerate(names):
+                at = offsets[inside] + RAW(part * size)
+                if store:
+                    scatter(flat, at, size, self.read(register, i.kind)[inside])
+                else:
+                    bits = np.zeros(self.threads, RAW)
+                    bits[inside] = _extended(gather(flat, at, size), i.kind)
+                    self.write(register, bits, inside)
+
+    def _address(self, place: str):
+        base, offset = _ADDRESS.fullmatch(place).groups()
+        if base in self.kernel.parameters:
+            start = np.full(self.threads, self.kernel.parameters[base][0], RAW)
+        else:
+            start = self.read(base, "u64")
+        return start + RAW(int(offset or "0", 0) & 0xFFFFFFFFFFFFFFFF)
+
+    def _find(self, space, addresses, lanes, size):
+        if space == "global":
+            masked = np.where(lanes, addresses, addresses[lanes][0])
+            for name, flat, offsets, inside in self.machine.memory.find(masked, size):
+                yield name, flat, offsets, inside & lanes
+            return
+        if space == "local":
+            raise NotImplementedError("local memory")
+        flat = self.parameters if space == "param" else self.shared
+        offsets = addresses & RAW(0xFFFFFFFF)
+        if (offsets[lanes] + RAW(size) > RAW(flat.size)).any():
+            raise MemoryError(f"access of {size} bytes outside {space} memory of {flat.size}")
+        yield space, flat, offsets, lanes
+
+
+def _extended(bits, kind: str):
+    """Signed loads fill the register with their sign."""
+    if kind[0] != "s":
+        return bits
+    return typed(bits, kind).astype(np.int64).view(RAW)
+
+
+def _shuffle_source(mode: str, lane, amount, clamp):
+    """(lane that each lane reads, whether it is inside the segment), as the PTX manual says."""
+    bound, segment = clamp & 31, (clamp >> 8) & 31
+    most, least = (lane & segment) | (bound & ~segment), lane & segment
+    source, inside = {
+        "up": lambda: (lane - amount, lane - amount >= most),
+        "down": lambda: (lane + amount, lane + amount <= most),
+        "bfly": lambda: (lane ^ amount, (lane ^ amount) <= most),
+        "idx": lambda: (least | (amount & ~segment), (least | (amount & ~segment)) <= most),
+    }[mode]()
+    return np.where(inside, source, lane), inside
+
+
+def _names(operand: str) -> list[str]:
+    return [name.strip() for name in operand.strip("{} ").split(",")]

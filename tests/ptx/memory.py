@@ -1,0 +1,85 @@
+"""Buffers of global memory, and what was moved to and from them."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .values import RAW
+
+
+@dataclass
+class Counts:
+    """As executed: bytes by buffer (or "shared", "param"), and warp instructions by name.
+
+    What several lanes of a warp access at one address moves once.
+    """
+
+    loaded: Counter = field(default_factory=Counter)
+    stored: Counter = field(default_factory=Counter)
+    widths: dict = field(default_factory=dict)  # (buffer, size of an access) -> bytes
+    instructions: Counter = field(default_factory=Counter)  # by warp
+    exps: int = 0  # by lane
+
+    def moved(self, name: str, store: bool, warps, offsets, size: int) -> None:
+        """Lanes of `warps` access `size` bytes at `offsets` of a buffer."""
+        total = size * len(np.unique(offsets + (warps.astype(RAW) << RAW(48))))
+        (self.stored if store else self.loaded)[name] += total
+        self.widths[name, size] = self.widths.get((name, size), 0) + total
+
+    @property
+    def warp_instructions(self) -> int:
+        return sum(self.instructions.values())
+
+
+class Global:
+    """Named numpy arrays at their own addresses."""
+
+    def __init__(self):
+        self.names, self.starts, self.bytes = [], [], []
+
+    def add(self, name: str, array) -> int:
+        """Address of a contiguous numpy array, which kernels read and write in place."""
+        if not array.flags.c_contiguous:
+            raise ValueError("expected a contiguous array")
+        flat = array.reshape(-1).view(np.uint8)
+        start = array.ctypes.data
+        for other, begin, held in zip(self.names, self.starts, self.bytes, strict=True):
+            if start < begin + held.size and begin < start + flat.size:
+                raise ValueError(f"{name} overlaps {other}")
+        self.names.append(name)
+        self.starts.append(start)
+        self.bytes.append(flat)
+        return start
+
+    def find(self, addresses, size: int):
+        """(name, bytes, offsets) per buffer that lanes access, with a mask of those lanes."""
+        left = np.ones(addresses.shape, bool)
+        for name, start, flat in zip(self.names, self.starts, self.bytes, strict=True):
+            offsets = addresses - RAW(start)  # wraps round below the start
+            inside = left & (offsets < RAW(flat.size))
+            if inside.any():
+                if (offsets[inside] > RAW(max(flat.size - size, 0))).any() or flat.size < size:
+                    raise MemoryError(f"access of {size} bytes runs over the end of {name}")
+                left &= ~inside
+                yield name, flat, offsets, inside
+        if left.any():
+            where = ", ".join(hex(int(a)) for a in addresses[left][:4])
+            raise MemoryError(f"access of {size} bytes outside every buffer, at {where}")
+
+
+def check_alignment(addresses, size: int) -> None:
+    if (addresses % RAW(size)).any():
+        raise MemoryError(f"access of {size} bytes that is not aligned to them")
+
+
+def gather(flat, offsets, size: int):
+    """Raw little-endian numbers of `size` bytes at byte offsets."""
+    wide = np.zeros((len(offsets), 8), np.uint8)
+    wide[:, :size] = flat[offsets.astype(np.int64)[:, None] + np.arange(size)]
+    return wide.view(RAW)[:, 0]
+
+
+def scatter(flat, offsets, size: int, bits) -> None:
+    wide = np.ascontiguousarray(bits).view(np.uint8).reshape(-1, 8)
+    flat[offsets.astype(np.int64)[:, None] + np.arange(size)] = wide[:, :size]

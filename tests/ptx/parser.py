@@ -1,0 +1,109 @@
+"""PTX text to a list of instructions."""
+
+import re
+from dataclasses import dataclass, field
+
+from .values import size_of
+
+_STATEMENT = re.compile(r"^(?:@(!?)(%\w+)\s+)?([a-z][\w.:]*)\s*(.*)$", re.S)
+_OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+")
+_SHARED = re.compile(r"\.shared\s+\.align\s+(\d+)\s+\.b8\s+([\w$.]+)\[(\d*)\]")
+
+
+@dataclass(frozen=True)
+class Instruction:
+    name: str  # "ld"
+    modifiers: tuple[str, ...]  # ("global", "v4", "b32")
+    operands: tuple[str, ...]
+    guard: str | None  # predicate register
+    guard_is_inverted: bool
+    text: str
+
+    @property
+    def kind(self) -> str:
+        """The type at the end of the opcode."""
+        return self.modifiers[-1] if self.modifiers else ""
+
+
+@dataclass
+class Kernel:
+    """The entry of a module: parameters, shared memory, instructions, labels."""
+
+    text: str
+    name: str = ""
+    parameters: dict[str, tuple[int, str]] = field(default_factory=dict)  # name -> offset, type
+    shared: dict[str, int] = field(default_factory=dict)  # name -> offset
+    shared_bytes: int = 0
+    dynamic: list[str] = field(default_factory=list)  # names that point at dynamic shared memory
+    code: list[Instruction] = field(default_factory=list)
+    labels: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self):
+        text = re.sub(r"/\*.*?\*/", "", self.text, flags=re.S)
+        text = re.sub(r"//[^\n]*", "", text)
+        text = re.sub(r"^\s*\.(loc|file|section|b8|b16|b32|b64)\s[^\n]*$", "", text, flags=re.M)
+        entry = re.search(r"\.entry\s+([\w$]+)\s*\((.*?)\)[^{]*\{", text, re.S)
+        self.name = entry[1]
+        self._read_parameters(entry[2])
+        body = _up_to_closing_brace(text[entry.end() :])
+        self._read_shared(text[: entry.start()] + body)
+        for statement in _statements(body):
+            self._read_statement(statement)
+
+    def _read_parameters(self, text: str) -> None:
+        offset = 0
+        for parameter in filter(None, map(str.strip, text.split(","))):
+            kind = re.search(r"\.param\s+\.(\w+)", parameter)[1]
+            size = size_of(kind)
+            offset = -(-offset // size) * size
+            self.parameters[parameter.split()[-1]] = (offset, kind)
+            offset += size
+
+    def _read_shared(self, text: str) -> None:
+        for align, name, length in _SHARED.findall(text):
+            start = -(-self.shared_bytes // int(align)) * int(align)
+            self.shared[name] = start
+            if length:
+                self.shared_bytes = start + int(length)
+            else:
+                self.dynamic.append(name)
+        for name in self.dynamic:  # after all that is static
+            self.shared[name] = -(-self.shared_bytes // 128) * 128
+
+    def _read_statement(self, statement: str) -> None:
+        if label := re.fullmatch(r"([\w$]+):", statement):
+            self.labels[label[1]] = len(self.code)
+            return
+        inverted, guard, opcode, operands = _STATEMENT.match(statement).groups()
+        name, *modifiers = opcode.split(".")
+        self.code.append(
+            Instruction(
+                name,
+                tuple(modifiers),
+                tuple(_OPERAND.findall(operands)),
+                guard,
+                inverted == "!",
+                statement,
+            )
+        )
+
+
+def _up_to_closing_brace(text: str) -> str:
+    depth = 1
+    for at, character in enumerate(text):
+        depth += (character == "{") - (character == "}")
+        if depth == 0:
+            return text[:at]
+    raise ValueError("expected a closing brace after the kernel's body, found none")
+
+
+def _statements(body: str):
+    """Labels (with their colon) and instructions; directives and scopes are dropped."""
+    body = re.sub(r"^\s*([\w$]+:)", r"\1;", body, flags=re.M)
+    for statement in body.split(";"):
+        statement = " ".join(statement.split())
+        # A scope's brace stands alone; a brace that opens a vector follows an opcode or a comma.
+        while statement[:1] in ("{", "}"):
+            statement = statement[1:].lstrip()
+        if statement and not statement.startswith("."):
+            yield statement
