@@ -176,7 +176,9 @@ def test_compiled_step_equals_the_eager_one():
     loss, want = torch.compile(step, fullgraph=True)(leaf), step(again)
     loss.backward()
     want.backward()
-    assert torch.equal(loss, want) and torch.equal(leaf.grad, again.grad)
+    # Inductor sums the losses in its own order, and that sum divides the gradient.
+    torch.testing.assert_close(loss, want, rtol=1e-6, atol=0)
+    torch.testing.assert_close(leaf.grad, again.grad, rtol=2**-7, atol=0)
 
 
 def two_devices():

@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 
 TESTS = Path(__file__).parent
 RUNS = {  # name -> (what is run, how many tests there are at least)
-    "oracle": ("test_against_oracle.py", 20),
+    "options": ("triton_options.py test_against_oracle.py", 140),
     "traps": ("test_traps.py test_traps_of_masks.py", 70),
     "sharded": ("test_sharded.py", 5),
     "others": ("test_module_and_metrics.py test_determinism.py test_compile.py::test_opcheck", 9),

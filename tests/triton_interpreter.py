@@ -16,7 +16,7 @@ import numpy as np
 from hypothesis import settings
 
 # A call takes from a tenth of a second to two here.
-EXAMPLES = 20  # of each hypothesis test
+EXAMPLES = 8  # of each hypothesis test; `triton_options.py` draws its own
 VARIANTS = 18  # of each parametrised test of the promises, drawn at random, the same ones each time
 
 

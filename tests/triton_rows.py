@@ -81,9 +81,30 @@ def test_same_bits_whatever_the_dtype_and_the_alignment(small_tiles, dtype, view
     aligned = replace(case, view="bsv", storage=case.full().float().clone())
     assert launch.aligned(aligned.storage)
     assert launch.aligned(case.logits(case.storage)) == (view == "bsv")
+    target, weight = torch.randint(0, 3000, (6,)), torch.ones(6)
+    stats, wanted = (
+        kernels.row_stats(one.logits(one.storage), target, weight, MATH, 6)
+        for one in (case, aligned)
+    )
+    assert torch.equal(stats, wanted)
     losses, _ = run(case, "triton")
     wanted, _ = run(aligned, "triton")
     assert torch.equal(losses, wanted)
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize(
+    "others", [[6], [512], [1024], [8], [2999], [513, 100, 2000]], ids=lambda others: str(others)
+)
+def test_of_equal_maxima_the_first_id_wins(small_tiles, monkeypatch, others, parts):
+    """In a thread's run, in its next tile, in another segment, in another thread."""
+    monkeypatch.setattr(row_stats, "splits", lambda *_: parts)
+    logits = torch.randn(1, 2, 3000).clamp_max(4)
+    first = min(5, *others)
+    logits[..., [5, *others]] = 5.0
+    labels = torch.tensor([[first, others[0] if others[0] != first else 5]])
+    metrics = fsl.token_metrics(logits, labels, shift=False, backend="triton")
+    assert metrics.correct.tolist() == [[True, False]]
 
 
 @contextmanager
