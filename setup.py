@@ -13,6 +13,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -75,8 +76,6 @@ class NinjaBuild(build_ext):
     """Each extension is one ninja file: incremental, parallel, and readable after the fact."""
 
     def build_extension(self, ext):
-        import sysconfig
-
         import pybind11
         from ninja import BIN_DIR, ninja_syntax
 

@@ -153,7 +153,7 @@ void row_stats(const StatsArgs& a, int threads) {
   std::vector<Partial> partials(busy.size() * static_cast<size_t>(chunks));
   parallel_for(static_cast<int64_t>(partials.size()), threads, [&](int64_t item) {
     const int64_t begin = item % chunks * kChunk;
-    const int64_t end = begin + kChunk < a.logits.valid ? begin + kChunk : a.logits.valid;
+    const int64_t end = std::min(begin + kChunk, a.logits.valid);
     kernels.stats(a, at(a.logits, busy[item / chunks]), begin, end, &partials[item]);
   });
   for (size_t i = 0; i < busy.size(); ++i) {
@@ -176,7 +176,7 @@ void row_grad(const GradArgs& a, int threads) {
       if (part == 0) zero(a.grad, row, 0, columns);
       return;
     }
-    const int64_t begin = part * width, end = begin + width < valid ? begin + width : valid;
+    const int64_t begin = part * width, end = std::min(begin + width, valid);
     kernels.grad(a, row_constants(a, row), at(a.logits, row), at(a.grad, row), begin, end);
     if (end == valid) zero(a.grad, row, valid, columns);
   });

@@ -1,5 +1,5 @@
-// Compiled once per instruction set with FSL_ISA naming it. Plain loops: `omp simd reduction` gives the
-// compiler leave to keep a sum in lanes, and nothing else is asked of it.
+// Compiled once per instruction set with FSL_ISA naming it. Plain loops over a fixed number of lanes, which
+// the compiler turns into vectors of whatever width it has; the one thing written out is the prefetch.
 #include "cpu_rows.h"
 
 #include "cpu_math.h"
@@ -9,7 +9,6 @@ namespace {
 
 struct Plain {
   float scale;
-  float slope;
   FSL_MEMBER float value(float x) const { return x * scale; }
   FSL_MEMBER float less(float x, float reference) const { return x * scale - reference; }
 };
@@ -137,7 +136,7 @@ void move_maximum(Partial* p, float delta) {
   p->denominator *= factor;
 }
 
-// Scale sums by e^reference never overflow while no logit is this far above the reference.
+// Sums of e^(z - reference) cannot overflow while no z is further than this above the reference.
 constexpr float kHeadroom = 64.0f;
 constexpr int64_t kGuess = 64;
 
@@ -233,7 +232,7 @@ void grad_range(const Z& z, const RowGrad& g, const void* row, void* out, int64_
   if (owns) elements[g.target_column] = T::round(at_target);
 }
 
-Plain plain(const Transform& t) { return {t.logit_scale, t.logit_scale}; }
+Plain plain(const Transform& t) { return {t.logit_scale}; }
 Capped capped(const Transform& t) { return {t.logit_scale / t.softcap, t.softcap, t.logit_scale}; }
 
 // Calls run(dtype tag, transform) with the types the arguments name.
@@ -261,9 +260,9 @@ void grad(const GradArgs& a, const RowGrad& g, const void* row, void* out, int64
   with_types(a.logits.dtype, a.transform, [&](auto tag, auto z) {
     if constexpr (__is_same(decltype(z), Plain)) {
       RowGrad scaled = g;  // dz/dx is one number for the whole row
-      scaled.softmax_factor *= z.slope;
-      scaled.smoothing *= z.slope;
-      scaled.target_factor *= z.slope;
+      scaled.softmax_factor *= z.scale;
+      scaled.smoothing *= z.scale;
+      scaled.target_factor *= z.scale;
       grad_range<decltype(tag)>(z, scaled, row, out, begin, end);
     } else {
       grad_range<decltype(tag)>(z, g, row, out, begin, end);

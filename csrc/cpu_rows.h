@@ -6,8 +6,8 @@
 namespace fsl {
 
 // Columns are cut at fixed places, so the order of every sum, and with it every bit of the result, is the
-// same however many threads there are. 8192 columns of the widest dtype are 32 KiB: the pass for the maximum
-// leaves them in the L1 cache for the pass that exponentiates.
+// same however many threads there are. 8192 columns of the widest dtype are 32 KiB: where a chunk takes a
+// second pass, because its first columns misled, it is still in the L1 cache.
 constexpr int64_t kChunk = 8192;
 
 // Statistics of some columns of a row; merging is exact in the maximum and ordered in the sums.

@@ -45,13 +45,7 @@ def row_targets(labels, loss_mask, cu_seqlens, shift, ignore_index, vocab_size, 
 
 @row_targets.register_fake
 def _(labels, loss_mask, cu_seqlens, shift, ignore_index, vocab_size, backend):
-    rows = labels.numel()
-    return (
-        labels.new_empty(rows, dtype=torch.int64),
-        labels.new_empty(rows, dtype=torch.float32),
-        labels.new_empty((), dtype=torch.int32),
-        labels.new_empty((), dtype=torch.float32),
-    )
+    return tuple(targets.Targets.empty(labels))
 
 
 def merged_rows(logits, target, weight, math: RowMath, group_name: str, backend: str, columns: int):

@@ -19,6 +19,17 @@ class Targets(NamedTuple):
     count: Tensor  # 0-d int32: rows with weight != 0
     weight_sum: Tensor  # 0-d fp32
 
+    @classmethod
+    def empty(cls, labels: Tensor) -> "Targets":
+        """Uninitialised, for as many rows as there are labels, on their device."""
+        rows = labels.numel()
+        return cls(
+            labels.new_empty(rows, dtype=torch.int64),
+            labels.new_empty(rows, dtype=torch.float32),
+            labels.new_empty((), dtype=torch.int32),
+            labels.new_empty((), dtype=torch.float32),
+        )
+
 
 def row_targets(
     labels: Tensor,

@@ -39,9 +39,7 @@ class Shape:
     no launch can have, and which this class cannot express.
     """
 
-    kernel: (
-        str  # "row_stats" or "row_grad", or of row_stats only "row_stats metrics" or "... softcap"
-    )
+    kernel: str  # "row_stats", "row_stats metrics", "row_stats softcap" or "row_grad"
     dtypes: tuple[torch.dtype, ...]  # of the logits
     columns: int | None  # for V_local up to this; None: any
     threads: int

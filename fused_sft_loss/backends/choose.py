@@ -71,8 +71,7 @@ def best(device_type: str) -> str:
 
 @torch.compiler.assume_constant_result
 def resolve(name: str | None, device_type: str) -> str:
-    """The backend to use: the one asked for, else ``FUSED_SFT_LOSS_BACKEND``, else the best there
-    is.
+    """The backend asked for, else that of ``FUSED_SFT_LOSS_BACKEND``, else the best there is.
 
     Raises:
         ValueError: the name is not a backend's.

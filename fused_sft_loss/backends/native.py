@@ -25,7 +25,7 @@ __all__ = [
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Dtype of csrc/args.h
 
 
-def rows(tensor: Tensor, math: RowMath) -> _cpu.Rows:
+def strided_rows(tensor: Tensor, math: RowMath) -> _cpu.Rows:
     """Describe `[b, s, v]` as csrc's Rows. The caller keeps the tensor alive."""
     batch, seq, columns = tensor.shape
     return _cpu.Rows(
@@ -52,12 +52,7 @@ def row_targets(
     mask = None if loss_mask is None else torch.atleast_2d(loss_mask.float())
     bounds = None if cu_seqlens is None else cu_seqlens.long().contiguous()
     batch, seq = labels.shape
-    result = Targets(
-        torch.empty(batch * seq, dtype=torch.int64),
-        torch.empty(batch * seq),
-        torch.empty((), dtype=torch.int32),
-        torch.empty(()),
-    )
+    result = Targets.empty(labels)
     _cpu.row_targets(
         labels=labels.data_ptr(),
         mask=0 if mask is None else mask.data_ptr(),
@@ -81,12 +76,12 @@ def row_targets(
 
 
 def merge(gathered: Tensor, target: Tensor, weight: Tensor, math: RowMath) -> tuple[Tensor, Tensor]:
-    ranks, rows_, columns = gathered.shape
+    ranks, rows, columns = gathered.shape
     loss, lse = torch.empty_like(weight), torch.empty_like(weight)
     _cpu.merge(
         stats=gathered.data_ptr(),
         ranks=ranks,
-        rows=rows_,
+        rows=rows,
         columns=columns,
         rank_stride=gathered.stride(0),
         target=target.data_ptr(),
@@ -105,7 +100,7 @@ def row_stats(
 ) -> Tensor:
     stats = torch.empty(weight.numel(), columns)
     _cpu.row_stats(
-        logits=rows(logits, math),
+        logits=strided_rows(logits, math),
         logit_scale=math.logit_scale,
         softcap=math.softcap,
         target=target.data_ptr(),
@@ -122,8 +117,8 @@ def row_grad(
     logits: Tensor, lse: Tensor, target: Tensor, scale: Tensor, math: RowMath, out: Tensor
 ) -> None:
     _cpu.row_grad(
-        logits=rows(logits, math),
-        grad=rows(out, math),
+        logits=strided_rows(logits, math),
+        grad=strided_rows(out, math),
         logit_scale=math.logit_scale,
         softcap=math.softcap,
         target=target.data_ptr(),

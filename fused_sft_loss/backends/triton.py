@@ -28,12 +28,7 @@ def row_targets(
     ignore_index: int,
     vocab_size: int,
 ) -> Targets:
-    rows = Targets(
-        labels.new_empty(labels.numel(), dtype=torch.int64),
-        labels.new_empty(labels.numel(), dtype=torch.float32),
-        labels.new_empty((), dtype=torch.int32),
-        labels.new_empty((), dtype=torch.float32),
-    )
+    rows = Targets.empty(labels)
     _run(
         labels,
         row_targets_kernels.plan(
