@@ -63,12 +63,8 @@ class Run:
         # A chip without multiprocessors to fill never shares a row out.
         self.planned_for = self.chip if split else replace(self.chip, multiprocessors=0)
         self.logits, self.labels, self.loss_mask = logits, labels, loss_mask
-        self.inplace, self.shift, self.seed, self.edit = (
-            inplace,
-            shift,
-            seed,
-            edit or (lambda text: text),
-        )
+        self.inplace, self.shift, self.seed = inplace, shift, seed
+        self.edit = edit or (lambda text: text)
         self.valid = self.vocab_size = vocab_size or logits.shape[-1]
         self.cap = {"softcap": softcap, "logit_scale": logit_scale}
         self.terms = {"label_smoothing": label_smoothing, "z_loss": z_loss}
@@ -95,7 +91,7 @@ class Run:
 
     def statistics(self, columns=4):
         self.stats = torch.full((self.labels.numel(), columns), float("nan"))
-        shape = self._shape("row_stats")
+        shape = self._shape(row_stats.table_name(columns, self.cap["softcap"]))
         plan = row_stats.plan(
             self.planned_for, shape, self.logits, self.target, self.weight, self.stats,
             valid=self.valid, vocab_start=0, **self.cap,
@@ -111,7 +107,9 @@ class Run:
         self._run("merge", plan)
 
     def gradient(self):
-        self.grad = self.logits if self.inplace else torch.full_like(self.logits, float("nan"))
+        logits = self.logits
+        apart = torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype)
+        self.grad = logits if self.inplace else apart.fill_(float("nan"))
         shape = self._shape("row_grad")
         plan = row_grad.plan(
             self.planned_for, shape, self.logits, self.lse, self.target, self.weight, self.grad,

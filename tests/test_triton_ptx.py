@@ -9,6 +9,7 @@ from oracle import evaluate
 
 pytest.importorskip("triton")
 
+from fused_sft_loss.triton_kernels import launch  # noqa: E402
 from fused_sft_loss.triton_kernels.rowmath import INTERPRETED  # noqa: E402
 
 if INTERPRETED.value:
@@ -99,6 +100,32 @@ def test_masked_rows_are_not_read(target, split):
             assert run.counts[name].exps == 0
     assert run.counts["gradient"].stored["grad"] == logits.numel() * 2
     assert not run.loss.count_nonzero() and not run.grad.count_nonzero()
+
+
+@pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["plain", "options"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_same_bits_for_every_dtype_and_address(target, options):
+    """bf16, the same numbers in fp32, and both in rows that no 16 bytes are aligned to: one loss,
+    and gradients that are one fp32 gradient, rounded once or not at all."""
+    columns = 4099
+    logits, labels, mask = problem(torch.bfloat16, columns)
+    runs = [
+        Run(target, copy, labels, mask, **options)()
+        for numbers in (logits, logits.float())
+        for copy in (rows_at(numbers, 4104), rows_at(numbers, columns))
+    ]
+    assert [launch.aligned(run.logits) for run in runs] == [True, False, True, False]
+    exact = runs[-1].grad
+    for run in runs:
+        assert torch.equal(run.loss, runs[0].loss) and torch.equal(run.lse, runs[0].lse)
+        assert torch.equal(run.grad, exact.to(run.grad.dtype))
+
+
+def rows_at(logits, stride):
+    """The same `[1, s, v]` numbers in rows `stride` elements apart."""
+    memory = torch.full((logits.shape[1], stride), 7.0, dtype=logits.dtype)
+    memory[:, : logits.shape[2]] = logits[0]
+    return memory[None, :, : logits.shape[2]]
 
 
 def test_in_place():
