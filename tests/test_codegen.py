@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -62,6 +63,23 @@ def test_every_line_of_the_launch_table_was_compiled(compiled, target):
     assert found == expected
     rest = {r["kernel"] for r in compiled if r["target"] == target and not r["pass"]}
     assert rest == {"fold_segments", "merge", "row_targets"}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_registers_are_those_the_launch_table_says(compiled, target):
+    """Its reasons name them, "40 (56) registers": of bf16, and of fp32 where that differs."""
+    from fused_sft_loss.triton_kernels.launch import SHAPES
+
+    for shape in SHAPES[target]:
+        if said := re.match(r"(\d+)(?: \((\d+)\))? registers", shape.why):
+            for dtype, registers in (("bfloat16", said[1]), ("float32", said[2] or said[1])):
+                plain = next(
+                    r
+                    for r in compiled
+                    if (r["target"], r["line"], r["columns"], r["dtype"])
+                    == (target, shape.kernel, shape.columns, dtype)
+                )
+                assert plain["registers"] == int(registers), (target, shape, plain["name"])
 
 
 @pytest.mark.parametrize("target", TARGETS)

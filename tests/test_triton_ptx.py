@@ -196,8 +196,8 @@ def test_executed_beside_liger(target):
     theirs = logits[0, :2].clone()
     machines = [Machine(), Machine()]
     launches = peers.step(target, str(PEERS), theirs, labels[0, 1:])
-    for machine, launch in zip(machines, launches, strict=True):
-        execute(machine, ours.chip, [launch])
+    for machine, one in zip(machines, launches, strict=True):
+        execute(machine, ours.chip, [one])
     expected = ours.grad[0].float() * (peers.UPSTREAM / 2)  # the mean of two rows
     torch.testing.assert_close(theirs.detach().float(), expected, rtol=2**-7, atol=1e-7)
     elements = 2 * columns

@@ -14,6 +14,7 @@ from .rowmath import (
     cap_and_slope,
     load_columns,
     narrow,
+    reference_and_rest,
     row_pointer,
     tile_columns,
 )
@@ -28,7 +29,8 @@ def grad_tile(
     x,  # [RUNS, THREADS, 8] fp32
     columns,
     own,  # the target among them, if it is there
-    lse,
+    scale2,  # p = 2^(z * scale2 - reference), z = x without SOFTCAP
+    reference,
     softmax_factor,
     smoothing,
     at_target,  # smoothing + what the target gets less
@@ -39,11 +41,8 @@ def grad_tile(
 ):
     """dz/dx * (p * softmax_factor - smoothing - [target]), with p - [target] formed in fp32."""
     if SOFTCAP:
-        z, slope = cap_and_slope(x, inward, cap)
-        u = z - lse
-    else:
-        u = tl.fma(x, scale, -lse)
-    p = tl.exp2(u * LOG2E)
+        x, slope = cap_and_slope(x, inward, cap)
+    p = tl.exp2(tl.fma(x, scale2, -reference))
     grad = tl.fma(p, softmax_factor, tl.where(columns == own, -at_target, -smoothing))
     if SOFTCAP:
         grad *= slope * scale
@@ -107,7 +106,13 @@ def row_grad_kernel(
     # A target elsewhere (none, another shard's) is a column that no tile has.
     own = tl.where((label >= 0) & (own >= 0) & (own < valid), own, -1).to(tl.int32)
     lse_row = tl.load(lse + row)
-    softmax_factor = factor * tl.fma(two_z_loss, lse_row, 1.0)
+    unit = 1.0 if SOFTCAP else scale
+    scale2 = unit * LOG2E
+    # lse / unit is what x is compared with; what the two roundings lose is one factor of the row.
+    lse_x = lse_row / unit
+    reference, rest = reference_and_rest(lse_x, scale2)
+    rest += tl.fma(-lse_x, unit, lse_row) * LOG2E
+    softmax_factor = factor * tl.fma(two_z_loss, lse_row, 1.0) * tl.exp2(-rest)
     smoothing = factor * column_share
     at_target = smoothing + factor * target_share
     if not SOFTCAP:
@@ -119,14 +124,14 @@ def row_grad_kernel(
     for first in range(begin, whole, TILE):
         x = load_columns(logits + first, columns, TILE, False)
         value = grad_tile(
-            x, columns, own - first, lse_row, softmax_factor, smoothing, at_target,
+            x, columns, own - first, scale2, reference, softmax_factor, smoothing, at_target,
             scale, inward, cap, SOFTCAP,
         )  # fmt: skip
         tl.store(grad + first + columns, narrow(value, dtype))
     for first in range(whole, end, TILE):
         x = load_columns(logits + first, columns, stop - first, True)
         value = grad_tile(
-            x, columns, own - first, lse_row, softmax_factor, smoothing, at_target,
+            x, columns, own - first, scale2, reference, softmax_factor, smoothing, at_target,
             scale, inward, cap, SOFTCAP,
         )  # fmt: skip
         value = tl.where(columns < stop - first, value, 0.0)

@@ -14,13 +14,15 @@ import triton.language as tl
 from .launch import VECTOR_BLOCK, Chip, Launch, Shape, aligned, splits, vector_options
 from .rowmath import (
     INF,
+    LN2,
+    LOG2E,
     cap_and_slope,
-    exp,
     fold,
     load_stats,
     load_tile,
     max_tile,
     not_minus_infinity,
+    reference_and_rest,
     row_pointer,
     store_stats,
     sum_tile,
@@ -38,11 +40,11 @@ def accumulate(
     first,
     end,  # columns from here on are not there, when MASKED
     top,  # [THREADS], as what follows: maximum of x,
-    total,  # sum of exp(u), u = x * scale - top * scale
+    total,  # sum of 2^u, u = x * scale - reference(top)
     x_sum,
     top_at,  # first column of the maximum
-    moment,  # sum of u * exp(u)
-    scale,
+    moment,  # sum of u * 2^u
+    scale,  # of x, times log2(e): the exponential is one FMA and one exp2
     inward,
     cap,
     COLUMNS: tl.constexpr,
@@ -60,10 +62,10 @@ def accumulate(
         top_at = tl.where(tile_top > top, tl.min(tl.min(at, 2), 0), top_at)
     new_top = tl.maximum(top, tile_top)
     reference = not_minus_infinity(new_top) * scale
-    delta = tl.fma(top, scale, -reference)
-    shrink = exp(delta)
+    delta = top * scale - reference
+    shrink = tl.exp2(delta)
     u = tl.fma(x, scale, -reference[None, :, None])
-    e = exp(u)
+    e = tl.exp2(u)
     if COLUMNS > 4:
         moment = tl.fma(tl.where(shrink == 0.0, 0.0, delta), total, moment) * shrink
         moment += sum_tile(tl.where(e == 0.0, 0.0, u * e), RUNS, THREADS)
@@ -91,6 +93,7 @@ def segment_stats(
 ):
     """Scalars (maximum z, sum of exp(z - maximum), sum of z, column of the maximum, moment)."""
     TILE: tl.constexpr = RUNS * THREADS * 8
+    scale2 = scale * LOG2E
     columns = tile_columns(RUNS, THREADS)
     top = tl.full([THREADS], -INF, tl.float32)
     total = tl.zeros([THREADS], tl.float32)
@@ -102,17 +105,18 @@ def segment_stats(
         x = load_tile(row + first, TILE, RUNS, THREADS, ALIGNED, False)
         top, total, x_sum, top_at, moment = accumulate(
             x, columns, first, end, top, total, x_sum, top_at, moment,
-            scale, inward, cap, COLUMNS, SOFTCAP, RUNS, THREADS, False,
+            scale2, inward, cap, COLUMNS, SOFTCAP, RUNS, THREADS, False,
         )  # fmt: skip
     if whole < end:
         x = load_tile(row + whole, end - whole, RUNS, THREADS, ALIGNED, True)
         top, total, x_sum, top_at, moment = accumulate(
             x, columns, whole, end, top, total, x_sum, top_at, moment,
-            scale, inward, cap, COLUMNS, SOFTCAP, RUNS, THREADS, True,
+            scale2, inward, cap, COLUMNS, SOFTCAP, RUNS, THREADS, True,
         )  # fmt: skip
     row_top = tl.max(top, 0)
-    delta = tl.fma(top, scale, -not_minus_infinity(row_top) * scale)
-    shrink = exp(delta)
+    reference, rest = reference_and_rest(not_minus_infinity(row_top), scale2)
+    delta = (top * scale2 - reference) - rest
+    shrink = tl.exp2(delta)
     if COLUMNS > 4:
         top_at = tl.where(top == row_top, top_at, LAST)
         moment = tl.fma(tl.where(shrink == 0.0, 0.0, delta), total, moment) * shrink
@@ -121,7 +125,7 @@ def segment_stats(
         tl.sum(total * shrink, 0),
         tl.sum(x_sum, 0) * scale,
         tl.min(top_at, 0),
-        tl.sum(moment, 0),
+        tl.sum(moment, 0) * LN2,
     )
 
 

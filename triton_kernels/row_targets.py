@@ -12,7 +12,9 @@ import triton.language as tl
 from .launch import Chip, Launch, targets_options
 from .rowmath import NOT_SCORED, OUT_OF_VOCABULARY, widen
 
-BLOCK = 4096  # rows a program handles at a time
+#: Rows a program handles at a time. With documents twice as many need more scalar registers, for
+#: their lanes' masks, than AMD's processors have.
+BLOCK = 2048
 
 
 @triton.jit

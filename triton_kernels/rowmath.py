@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 INF = tl.constexpr(float("inf"))
 
 NOT_SCORED = tl.constexpr(-1)
@@ -43,6 +44,18 @@ def exp(u):
 def not_minus_infinity(m):
     """A maximum that may be subtracted: 0 for -inf, where -inf - -inf would make a NaN."""
     return tl.where(m == -INF, 0.0, m)
+
+
+@triton.jit
+def reference_and_rest(m, scale):
+    """m * scale as fp32, and what its rounding left out.
+
+    2^(x * scale - m * scale) takes one FMA and one exp2 against the rounded product. The rounding
+    is one factor for all x, half a unit of the product: too much for the sum, so it is taken out
+    once, at the end.
+    """
+    reference = m * scale
+    return reference, tl.fma(m, scale, -reference)
 
 
 @triton.jit
