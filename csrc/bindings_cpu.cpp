@@ -1,39 +1,14 @@
 // _cpu: addresses and numbers in, exceptions out. Who owns the memory, and that it is large enough, is the
 // caller's affair (fused_sft_loss/backends/native.py, its only caller).
-#include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <stdexcept>
-#include <string>
-
+#include "bindings.h"
 #include "cpu.h"
 
 namespace py = pybind11;
+using fsl::pointer;
 
 namespace {
-
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-fsl::Rows rows(uintptr_t data, int dtype, int64_t batch, int64_t seq, int64_t columns, int64_t valid,
-               int64_t stride_b, int64_t stride_s) {
-  if (dtype < 0 || dtype > 2)
-    throw std::invalid_argument("expected dtype 0 (fp32), 1 (bf16) or 2 (fp16), got " +
-                                std::to_string(dtype));
-  if (valid < 0 || valid > columns)
-    throw std::invalid_argument("expected 0 <= valid <= columns, got " + std::to_string(valid) + " of " +
-                                std::to_string(columns));
-  return {
-      pointer<void>(data), static_cast<fsl::Dtype>(dtype), batch, seq, columns, valid, stride_b, stride_s};
-}
-
-fsl::Want want(int columns) {
-  if (columns != 3 && columns != 4 && columns != 6)
-    throw std::invalid_argument("expected 3, 4 or 6 statistics, got " + std::to_string(columns));
-  return static_cast<fsl::Want>(columns);
-}
 
 int at_least_one(int threads) { return threads < 1 ? 1 : threads; }
 
@@ -41,7 +16,7 @@ void row_stats(const fsl::Rows& logits, float logit_scale, float softcap, uintpt
                int64_t vocab_start, int columns, uintptr_t stats, int threads) {
   const fsl::StatsArgs args{
       logits,      {logit_scale, softcap}, pointer<int64_t>(target), pointer<float>(weight),
-      vocab_start, want(columns),          pointer<float>(stats)};
+      vocab_start, fsl::want(columns),     pointer<float>(stats)};
   py::gil_scoped_release unlocked;
   fsl::cpu::row_stats(args, at_least_one(threads));
 }
@@ -61,6 +36,30 @@ void row_grad(const fsl::Rows& logits, const fsl::Rows& grad, float logit_scale,
                            vocab_size};
   py::gil_scoped_release unlocked;
   fsl::cpu::row_grad(args, at_least_one(threads));
+}
+
+void row_stats_grad(const fsl::Rows& logits, const fsl::Rows& grad, float logit_scale, float softcap,
+                    uintptr_t target, uintptr_t weight, uintptr_t expected, float label_smoothing,
+                    float z_loss, int64_t vocab_size, uintptr_t loss, uintptr_t lse, int threads) {
+  const fsl::StatsGradArgs args{logits,
+                                grad,
+                                {logit_scale, softcap},
+                                pointer<int64_t>(target),
+                                pointer<float>(weight),
+                                pointer<float>(expected),
+                                label_smoothing,
+                                z_loss,
+                                vocab_size,
+                                pointer<float>(loss),
+                                pointer<float>(lse)};
+  py::gil_scoped_release unlocked;
+  fsl::cpu::row_stats_grad(args, at_least_one(threads));
+}
+
+void rescale(const fsl::Rows& grad, uintptr_t upstream, uintptr_t expected, int threads) {
+  const fsl::RescaleArgs args{grad, pointer<float>(upstream), pointer<float>(expected)};
+  py::gil_scoped_release unlocked;
+  fsl::cpu::rescale(args, at_least_one(threads));
 }
 
 void row_targets(uintptr_t labels, uintptr_t mask, uintptr_t cu_seqlens, int64_t batch, int64_t seq,
@@ -85,15 +84,19 @@ void merge(uintptr_t stats, int64_t ranks, int64_t rows, int64_t columns, int64_
 
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "Native CPU row kernels of fused_sft_loss";
-  py::class_<fsl::Rows>(m, "Rows").def(py::init(&rows), py::kw_only(), py::arg("data"), py::arg("dtype"),
-                                       py::arg("batch"), py::arg("seq"), py::arg("columns"), py::arg("valid"),
-                                       py::arg("stride_b"), py::arg("stride_s"));
+  fsl::bind_rows(m);
   m.def("row_stats", &row_stats, py::kw_only(), py::arg("logits"), py::arg("logit_scale"), py::arg("softcap"),
         py::arg("target"), py::arg("weight"), py::arg("vocab_start"), py::arg("columns"), py::arg("stats"),
         py::arg("threads"));
   m.def("row_grad", &row_grad, py::kw_only(), py::arg("logits"), py::arg("grad"), py::arg("logit_scale"),
         py::arg("softcap"), py::arg("target"), py::arg("lse"), py::arg("scale"), py::arg("vocab_start"),
         py::arg("label_smoothing"), py::arg("z_loss"), py::arg("vocab_size"), py::arg("threads"));
+  m.def("row_stats_grad", &row_stats_grad, py::kw_only(), py::arg("logits"), py::arg("grad"),
+        py::arg("logit_scale"), py::arg("softcap"), py::arg("target"), py::arg("weight"), py::arg("expected"),
+        py::arg("label_smoothing"), py::arg("z_loss"), py::arg("vocab_size"), py::arg("loss"), py::arg("lse"),
+        py::arg("threads"));
+  m.def("rescale", &rescale, py::kw_only(), py::arg("grad"), py::arg("upstream"), py::arg("expected"),
+        py::arg("threads"));
   m.def("row_targets", &row_targets, py::kw_only(), py::arg("labels"), py::arg("mask"), py::arg("cu_seqlens"),
         py::arg("batch"), py::arg("seq"), py::arg("boundaries"), py::arg("label_stride_b"),
         py::arg("label_stride_s"), py::arg("mask_stride_b"), py::arg("mask_stride_s"), py::arg("shift"),

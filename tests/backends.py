@@ -1,6 +1,10 @@
-"""The ways of running on a CPU: every backend, and the native one per instruction set."""
+"""The ways of running on a CPU: every backend, the native one per instruction set, and the GPU
+ones over the SIMT shim."""
 
 from contextlib import contextmanager
+from unittest import mock
+
+import simt_build
 
 from fused_sft_loss.backends import choose
 
@@ -9,19 +13,42 @@ def _native_isas():
     return choose.load("cpu").isas() if choose.reason_against("cpu", "cpu") is None else []
 
 
-ON_CPU = ["eager", *(f"cpu-{isa}" for isa in _native_isas())]
+#: CUDA and HIP device code executed by the shim, where it can be built.
+ON_SHIM = [] if simt_build.missing() else ["cuda-simt", "hip-simt"]
+ON_CPU = ["eager", *(f"cpu-{isa}" for isa in _native_isas()), *ON_SHIM]
 
 
 @contextmanager
 def using(name: str):
-    """Yield the `backend=` argument of one of ON_CPU, with its instruction set chosen."""
-    backend, _, isa = name.partition("-")
-    if not isa:
+    """Yield the `backend=` argument of one of ON_CPU, with all set up so that it runs."""
+    backend, _, variant = name.partition("-")
+    if variant == "simt":
+        with on_shim(backend):
+            yield backend
+    elif variant:
+        native = choose.load("cpu")
+        native.use_isa(variant)
+        try:
+            yield backend
+        finally:
+            native.use_isa(native.isas()[0])
+    else:
         yield backend
-        return
-    native = choose.load("cpu")
-    native.use_isa(isa)
-    try:
-        yield backend
-    finally:
-        native.use_isa(native.isas()[0])
+
+
+@contextmanager
+def on_shim(name: str, chip=None):
+    """The backend "cuda" or "hip" runs CPU tensors on the shim. Only tests can have it so."""
+    import simt_module
+
+    shim = simt_module.backend(name, chip)
+    load, reason = choose.load, choose.reason_against
+
+    def loaded(wanted):
+        return shim if wanted == name else load(wanted)
+
+    def reason_against(wanted, device_type):
+        return None if wanted == name else reason(wanted, device_type)
+
+    with mock.patch.multiple(choose, load=loaded, reason_against=reason_against):
+        yield

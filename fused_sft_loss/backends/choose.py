@@ -7,14 +7,11 @@ from types import ModuleType
 
 import torch
 
-#: Every name the API accepts -> the module that implements it, None while nothing does.
-MODULES = {
-    "cpu": "native",
-    "cuda": None,
-    "hip": None,
-    "triton": "triton",
-    "eager": "eager",
-}
+from . import loader
+from .gpu import Gpu
+
+#: Every name the API accepts -> the module here that implements it.
+MODULES = {"cpu": "native", "cuda": "gpu", "hip": "gpu", "triton": "triton", "eager": "eager"}
 
 #: What ``backend=None`` tries on a device, best first. ROCm's torch calls its devices "cuda" too.
 PREFERENCE = {"cpu": ("cpu", "eager"), "cuda": ("cuda", "hip", "triton", "eager")}
@@ -23,16 +20,16 @@ VARIABLE = "FUSED_SFT_LOSS_BACKEND"
 
 
 @cache
-def load(name: str) -> ModuleType:
-    """The backend's module. Call only for a name that `reason_against` has nothing against."""
+def load(name: str) -> ModuleType | Gpu:
+    """The backend. Call only for a name that `reason_against` has nothing against."""
+    if MODULES[name] == "gpu":
+        return Gpu(loader.load(name))
     return importlib.import_module(f".{MODULES[name]}", __package__)
 
 
 @cache
 def reason_against(name: str, device_type: str) -> str | None:
     """Why `name` cannot run on tensors of `device_type`, or None when it can."""
-    if MODULES[name] is None:
-        return "not in this version yet"
     if name == "cpu":
         if device_type != "cpu":
             return f"runs on CPU tensors, not on {device_type}"
@@ -43,8 +40,29 @@ def reason_against(name: str, device_type: str) -> str | None:
                 f"its compiled module cannot be loaded ({error}); install a C++ compiler "
                 "(g++ or clang), then reinstall fused_sft_loss"
             )
+    if MODULES[name] == "gpu":
+        return _reason_against_gpu(name, device_type)
     if name == "triton":
         return _reason_against_triton(device_type)
+    return None
+
+
+def _reason_against_gpu(name: str, device_type: str) -> str | None:
+    vendor, version = {
+        "cuda": ("NVIDIA", torch.version.cuda),
+        "hip": ("AMD", torch.version.hip),
+    }[name]
+    if device_type != "cuda":  # as ROCm's torch calls its devices, too
+        return f"runs on {vendor} GPUs, not on {device_type}"
+    if not version:
+        return f"runs on {vendor} GPUs; this torch is built for others"
+    try:
+        load(name)
+    except ImportError as error:
+        return (
+            f"its compiled module cannot be loaded ({error}); install a wheel that has it, or "
+            f"build one with FUSED_SFT_LOSS_BUILD=cpu,{name}"
+        )
     return None
 
 

@@ -1,0 +1,84 @@
+// Where a row lies, and eight neighbouring logits of it: 16 bytes at a time, wherever the row starts.
+#pragma once
+
+#include "gpu_math.cuh"
+
+namespace fsl::gpu {
+
+// Vectors of eight logits that a thread takes in at once: independent 16-byte loads in flight.
+constexpr int kRuns = 4;
+
+// A row of logits or of their gradient. `skew` is how many bytes it starts past a multiple of 16.
+struct Row {
+  char* start;
+  int64_t bytes;
+  int skew;
+};
+
+template <class T>
+FSL_DEVICE Row row_at(const Rows& rows, uint32_t n) {
+  const uint32_t seq = static_cast<uint32_t>(rows.seq);
+  char* start =
+      static_cast<char*>(rows.data) + (n / seq * rows.stride_b + n % seq * rows.stride_s) * T::kBytes;
+  return {start, rows.columns * T::kBytes, static_cast<int>(reinterpret_cast<uintptr_t>(start) & 15)};
+}
+
+FSL_DEVICE Chunk load_chunk(const char* at) { return *reinterpret_cast<const Chunk*>(at); }
+FSL_DEVICE Chunk load_chunk_anywhere(const char* at) {
+  Chunk chunk;
+  __builtin_memcpy(&chunk, at, sizeof chunk);
+  return chunk;
+}
+FSL_DEVICE void store_chunk(char* at, const Chunk& chunk) { *reinterpret_cast<Chunk*>(at) = chunk; }
+
+// The kWords words at `at`, which lies `skew` bytes past a multiple of 16: of the chunks that hold them,
+// shifted into place. The shift is the same for a whole row, and second loads of a chunk are served by the L1
+// cache.
+template <class T>
+FSL_DEVICE void load_shifted(uint32_t* words, const char* at, int skew) {
+  constexpr int kChunks = T::kWords / 4;
+  uint32_t from[4 * kChunks + 4];
+  FSL_UNROLL for (int c = 0; c <= kChunks; ++c) {
+    const Chunk chunk = load_chunk(at - skew + 16 * c);
+    FSL_UNROLL for (int i = 0; i < 4; ++i) from[4 * c + i] = chunk.word[i];
+  }
+  FSL_UNROLL for (int i = 0; i < 4 * kChunks + 2; ++i) from[i] = skew & 8 ? from[i + 2] : from[i];
+  FSL_UNROLL for (int i = 0; i < 4 * kChunks + 1; ++i) from[i] = skew & 4 ? from[i + 1] : from[i];
+  FSL_UNROLL for (int i = 0; i < T::kWords; ++i) words[i] =
+      T::kBytes == 4 ? from[i] : funnel_right(from[i + 1], from[i], skew % 4 * 8);
+}
+
+// kShifted: the address may be anything, `skew` bytes past a multiple of 16. Otherwise it is a multiple.
+template <class T, bool kShifted>
+FSL_DEVICE void load_eight(uint32_t* words, const char* at, int skew) {
+  if constexpr (kShifted && !kLoadsAnywhere) {
+    load_shifted<T>(words, at, skew);
+  } else {
+    FSL_UNROLL for (int c = 0; c < T::kWords / 4; ++c) {
+      const Chunk chunk = kShifted ? load_chunk_anywhere(at + 16 * c) : load_chunk(at + 16 * c);
+      FSL_UNROLL for (int i = 0; i < 4; ++i) words[4 * c + i] = chunk.word[i];
+    }
+  }
+}
+
+template <class T>
+FSL_DEVICE void store_eight(char* at, const uint32_t* words) {
+  FSL_UNROLL for (int c = 0; c < T::kWords / 4; ++c)
+      store_chunk(at + 16 * c, {{words[4 * c], words[4 * c + 1], words[4 * c + 2], words[4 * c + 3]}});
+}
+
+// Whether the chunks that load_eight takes for logits [column, column + count) all lie in the row.
+template <class T, bool kShifted>
+FSL_DEVICE bool chunks_inside(const Row& row, int64_t column, int64_t count, int skew) {
+  const int64_t begin = column * T::kBytes, end = begin + count * T::kBytes;
+  return end <= row.bytes && (!kShifted || kLoadsAnywhere || (begin >= skew && end + 16 - skew <= row.bytes));
+}
+
+// fp32 of one logit.
+template <class T>
+FSL_DEVICE float load_one(const Row& row, int64_t column) {
+  const uint32_t word = T::load(row.start + column * T::kBytes);
+  return T::element(&word, 0);
+}
+
+}  // namespace fsl::gpu

@@ -1,0 +1,131 @@
+// Gradient of the logits, row by row, from the logits and each row's log-sum-exp. Computed in fp32 and
+// rounded once; element by element, so it may overwrite the logits. A row with scale 0 is not read: it gets
+// stored zeros.
+//
+// Stores decide the shape: 16 aligned bytes of the output at a time, from the first such address in the row
+// on, with the logits before it (the head) and after the last whole vector done one by one.
+#pragma once
+
+#include "gpu_rows.cuh"
+
+namespace fsl::gpu {
+
+// Backward walks the rows from the last one, which forward read last and may have left in the L2 or Infinity
+// Cache. A hypothesis: no GPU has measured it yet. False walks them from the first.
+constexpr bool kLastRowFirst = true;
+
+// A row's constants. gradient = dz/dx * (p * softmax_factor - smoothing - [target] * target_factor), where p
+// but for what rounding left out is 2^(z * log2 - reference).
+struct GradRow {
+  float reference, softmax_factor, smoothing, target_factor;
+  int own;  // the target's column, -1 when it is not here
+};
+
+template <bool kSoftcap>
+FSL_DEVICE GradRow grad_row(const GradArgs& a, const Scales& z, uint32_t n) {
+  const float factor = a.scale[n], lse = a.lse[n], slope = kSoftcap ? 1.0f : z.slope;
+  // lse / unit is what x is compared with; what the two roundings lose is one factor of the row.
+  const float lse_x = lse * reciprocal(z.unit);
+  const Reference reference = reference_of(lse_x, z.log2);
+  const float rest = fma(fma(-lse_x, z.unit, lse), kLog2e, reference.rest);
+  const int64_t label = a.target[n], own = label - a.vocab_start;
+  return {reference.rounded, factor * fma(2.0f * a.z_loss, lse, 1.0f) * exp2(-rest) * slope,
+          factor * (a.label_smoothing * reciprocal(static_cast<float>(a.vocab_size))) * slope,
+          factor * (1.0f - a.label_smoothing) * slope,
+          label >= 0 && own >= 0 && own < a.logits.valid ? static_cast<int>(own) : -1};
+}
+
+template <bool kSoftcap>
+FSL_DEVICE float gradient(float x, const GradRow& g, const Scales& z, bool target) {
+  Capped c{x, 1.0f};
+  if (kSoftcap) c = softcapped(x, z.inward, z.cap);
+  const float p = exp2(fma(c.value, z.log2, -g.reference));
+  const float grad = fma(p, g.softmax_factor, target ? -(g.smoothing + g.target_factor) : -g.smoothing);
+  return kSoftcap ? grad * (c.slope * z.slope) : grad;
+}
+
+// Writes columns [begin, end) of one row, of which those from `valid` on are padding. `begin` is where the
+// output is a multiple of 16 bytes; there the logits lie `skew` bytes past one.
+template <class T, bool kSoftcap, bool kShifted>
+struct RowGrad {
+  static FSL_DEVICE void zeros(const Row& out, int begin, int end) {
+    const uint32_t words[T::kWords] = {};
+    int column = begin + 8 * thread_id();
+    for (; column + 8 <= end; column += 8 * block_threads())
+      store_eight<T>(out.start + int64_t{column} * T::kBytes, words);
+    FSL_UNROLL_BY(1) for (; column < end; ++column) T::store(out.start + int64_t{column} * T::kBytes, 0.0f);
+  }
+
+  static FSL_DEVICE void each(const Row& in, const Row& out, const GradRow& g, const Scales& z, int column,
+                              int end, int valid) {
+    FSL_UNROLL_BY(1) for (; column < end; ++column) {
+      const float grad = column < valid ? gradient<kSoftcap>(load_one<T>(in, column), g, z, false) : 0.0f;
+      T::store(out.start + int64_t{column} * T::kBytes, grad);
+    }
+  }
+
+  // kRuns independent loads, then the arithmetic and the stores.
+  static FSL_DEVICE void whole_tile(const Row& in, const Row& out, const GradRow& g, const Scales& z,
+                                    int first, int skew) {
+    const int stride = 8 * block_threads();
+    uint32_t words[kRuns][T::kWords];
+    FSL_UNROLL for (int r = 0; r < kRuns; ++r)
+        load_eight<T, kShifted>(words[r], in.start + int64_t{first + r * stride} * T::kBytes, skew);
+    FSL_UNROLL for (int r = 0; r < kRuns; ++r) {
+      float x[8];
+      keep_order();
+      FSL_UNROLL for (int i = 0; i < 8; ++i) x[i] = gradient<kSoftcap>(T::element(words[r], i), g, z, false);
+      T::put(words[r], x);
+      store_eight<T>(out.start + int64_t{first + r * stride} * T::kBytes, words[r]);
+    }
+  }
+
+  static FSL_DEVICE void columns(const Row& in, const Row& out, const GradRow& g, const Scales& z, int begin,
+                                 int end, int valid, int skew) {
+    const int stride = 8 * block_threads(), tile = kRuns * stride, mine = 8 * thread_id();
+    const int last = valid < begin ? begin : valid < end ? valid : end;
+    const int padding =
+        last == end ? end : begin + (last - begin + 7) / 8 * 8;  // from there on whole vectors
+    const int whole = begin + (kShifted && !chunks_inside<T, kShifted>(in, begin, 0, skew) ? tile : 0);
+    int first = whole;
+    for (; first + tile <= last && chunks_inside<T, kShifted>(in, first, tile, skew); first += tile)
+      whole_tile(in, out, g, z, first + mine, skew);
+    // The tile before those and the rest after them.
+    for (int column = begin + mine; column < padding; column += stride) {
+      if (column == whole + mine) column += first - whole;
+      if (column < padding) each(in, out, g, z, column, column + 8 < end ? column + 8 : end, valid);
+    }
+    zeros(out, padding, end);
+  }
+};
+
+template <class T, bool kSoftcap, bool kShifted>
+FSL_KERNEL(512, 8)
+row_grad_kernel(GradArgs a, Scales z, int splits, int segment) {
+  using Kernel = RowGrad<T, kSoftcap, kShifted>;
+  const uint32_t program = kLastRowFirst ? grid_blocks() - 1 - block_id() : block_id();
+  const uint32_t n = program / splits, part = program % splits;
+  const int width = static_cast<int>(a.grad.columns), valid = static_cast<int>(a.logits.valid);
+  const Row out = row_at<T>(a.grad, n), in = row_at<T>(a.logits, n);
+  const int before = (16 - out.skew) % 16 / T::kBytes, head = before < width ? before : width;
+  const int segments = (width + segment - 1) / segment, per_part = (segments + splits - 1) / splits * segment;
+  const int begin = head + part * per_part, end = width - begin < per_part ? width : begin + per_part;
+  const int in_head = part == 0 && thread_id() < head ? 1 : 0;
+  if (a.scale[n] == 0) {
+    if (in_head) T::store(out.start + thread_id() * T::kBytes, 0.0f);
+    Kernel::zeros(out, begin, end);
+    return;
+  }
+  const GradRow g = grad_row<kSoftcap>(a, z, n);
+  // The target's own logit is done again by the thread that writes it, which spares all others a comparison.
+  // In place, it must be read before it is written.
+  const bool owner =
+      g.own < head ? in_head && g.own == thread_id()
+                   : g.own >= begin && g.own < end && (g.own - begin) / 8 % block_threads() == thread_id();
+  const float own = owner ? load_one<T>(in, g.own) : 0.0f;
+  if (in_head) Kernel::each(in, out, g, z, thread_id(), thread_id() + 1, valid);
+  Kernel::columns(in, out, g, z, begin, end, valid, (in.skew + head * T::kBytes) % 16);
+  if (owner) T::store(out.start + int64_t{g.own} * T::kBytes, gradient<kSoftcap>(own, g, z, true));
+}
+
+}  // namespace fsl::gpu

@@ -1,0 +1,118 @@
+"""Tensors as the compiled modules take them: addresses, strides and numbers.
+
+The keyword arguments here are those of csrc/bindings_*.cpp, the same for every module. Whoever
+passes them keeps the tensors alive.
+"""
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ..rowmath import RowMath
+from ..targets import Targets
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Dtype of csrc/args.h
+
+
+def address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def rows(module: ModuleType, tensor: Tensor, math: RowMath):
+    """`[b, s, v]` as the module's Rows."""
+    batch, seq, columns = tensor.shape
+    return module.Rows(
+        data=tensor.data_ptr(),
+        dtype=DTYPES[tensor.dtype],
+        batch=batch,
+        seq=seq,
+        columns=columns,
+        valid=math.valid_columns(columns),
+        stride_b=tensor.stride(0),
+        stride_s=tensor.stride(1),
+    )
+
+
+def plain(
+    labels: Tensor, loss_mask: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The three in the dtypes the modules read, labels and mask as `[b, s]`; copies only if need
+    be."""
+    return (
+        torch.atleast_2d(labels.long()),
+        None if loss_mask is None else torch.atleast_2d(loss_mask.float()),
+        None if cu_seqlens is None else cu_seqlens.long().contiguous(),
+    )
+
+
+def of_targets(
+    labels: Tensor, loss_mask: Tensor | None, cu_seqlens: Tensor | None, result: Targets
+) -> dict:
+    """Of row_targets, from what `plain` gives."""
+    batch, seq = labels.shape
+    mask_strides = (0, 0) if loss_mask is None else loss_mask.stride()
+    return {
+        "labels": labels.data_ptr(),
+        "mask": address(loss_mask),
+        "cu_seqlens": address(cu_seqlens),
+        "batch": batch,
+        "seq": seq,
+        "boundaries": 0 if cu_seqlens is None else cu_seqlens.numel(),
+        "label_stride_b": labels.stride(0),
+        "label_stride_s": labels.stride(1),
+        "mask_stride_b": mask_strides[0],
+        "mask_stride_s": mask_strides[1],
+        "target": result.target.data_ptr(),
+        "weight": result.weight.data_ptr(),
+        "count": result.count.data_ptr(),
+        "weight_sum": result.weight_sum.data_ptr(),
+    }
+
+
+def of_stats(target: Tensor, weight: Tensor, stats: Tensor, math: RowMath) -> dict:
+    """Of row_stats, but for the logits."""
+    return {
+        "logit_scale": math.logit_scale,
+        "softcap": math.softcap,
+        "target": target.data_ptr(),
+        "weight": weight.data_ptr(),
+        "vocab_start": math.vocab_start,
+        "columns": stats.shape[1],
+        "stats": stats.data_ptr(),
+    }
+
+
+def of_merge(
+    gathered: Tensor, target: Tensor, weight: Tensor, math: RowMath, loss: Tensor, lse: Tensor
+) -> dict:
+    ranks, row_count, columns = gathered.shape
+    return {
+        "stats": gathered.data_ptr(),
+        "ranks": ranks,
+        "rows": row_count,
+        "columns": columns,
+        "rank_stride": gathered.stride(0),
+        "target": target.data_ptr(),
+        "weight": weight.data_ptr(),
+        "label_smoothing": math.label_smoothing,
+        "z_loss": math.z_loss,
+        "vocab_size": math.vocab_size,
+        "loss": loss.data_ptr(),
+        "lse": lse.data_ptr(),
+    }
+
+
+def of_grad(target: Tensor, lse: Tensor, scale: Tensor, math: RowMath) -> dict:
+    """Of row_grad, but for the logits and their gradient."""
+    return {
+        "logit_scale": math.logit_scale,
+        "softcap": math.softcap,
+        "target": target.data_ptr(),
+        "lse": lse.data_ptr(),
+        "scale": scale.data_ptr(),
+        "vocab_start": math.vocab_start,
+        "label_smoothing": math.label_smoothing,
+        "z_loss": math.z_loss,
+        "vocab_size": math.vocab_size,
+    }

@@ -1,0 +1,128 @@
+"""The compiled kernels of csrc/ on NVIDIA (``_cuda``) and AMD (``_hip``) GPUs.
+
+One class for both: what differs is compiled into the module it is given. Every launch goes to the
+current stream of the tensors' device, whichever device is current.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ..rowmath import RowMath
+from ..targets import Targets
+from . import addresses
+
+
+@cache
+def device_chip(device: torch.device) -> tuple[int, int]:
+    """(generation, multiprocessors) of a device, as csrc/gpu_launch.h names them.
+
+    From properties that torch has cached: nothing is synchronised.
+    """
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        name = properties.gcnArchName.partition(":")[0]  # "gfx942:sramecc+:xnack-"
+        return int(name.removeprefix("gfx"), 16), properties.multi_processor_count
+    return 10 * properties.major + properties.minor, properties.multi_processor_count
+
+
+class Gpu:
+    """A backend (see ``backends/__init__.py``) over a compiled module."""
+
+    def __init__(self, module: ModuleType, chip_of: Callable = device_chip):
+        self.module = module
+        self.chip_of = chip_of
+        self.build_info = module.build_info
+
+    def row_targets(
+        self,
+        labels: Tensor,
+        loss_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        shift: bool,
+        ignore_index: int,
+        vocab_size: int,
+    ) -> Targets:
+        given = addresses.plain(labels, loss_mask, cu_seqlens)
+        result = Targets.empty(given[0])
+        with _on(labels.device):
+            self.module.row_targets(
+                **addresses.of_targets(*given, result),
+                shift=shift,
+                ignore_index=ignore_index,
+                vocab_size=vocab_size,
+                stream=_stream(labels.device),
+            )
+        return result
+
+    def row_stats(
+        self, logits: Tensor, target: Tensor, weight: Tensor, math: RowMath, columns: int
+    ) -> Tensor:
+        rows, chip = addresses.rows(self.module, logits, math), self._chip(logits.device)
+        stats = weight.new_empty(weight.numel(), columns)
+        needed = self.module.row_stats_parts(logits=rows, columns=columns, chip=chip)
+        parts = stats.new_empty(needed) if needed else None
+        with _on(logits.device):
+            self.module.row_stats(
+                logits=rows,
+                **addresses.of_stats(target, weight, stats, math),
+                parts=addresses.address(parts),
+                chip=chip,
+                stream=_stream(logits.device),
+            )
+        return stats
+
+    def merge(
+        self, gathered: Tensor, target: Tensor, weight: Tensor, math: RowMath
+    ) -> tuple[Tensor, Tensor]:
+        loss, lse = torch.empty_like(weight), torch.empty_like(weight)
+        self._merge(gathered, target, weight, math, loss, lse)
+        return loss, lse
+
+    def merge_metrics(
+        self, gathered: Tensor, target: Tensor, weight: Tensor, math: RowMath
+    ) -> tuple[Tensor, ...]:
+        loss, lse, log_prob, entropy = (torch.empty_like(weight) for _ in range(4))
+        correct = torch.empty_like(weight, dtype=torch.bool)
+        self._merge(gathered, target, weight, math, loss, lse, log_prob, correct, entropy)
+        return loss, log_prob, lse, correct, entropy
+
+    def row_grad(
+        self, logits: Tensor, lse: Tensor, target: Tensor, scale: Tensor, math: RowMath, out: Tensor
+    ) -> None:
+        with _on(logits.device):
+            self.module.row_grad(
+                logits=addresses.rows(self.module, logits, math),
+                grad=addresses.rows(self.module, out, math),
+                **addresses.of_grad(target, lse, scale, math),
+                chip=self._chip(logits.device),
+                stream=_stream(logits.device),
+            )
+
+    def _merge(
+        self, gathered, target, weight, math, loss, lse, log_prob=None, correct=None, entropy=None
+    ) -> None:
+        with _on(weight.device):
+            self.module.merge(
+                **addresses.of_merge(gathered, target, weight, math, loss, lse),
+                log_prob=addresses.address(log_prob),
+                correct=addresses.address(correct),
+                entropy=addresses.address(entropy),
+                stream=_stream(weight.device),
+            )
+
+    def _chip(self, device: torch.device):
+        generation, multiprocessors = self.chip_of(device)
+        return self.module.Chip(generation=generation, multiprocessors=multiprocessors)
+
+
+def _on(device: torch.device) -> AbstractContextManager:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0

@@ -1,0 +1,60 @@
+#include "fibers.h"
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <new>
+
+namespace simt {
+namespace {
+
+// Untouched pages cost nothing, and a sanitizer's report is written on the stack of whoever is at fault.
+constexpr size_t kStack = (256 + 4) << 10;
+
+// Tops of stacks lie at different offsets within a page, or all of them would compete for a few lines of
+// cache.
+constexpr size_t kColors = 32, kColor = 128;
+
+void (*entry)();
+
+void start(boost::context::detail::transfer_t from) {
+  land(from, nullptr);
+  entry();
+}
+
+}  // namespace
+
+FiberPool::~FiberPool() {
+  const size_t guard = sysconf(_SC_PAGESIZE);
+  for (Fiber* fiber : all_) {
+    munmap(fiber->low - guard, fiber->size + guard);
+    delete fiber;
+  }
+}
+
+Fiber* FiberPool::take() {
+  entry = work_;
+  if (idle_.empty()) {
+    const tsan::Unseen unseen;
+    const size_t guard = sysconf(_SC_PAGESIZE);
+    void* memory =
+        mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED || mprotect(memory, guard, PROT_NONE)) throw std::bad_alloc();
+    all_.push_back(new Fiber{nullptr, static_cast<char*>(memory) + guard, kStack - guard, nullptr});
+    idle_.reserve(all_.size());
+    idle_.push_back(all_.back());
+  }
+  Fiber* fiber = idle_.back();
+  idle_.pop_back();
+  const size_t color = reinterpret_cast<uintptr_t>(fiber->low) / kStack % kColors * kColor;
+  fiber->context =
+      boost::context::detail::make_fcontext(fiber->low + fiber->size - color, fiber->size - color, start);
+  return fiber;
+}
+
+void FiberPool::reclaim(Fiber* fiber) {
+  unhide(fiber->low, fiber->size);  // frames that will never return
+  give_back(fiber);
+}
+
+}  // namespace simt

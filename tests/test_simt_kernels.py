@@ -1,0 +1,69 @@
+"""The CUDA and HIP kernels on the shim: in any order of lanes, shared out or not, without a race."""
+
+import subprocess
+
+import pytest
+import simt_build
+
+if reason := simt_build.missing():
+    pytest.skip(f"the SIMT shim cannot be compiled: {reason}", allow_module_level=True)
+
+SOURCE = simt_build.SHIM / "passes.cu"
+FEW, MANY = "0", "132"  # multiprocessors: no row is shared out, every row is
+
+
+def build(folder, warp, flags=(), sources=simt_build.ROOT / "csrc"):
+    return simt_build.compile_program(
+        [SOURCE, *sorted(sources.glob("*.cu"))], folder / f"passes{warp}", warp, flags
+    )
+
+
+@pytest.fixture(scope="module", params=[32, 64])
+def passes(request, tmp_path_factory):
+    return build(tmp_path_factory.mktemp("passes"), request.param)
+
+
+def run(program, multiprocessors, seed):
+    command = [program, multiprocessors, str(seed)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def bits(program, multiprocessors, seed):
+    done = run(program, multiprocessors, seed)
+    assert done.returncode == 0, done.stderr
+    assert "another" not in done.stdout, done.stdout
+    return done.stdout
+
+
+def test_same_bits_in_whatever_order_lanes_run_and_rows_are_shared_out(passes):
+    expected = bits(passes, FEW, 0)
+    assert len(expected.splitlines()) == 2 + 4 + 4 + 3
+    for seed in range(3):
+        assert bits(passes, MANY, seed) == expected
+    assert bits(passes, FEW, 1) == expected
+
+
+def test_thread_sanitizer_finds_no_race(tmp_path):
+    program = build(tmp_path, 32, simt_build.TSAN)
+    for multiprocessors in (FEW, MANY):
+        done = run(program, multiprocessors, 1)
+        if "unexpected memory mapping" in done.stderr:
+            pytest.skip("ThreadSanitizer does not start here: sysctl vm.mmap_rnd_bits=28")
+        assert done.returncode == 0 and "data race" not in done.stderr, done.stderr
+
+
+def test_thread_sanitizer_names_a_missing_barrier(tmp_path):
+    """The test above can fail: the barrier of block_reduce is taken out."""
+    for source in (simt_build.ROOT / "csrc").glob("*"):
+        if source.suffix in (".h", ".cuh", ".cu"):
+            text = source.read_text()
+            if source.name == "gpu_block.cuh":
+                assert text.count("  barrier();\n") == 1
+                text = text.replace("  barrier();\n", "\n")
+            (tmp_path / source.name).write_text(text)
+    program = build(tmp_path, 32, (f"-I{tmp_path}", *simt_build.TSAN), tmp_path)
+    done = run(program, FEW, 1)
+    if "unexpected memory mapping" in done.stderr:
+        pytest.skip("ThreadSanitizer does not start here: sysctl vm.mmap_rnd_bits=28")
+    assert done.returncode and "data race" in done.stderr
+    assert "gpu_block.cuh" in done.stderr
