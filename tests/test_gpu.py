@@ -1,4 +1,4 @@
-"""The Triton backend on a device: the promises again, and those that only a device can keep.
+"""The backends on a device: the promises again, and those that only a device can keep.
 
 Skipped, and counted, where there is none.
 """
@@ -14,7 +14,19 @@ from hypothesis import given, settings
 from test_against_oracle import PRODUCT, assert_grad, assert_losses
 
 import fused_sft_loss as fsl
+from fused_sft_loss.backends import choose
+from fused_sft_loss.backends.gpu import device_chip
 
+
+def usable(name):
+    """Skips where there is a device, but not of this backend's vendor or without its module."""
+    reason = choose.reason_against(name, "cuda") if torch.cuda.is_available() else None
+    marks = [pytest.mark.skip(reason=reason)] if reason else []
+    return pytest.param(name, marks=marks)
+
+
+NAMES = [usable(name) for name in ("triton", "cuda", "hip")]
+on_every_backend = pytest.mark.parametrize("backend", NAMES)
 pytestmark = pytest.mark.gpu
 
 VOCABULARIES = (1, 2, 31, 32, 33, 1000, 32000, 50257, 128256, 151936)
@@ -37,47 +49,61 @@ def on_device(case: Case, device="cuda") -> Case:
     )
 
 
+@on_every_backend
 @PRODUCT
 @given(case=cases(vocabularies=VOCABULARIES))
-def test_losses_and_gradients_over_the_option_product(case):
+def test_losses_and_gradients_over_the_option_product(backend, case):
     upstream = torch.rand(case.labels.numel()) * 3 - 1
     want = expected(case, upstream)
-    losses, grad = run(on_device(case), "triton", upstream.cuda())
+    losses, grad = run(on_device(case), backend, upstream.cuda())
     assert_losses(losses.cpu(), want)
     if case.view != "batch_expanded":  # whose copies' rounded gradients torch adds up
         scale = (want.weight * upstream).abs().max().item() * case.options["logit_scale"]
         assert_grad(grad.cpu(), storage_grad(case, want.grad), case.storage.dtype, scale)
 
 
+@on_every_backend
 @settings(PRODUCT, max_examples=60)
 @given(case=cases(dtypes=(torch.bfloat16, torch.float16), views=("bsv", "sbv", "sliced", "offset")))
-def test_gradient_is_the_fp32_gradient_rounded_once(case):
+def test_gradient_is_the_fp32_gradient_rounded_once(backend, case):
     case = on_device(case)
-    losses, grad = run(case, "triton")
-    losses32, grad32 = run(case, "triton", dtype=torch.float32)
+    losses, grad = run(case, backend)
+    losses32, grad32 = run(case, backend, dtype=torch.float32)
     assert torch.equal(losses, losses32)
     assert torch.equal(grad, grad32.to(grad.dtype))
 
 
+@on_every_backend
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", [{}, ALL], ids=["plain", "all"])
-def test_same_bits_run_after_run_and_whatever_the_split(monkeypatch, dtype, options):
-    from fused_sft_loss.triton_kernels import row_grad, row_stats
-
+def test_same_bits_run_after_run_and_whatever_the_split(backend, monkeypatch, dtype, options):
     case = on_device(build("bsv", dtype, 4, 64, 128256, 0, "float", options))
-    first = run(case, "triton")
+    first = run(case, backend)
     for parts in (1, 1, 2, 3, 8):
-        monkeypatch.setattr(row_stats, "splits", lambda *_, n=parts: n)
-        monkeypatch.setattr(row_grad, "splits", lambda *_, n=parts: n)
-        again = run(case, "triton")
+        share_out(monkeypatch, backend, parts)
+        again = run(case, backend)
         assert torch.equal(again[0], first[0]) and torch.equal(again[1], first[1])
 
 
-def test_metrics_agree_with_the_oracle():
+def share_out(monkeypatch, backend, parts):
+    """Let about so many programs share each of the 256 rows."""
+    if backend == "triton":
+        from fused_sft_loss.triton_kernels import row_grad, row_stats
+
+        for kernel in (row_stats, row_grad):
+            monkeypatch.setattr(kernel, "splits", lambda *_: parts)
+    else:
+        generation, _ = device_chip(torch.device("cuda"))
+        chip = generation, 8 * (parts - 1)  # 32 blocks each: see kBlocks in csrc/gpu_table.h
+        monkeypatch.setattr(choose.load(backend), "chip_of", lambda _device: chip)
+
+
+@on_every_backend
+def test_metrics_agree_with_the_oracle(backend):
     case = build("bsv", torch.bfloat16, 2, 8, 50257, 0, "bool", {"softcap": 30.0})
     want, there = expected(case), on_device(case)
     got = fsl.token_metrics(
-        there.storage, there.labels, there.loss_mask, softcap=30.0, backend="triton"
+        there.storage, there.labels, there.loss_mask, softcap=30.0, backend=backend
     )
     for field in ("log_prob", "lse", "entropy"):
         value = getattr(got, field).flatten().double().cpu()
@@ -85,15 +111,14 @@ def test_metrics_agree_with_the_oracle():
     assert torch.equal(got.correct.flatten().cpu(), want.correct)
 
 
-def test_triton_is_what_a_device_gets_unasked():
-    from fused_sft_loss.backends import choose
-
+def test_a_device_gets_compiled_kernels_unasked_and_has_triton():
     assert choose.resolve(None, "cuda") in ("cuda", "hip", "triton")
     assert choose.reason_against("triton", "cuda") is None
 
 
+@on_every_backend
 @pytest.mark.parametrize("inplace", [False, True])
-def test_extra_memory(inplace):
+def test_extra_memory(backend, inplace):
     """O(N) in forward; in backward one gradient of the logits' size, or nothing."""
     rows, v = 2048, 128256
     leaf = torch.randn(1, rows, v, device="cuda", dtype=torch.bfloat16).requires_grad_()
@@ -102,7 +127,7 @@ def test_extra_memory(inplace):
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    loss = fsl.sft_loss(logits, labels, backend="triton", inplace_backward=inplace)
+    loss = fsl.sft_loss(logits, labels, backend=backend, inplace_backward=inplace)
     assert torch.cuda.max_memory_allocated() - before < 4096 * rows
     torch.cuda.reset_peak_memory_stats()
     torch.autograd.grad(loss, logits)
@@ -110,7 +135,8 @@ def test_extra_memory(inplace):
     assert extra < 4096 * rows
 
 
-def test_offsets_beyond_2_31_elements():
+@on_every_backend
+def test_offsets_beyond_2_31_elements(backend):
     v, rows = 151936, 2**31 // 151936 + 3
     if torch.cuda.mem_get_info()[0] < 5 * rows * v:
         pytest.skip("needs 11 GB of free device memory")
@@ -119,16 +145,17 @@ def test_offsets_beyond_2_31_elements():
     mask = torch.zeros(1, rows, device="cuda")
     mask[0, -4:] = 1
     want = torch.nn.functional.cross_entropy(logits[0, -4:].double(), labels[0, -4:])
-    got = fsl.sft_loss(logits, labels, mask, shift=False, backend="triton")
+    got = fsl.sft_loss(logits, labels, mask, shift=False, backend=backend)
     torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=0)
 
 
-def test_no_synchronisation_and_graph_capture():
+@on_every_backend
+def test_no_synchronisation_and_graph_capture(backend):
     case = on_device(build("bsv", torch.bfloat16, 2, 64, 32000, 0, "float", ALL))
     logits = case.storage.clone().requires_grad_()
 
     def step():
-        loss = fsl.sft_loss(logits, case.labels, case.loss_mask, backend="triton", **ALL)
+        loss = fsl.sft_loss(logits, case.labels, case.loss_mask, backend=backend, **ALL)
         return loss.detach(), torch.autograd.grad(loss, logits)[0]
 
     want = step()  # compiles
@@ -151,26 +178,28 @@ def test_no_synchronisation_and_graph_capture():
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
 
 
-def test_runs_on_the_current_stream():
+@on_every_backend
+def test_runs_on_the_current_stream(backend):
     """Logits written late on a side stream: a launch on any other stream would read zeros."""
     case = on_device(build("bsv", torch.float32, 2, 16, 32000, 0, "none", {}))
-    want, _ = run(case, "triton")
+    want, _ = run(case, backend)
     late = torch.zeros_like(case.storage)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         torch.cuda._sleep(200_000_000)
         late.copy_(case.storage)
-        got = fsl.sft_loss(late, case.labels, reduction="none", backend="triton")
+        got = fsl.sft_loss(late, case.labels, reduction="none", backend=backend)
     stream.synchronize()
     assert torch.equal(got, want)
 
 
-def test_compiled_step_equals_the_eager_one():
+@on_every_backend
+def test_compiled_step_equals_the_eager_one(backend):
     case = on_device(build("bsv", torch.bfloat16, 2, 8, 32000, 0, "float", {}))
 
     def step(x):
-        return fsl.sft_loss(x * 1.0, case.labels, case.loss_mask, backend="triton")
+        return fsl.sft_loss(x * 1.0, case.labels, case.loss_mask, backend=backend)
 
     leaf, again = (case.storage.clone().requires_grad_() for _ in range(2))
     loss, want = torch.compile(step, fullgraph=True)(leaf), step(again)
@@ -187,34 +216,36 @@ def two_devices():
     )
 
 
+@on_every_backend
 @two_devices()
-def test_tensors_on_a_device_that_is_not_current():
+def test_tensors_on_a_device_that_is_not_current(backend):
     case = build("bsv", torch.bfloat16, 2, 8, 32000, 0, "float", ALL)
-    want = run(on_device(case, "cuda:0"), "triton")
-    got = run(on_device(case, "cuda:1"), "triton")
+    want = run(on_device(case, "cuda:0"), backend)
+    got = run(on_device(case, "cuda:1"), backend)
     assert torch.equal(got[0].cpu(), want[0].cpu()) and torch.equal(got[1].cpu(), want[1].cpu())
     assert torch.cuda.current_device() == 0
 
 
-def sharded(rank, case, path, results):
+def sharded(rank, backend, case, path, results):
     torch.cuda.set_device(rank)
     dist.init_process_group("nccl", init_method=f"file://{path}", rank=rank, world_size=2)
     case = on_device(case, f"cuda:{rank}")
     leaf = case.storage.chunk(2, -1)[rank].contiguous().requires_grad_()
     loss = fsl.sft_loss(
-        leaf, case.labels, case.loss_mask, backend="triton", tp_group=dist.group.WORLD
+        leaf, case.labels, case.loss_mask, backend=backend, tp_group=dist.group.WORLD
     )
     loss.backward()
     results[rank] = (loss.detach().cpu(), leaf.grad.cpu())
     dist.destroy_process_group()
 
 
+@on_every_backend
 @two_devices()
-def test_two_devices_share_a_vocabulary(tmp_path):
+def test_two_devices_share_a_vocabulary(backend, tmp_path):
     case = build("bsv", torch.float32, 2, 16, 32000, 0, "float", {})
     with mp.get_context("spawn").Manager() as manager:
         results = manager.dict()
-        mp.spawn(sharded, (case, tmp_path / "store", results), nprocs=2)
+        mp.spawn(sharded, (backend, case, tmp_path / "store", results), nprocs=2)
         (loss, left), (other, right) = results[0], results[1]
     assert torch.equal(loss, other)
     want = expected(case)
