@@ -69,7 +69,7 @@ def device_objects(sources, warp, flags=()):
 
 
 def compile_program(sources, output, warp, flags=()):
-    """Build `output` of `sources` for `warp` lanes; `flags` go to the compiler and to the linker."""
+    """Build `output` of `sources` for `warp` lanes; compiler and linker get `flags`."""
     objects = device_objects(sources, warp, flags)
     run([COMPILER, *objects, "-o", output, *flags, "-lboost_context"])
     return Path(output)
