@@ -80,14 +80,19 @@ void work() {
     Thread* next = pick();
     if (!next && engine.cluster.exited < engine.cluster.count) fail("deadlock");
     Fiber* mine = engine.fiber;
-    engine.running->fiber = nullptr;
-    if (next && !next->fiber) {
-      become(next, mine);
-      continue;
+    if (tsan::runs()) {  // a stack for each thread, until the cluster is torn down
+      if (!next) leave();
+      become(next, next->fiber ? next->fiber : pool.take());
+    } else {
+      engine.running->fiber = nullptr;
+      if (next && !next->fiber) {
+        become(next, mine);
+        continue;
+      }
+      pool.give_back(mine);
+      if (!next) leave();
+      become(next, next->fiber);
     }
-    pool.give_back(mine);
-    if (!next) leave();
-    become(next, next->fiber);
     jump(*mine, *engine.fiber, true);
   }
 }

@@ -17,6 +17,13 @@ constexpr size_t kColors = 32, kColor = 128;
 
 void (*entry)();
 
+void* map(void* at, size_t size, int flags) {
+  void* memory =
+      mmap(at, size, PROT_READ | PROT_WRITE, flags | MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (memory == MAP_FAILED) throw std::bad_alloc();
+  return memory;
+}
+
 void start(boost::context::detail::transfer_t from) {
   land(from, nullptr);
   entry();
@@ -33,19 +40,20 @@ FiberPool::~FiberPool() {
 }
 
 Fiber* FiberPool::take() {
+  const tsan::Unseen unseen;
   entry = work_;
   if (idle_.empty()) {
-    const tsan::Unseen unseen;
     const size_t guard = sysconf(_SC_PAGESIZE);
-    void* memory =
-        mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (memory == MAP_FAILED || mprotect(memory, guard, PROT_NONE)) throw std::bad_alloc();
+    void* memory = map(nullptr, kStack, 0);
+    if (mprotect(memory, guard, PROT_NONE)) throw std::bad_alloc();
     all_.push_back(new Fiber{nullptr, static_cast<char*>(memory) + guard, kStack - guard, nullptr});
     idle_.reserve(all_.size());
     idle_.push_back(all_.back());
   }
   Fiber* fiber = idle_.back();
   idle_.pop_back();
+  // To ThreadSanitizer a used stack is memory that two threads write to in no order. Mapped again, it is new.
+  if (tsan::runs()) map(fiber->low, fiber->size, MAP_FIXED);
   const size_t color = reinterpret_cast<uintptr_t>(fiber->low) / kStack % kColors * kColor;
   fiber->context =
       boost::context::detail::make_fcontext(fiber->low + fiber->size - color, fiber->size - color, start);
