@@ -4,7 +4,9 @@
 #   make test      the whole test suite
 #   make lint      ruff and clang-format
 #   make bench     time and memory of the loss on this CPU
-#   make wheel     a wheel in dist/
+#   make wheel     wheels in dist/: +cpu, and +cu13 and +rocm7 where there are toolchains for them
+#   make wheel-check   each of them in an empty environment, and what it links
+#   make audit     the machine code of every GPU kernel with every option (make test: those of plain training)
 #   make sanitize  the native kernels under AddressSanitizer and UBSan, exercised by the suite
 
 PYTHON ?= python3
@@ -12,16 +14,16 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := $(wildcard csrc/*) setup.py pyproject.toml
-CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp)
+SOURCES := $(wildcard csrc/*.*) setup.py pyproject.toml
+CXX_FILES := $(wildcard $(foreach ending,h cpp cu cuh,csrc/*.$(ending) tests/simt/*.$(ending)))
 
-.PHONY: demo test lint format bench wheel sanitize clean system
+.PHONY: demo test lint format bench wheel wheel-check audit sanitize clean system
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m bench sft
 
-test: $(VENV)/.installed
+test: $(VENV)/.installed build/peers/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed
@@ -37,25 +39,50 @@ format: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/python -m bench cpu
 
+# FUSED_SFT_LOSS_BUILD and the variables of docs/wheels.md choose which, and for what. A GPU's runtime is never
+# put into a wheel; where auditwheel finds no manylinux system that has all a wheel needs, the tag stays `linux`.
+WHEEL := $(BIN)/python -m build --wheel --no-isolation --outdir build/wheels
+REPAIR := PATH="$(CURDIR)/$(BIN):$$PATH" auditwheel repair --exclude 'libamdhip64.so*' --exclude 'libcuda*.so*'
 wheel: $(VENV)/.installed
-	$(BIN)/python -m build --wheel
+	rm -rf build/wheels dist/*.whl
+	mkdir -p dist
+	backends=$$($(BIN)/python setup.py -q toolchains) && for backend in $$backends; do \
+	    FUSED_SFT_LOSS_BUILD=cpu,$$backend $(WHEEL) || exit 1; \
+	done
+	for wheel in build/wheels/*.whl; do $(REPAIR) -w dist $$wheel || cp $$wheel dist; done
+	$(BIN)/python tests/wheel_check.py dist/*.whl
+
+wheel-check: $(VENV)/.installed
+	@ls dist/*.whl >/dev/null 2>&1 || { echo "there is no wheel in dist/: make wheel"; exit 1; }
+	$(BIN)/python tests/wheel_check.py --use dist/*.whl
+
+audit: $(VENV)/.installed
+	$(BIN)/python -m bench codegen --options
 
 # A second copy of the package in build/, so that the installed one stays as it is. leaks: CPython's own.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g
 NATIVE_TESTS := test_against_oracle test_exp test_traps test_traps_of_masks test_determinism test_module_and_metrics
 sanitize: $(VENV)/.installed
-	CXXFLAGS="$(SANITIZE)" $(BIN)/python setup.py -q build --build-base build/sanitize \
+	FUSED_SFT_LOSS_BUILD=cpu CXXFLAGS="$(SANITIZE)" $(BIN)/python setup.py -q build --build-base build/sanitize \
 	    --build-lib build/sanitize/lib
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/sanitize/lib:. \
 	OMP_NUM_THREADS=2 FSL_EXPECT_PACKAGE_IN=build/sanitize/lib $(BIN)/pytest -o pythonpath= -q -s \
-	    -k "not eager" $(NATIVE_TESTS:%=tests/%.py)
+	    -k "not eager and not simt" $(NATIVE_TESTS:%=tests/%.py)
 
 $(VENV)/.installed: $(SOURCES) | system
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet $(TORCH)
 	$(BIN)/pip install --quiet --editable ".[test,lint]"
+	@$(BIN)/python setup.py -q toolchains >/dev/null  # says what was built, and what was left out and why
+	@echo '#include <boost/context/detail/fcontext.hpp>' | $${CXX:-c++} -E -x c++ - >/dev/null 2>&1 || \
+	    echo "no Boost.Context, so tests that execute GPU kernels on the CPU are skipped: apt-get install libboost-context-dev"
+	touch $@
+
+# What ours is measured beside: never a dependency, hence a folder of its own that only those tests look into.
+build/peers/.installed: | $(VENV)/.installed
+	$(BIN)/pip install --quiet --no-deps --target build/peers --upgrade liger-kernel==0.8.5
 	touch $@
 
 system:

@@ -1,170 +1,126 @@
-"""Build the compiled backends that this machine has a toolchain for. Metadata lives in
-pyproject.toml.
+"""Build the compiled backends that this machine has a toolchain for. Metadata is in pyproject.toml.
 
-FUSED_SFT_LOSS_BUILD   cpu | none. Unset: what a toolchain is there for. A named backend whose
-toolchain is
-                       missing fails the build; an unnamed one is left out, and `env` says so at run
-                       time.
-CXX, MAX_JOBS          as everywhere.
+FUSED_SFT_LOSS_BUILD   any of cpu, cuda, hip, with commas between, or none. A toolchain that is
+                       missing fails the build. Unset: what there are toolchains for; what is left
+                       out, and why, is printed.
+TORCH_CUDA_ARCH_LIST   "8.0;9.0a;10.0+PTX". A target named here or in PYTORCH_ROCM_ARCH that the
+PYTORCH_ROCM_ARCH      toolchain cannot make fails the build; one of the defaults is left out.
+CUDA_HOME, CUDA_PATH, ROCM_PATH, CXX, CXXFLAGS, MAX_JOBS   as everywhere.
+
+A wheel's version ends in what is inside (+cpu, +cu13, +rocm7); that of an sdist does not.
+
+csrc/toolchains.py knows what compiles what; here it is written down for ninja, and run.
 """
 
 import os
-import platform
-import shutil
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Command, Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.egg_info import egg_info
 
-ROOT = Path(__file__).parent
-CSRC = Path("csrc")
+ROOT = Path(__file__).parent.absolute()
+sys.path.insert(0, str(ROOT / "csrc"))
+sys.dont_write_bytecode = True  # csrc/ holds sources alone
 
-# Fastest first: csrc/cpu.cpp takes the first that the processor runs. `baseline` is the compiler's
-# default.
-ISAS = {
-    "x86_64": {
-        "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
-        "avx2": ["-march=x86-64-v3"],
-        "baseline": [],
-    }
-}.get(platform.machine().replace("AMD64", "x86_64"), {"baseline": []})
+import toolchains  # noqa: E402
 
-# No errno and no traps: a select may become a masked instruction. Not -ffast-math: NaN and -inf
-# matter here.
-KERNEL_FLAGS = [
-    "-O3",
-    "-fopenmp-simd",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-ffp-contract=fast",
-]
-COMMON_FLAGS = [
-    "-std=c++17",
-    "-fPIC",
-    "-fvisibility=hidden",
-    "-Wall",
-    "-Wextra",
-    "-Werror=return-type",
-]
-
-
-def find_compiler():
-    """The C++ compiler command as a list, or None."""
-    command = os.environ.get("CXX", "").split() or ["c++"]
-    return command if shutil.which(command[0]) else None
-
-
-def backends_to_build():
-    named = os.environ.get("FUSED_SFT_LOSS_BUILD")
-    known = {"cpu", "none"}
-    if named is None:
-        return {"cpu"} if find_compiler() else set()
-    wanted = {name.strip() for name in named.split(",") if name.strip()}
-    if not wanted <= known:
-        sys.exit(f"FUSED_SFT_LOSS_BUILD: expected names from {sorted(known)}, got {named!r}")
-    if "cpu" in wanted and not find_compiler():
-        sys.exit(
-            "FUSED_SFT_LOSS_BUILD=cpu: no C++ compiler found; install g++ or clang, or set CXX"
-        )
-    return wanted - {"none"}
+MODULES = toolchains.modules()
 
 
 class NinjaBuild(build_ext):
-    """Each extension is one ninja file: incremental, parallel, and readable after the fact."""
+    """Each module is one ninja file: incremental, parallel, and readable after the fact."""
+
+    def run(self):
+        # What an earlier build left must not slip into this wheel.
+        package = Path(self.get_ext_fullpath("fused_sft_loss._")).parent
+        for module in package.glob("_*.so"):
+            if module.name.split(".")[0].removeprefix("_") not in MODULES:
+                module.unlink()
+        super().run()
 
     def build_extension(self, ext):
-        import pybind11
-        from ninja import BIN_DIR, ninja_syntax
+        from ninja import BIN_DIR
 
+        backend = ext.name.rpartition("_")[2]
+        folder = self.objects_folder() / backend
+        folder.mkdir(parents=True, exist_ok=True)
         output = Path(self.get_ext_fullpath(ext.name)).absolute()
         output.parent.mkdir(parents=True, exist_ok=True)
-        build_dir = Path(self.build_temp).absolute()
-        build_dir.mkdir(parents=True, exist_ok=True)
-        includes = [
-            pybind11.get_include(),
-            sysconfig.get_path("include"),
-            str((ROOT / CSRC).absolute()),
-        ]
-        extra = os.environ.get("CXXFLAGS", "").split()
-        compiler = find_compiler()
-        with open(build_dir / f"{ext.name}.ninja", "w") as file:
-            self.write_rules(
-                ninja_syntax.Writer(file), compiler, includes, extra, output, build_dir
-            )
-        print(f"{ext.name}: {' '.join(compiler)}, instruction sets {', '.join(ISAS)}", flush=True)
-        jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-        ninja = [
-            str(Path(BIN_DIR) / "ninja"),
-            "-C",
-            str(build_dir),
-            "-f",
-            f"{ext.name}.ninja",
-            *jobs,
-        ]
-        subprocess.run(ninja, check=True)
+        self.write(folder / "build.ninja", MODULES[backend], output)
+        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count())
+        ninja = [os.path.join(BIN_DIR, "ninja"), "-C", str(folder), "-j", str(jobs)]
+        subprocess.run(ninja, env={**os.environ, **self.environment(jobs)}, check=True)
 
-    def write_rules(self, ninja, compiler, includes, extra, output, build_dir):
-        flags = COMMON_FLAGS + [f"-I{path}" for path in includes]
-        ninja.rule(
-            "compile",
-            [
-                *compiler,
-                *flags,
-                "$flags",
-                *extra,
-                "-MMD",
-                "-MF",
-                "$out.d",
-                "-c",
-                "$in",
-                "-o",
-                "$out",
-            ],
-            depfile="$out.d",
-            deps="gcc",
-            description="$out",
-        )
-        shared = (
-            ["-shared"] if sys.platform != "darwin" else ["-bundle", "-undefined", "dynamic_lookup"]
-        )
-        libraries = ["-ldl", "-pthread"] if sys.platform.startswith("linux") else []
-        ninja.rule("link", [*compiler, *extra, *shared, "$in", "-o", "$out", *libraries])
-        isa_list = " ".join(f"F({isa})" for isa in ISAS)
-        version = self.distribution.get_version()
-        sources = {
-            "bindings_cpu": ["-O2", f"-DFSL_VERSION='\"{version}\"'", "-DFSL_COMPILER=__VERSION__"],
-            "cpu_vectors": ["-O2"],
-            "cpu": ["-O2", f"'-DFSL_ISAS(F)={isa_list}'"],
+    def environment(self, jobs):
+        """What compilers should know and ninja should not: what it knows, it compiles anew for."""
+        import pybind11
+
+        # With more cores than files, nvcc compiles a file's targets side by side.
+        threads = max(1, jobs // max(1, len(list(toolchains.CSRC.glob("*.cu")))))
+        # pip puts the build requirements somewhere else each time.
+        includes = [pybind11.get_include(), sysconfig.get_path("include")]
+        includes += filter(None, [os.environ.get("CPLUS_INCLUDE_PATH")])
+        return {
+            "NVCC_APPEND_FLAGS": f"--threads {threads} {os.environ.get('NVCC_APPEND_FLAGS', '')}",
+            "CPLUS_INCLUDE_PATH": os.pathsep.join(includes),
         }
-        objects = []
-        for name, source_flags in sources.items():
-            objects += ninja.build(
-                str(build_dir / f"{name}.o"),
-                "compile",
-                str((ROOT / CSRC / f"{name}.cpp").absolute()),
-                variables={"flags": source_flags},
-            )
-        for isa, isa_flags in ISAS.items():
-            objects += ninja.build(
-                str(build_dir / f"cpu_rows_{isa}.o"),
-                "compile",
-                str((ROOT / CSRC / "cpu_rows.cpp").absolute()),
-                variables={"flags": [*KERNEL_FLAGS, *isa_flags, f"-DFSL_ISA={isa}"]},
-            )
-        ninja.build(str(output), "link", objects)
+
+    def objects_folder(self):
+        """An editable install compiles into a folder that is then thrown away; this one lasts."""
+        given = Path(self.build_temp).absolute()
+        lasting = ROOT / "build" / f"temp.{self.plat_name}-{sys.implementation.cache_tag}"
+        return given if given.is_relative_to(ROOT) else lasting
+
+    def write(self, path, module, output):
+        from ninja.ninja_syntax import Writer
+
+        version = self.distribution.get_version().partition("+")[0]
+        version = toolchains.define("FSL_VERSION", version)
+        with open(path, "w") as file:
+            ninja = Writer(file)
+            for name, command in module.commands.items():
+                follow = {} if name == "link" else {"depfile": "$out.d", "deps": "gcc"}
+                ninja.rule(name, command + ["-MMD -MF $out.d"] * bool(follow), **follow)
+            for name, (command, source, flags) in module.objects.items():
+                flags = flags + [version] * (name == "bindings")
+                ninja.build(
+                    f"{name}.o", command, str(toolchains.CSRC / source), variables={"flags": flags}
+                )
+            ninja.build(str(output), "link", [f"{name}.o" for name in module.objects])
 
 
-def extensions():
-    wanted = backends_to_build()
-    if not wanted:
-        print(
-            "fused_sft_loss: no compiled backend will be built (no C++ compiler, or asked not to)",
-            flush=True,
-        )
-    return [Extension(f"fused_sft_loss._{name}", sources=[]) for name in sorted(wanted)]
+class EggInfo(egg_info):
+    """Names in the version what a wheel has inside."""
+
+    def finalize_options(self):
+        labels = [module.label for module in MODULES.values()]
+        labels = [label for label in labels if label != "cpu"] or labels
+        self.tag_build = ""
+        if labels and "sdist" not in self.distribution.commands:
+            self.tag_build = f"+{'.'.join(labels)}"
+        super().finalize_options()
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": NinjaBuild})
+class Toolchains(Command):
+    """Prints the backends that would be built here; toolchains.py has said why not others."""
+
+    description = "print the backends that would be built"
+    user_options = []
+
+    def initialize_options(self):
+        pass
+
+    finalize_options = initialize_options
+
+    def run(self):
+        print(*MODULES)
+
+
+setup(
+    ext_modules=[Extension(f"fused_sft_loss._{backend}", sources=[]) for backend in MODULES],
+    cmdclass={"build_ext": NinjaBuild, "egg_info": EggInfo, "toolchains": Toolchains},
+)

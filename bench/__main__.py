@@ -10,7 +10,7 @@ from .errors import UserError
 COMMANDS = {
     "sft": ("bench.sft.command", "a real Megatron SFT run, with the reference loss and with ours"),
     "cpu": ("bench.cpu", "time and memory of the loss on this machine's CPU"),
-    "codegen": ("bench.codegen.command", "what the compilers made of the Triton kernels; no GPU"),
+    "codegen": ("bench.codegen.command", "what compilers made of the GPU kernels; needs no GPU"),
 }
 
 

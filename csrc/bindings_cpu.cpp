@@ -38,30 +38,6 @@ void row_grad(const fsl::Rows& logits, const fsl::Rows& grad, float logit_scale,
   fsl::cpu::row_grad(args, at_least_one(threads));
 }
 
-void row_stats_grad(const fsl::Rows& logits, const fsl::Rows& grad, float logit_scale, float softcap,
-                    uintptr_t target, uintptr_t weight, uintptr_t expected, float label_smoothing,
-                    float z_loss, int64_t vocab_size, uintptr_t loss, uintptr_t lse, int threads) {
-  const fsl::StatsGradArgs args{logits,
-                                grad,
-                                {logit_scale, softcap},
-                                pointer<int64_t>(target),
-                                pointer<float>(weight),
-                                pointer<float>(expected),
-                                label_smoothing,
-                                z_loss,
-                                vocab_size,
-                                pointer<float>(loss),
-                                pointer<float>(lse)};
-  py::gil_scoped_release unlocked;
-  fsl::cpu::row_stats_grad(args, at_least_one(threads));
-}
-
-void rescale(const fsl::Rows& grad, uintptr_t upstream, uintptr_t expected, int threads) {
-  const fsl::RescaleArgs args{grad, pointer<float>(upstream), pointer<float>(expected)};
-  py::gil_scoped_release unlocked;
-  fsl::cpu::rescale(args, at_least_one(threads));
-}
-
 void row_targets(uintptr_t labels, uintptr_t mask, uintptr_t cu_seqlens, int64_t batch, int64_t seq,
                  int64_t boundaries, int64_t label_stride_b, int64_t label_stride_s, int64_t mask_stride_b,
                  int64_t mask_stride_s, bool shift, int64_t ignore_index, int64_t vocab_size,
@@ -91,12 +67,6 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("row_grad", &row_grad, py::kw_only(), py::arg("logits"), py::arg("grad"), py::arg("logit_scale"),
         py::arg("softcap"), py::arg("target"), py::arg("lse"), py::arg("scale"), py::arg("vocab_start"),
         py::arg("label_smoothing"), py::arg("z_loss"), py::arg("vocab_size"), py::arg("threads"));
-  m.def("row_stats_grad", &row_stats_grad, py::kw_only(), py::arg("logits"), py::arg("grad"),
-        py::arg("logit_scale"), py::arg("softcap"), py::arg("target"), py::arg("weight"), py::arg("expected"),
-        py::arg("label_smoothing"), py::arg("z_loss"), py::arg("vocab_size"), py::arg("loss"), py::arg("lse"),
-        py::arg("threads"));
-  m.def("rescale", &rescale, py::kw_only(), py::arg("grad"), py::arg("upstream"), py::arg("expected"),
-        py::arg("threads"));
   m.def("row_targets", &row_targets, py::kw_only(), py::arg("labels"), py::arg("mask"), py::arg("cu_seqlens"),
         py::arg("batch"), py::arg("seq"), py::arg("boundaries"), py::arg("label_stride_b"),
         py::arg("label_stride_s"), py::arg("mask_stride_b"), py::arg("mask_stride_s"), py::arg("shift"),

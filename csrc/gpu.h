@@ -33,7 +33,8 @@
 #define FSL_KERNEL(threads, waves) \
   __global__ void __launch_bounds__(threads) __attribute__((amdgpu_waves_per_eu(waves)))
 #else
-#define FSL_KERNEL(threads, waves) __global__ void __launch_bounds__(threads)
+// One block must fit; without the 1 ptxas would rather spill than take more than 64 registers.
+#define FSL_KERNEL(threads, waves) __global__ void __launch_bounds__(threads, 1)
 #endif
 #define FSL_SHARED(type, name, count) __shared__ type name[count]
 #define FSL_UNROLL _Pragma("unroll")
@@ -93,6 +94,18 @@ FSL_DEVICE float widen_half(uint32_t half) { return simt::widen_half(half); }
 FSL_DEVICE uint32_t pack_half(float low, float high) { return simt::pack_half(low, high); }
 FSL_DEVICE uint32_t pack_bf16(float low, float high) { return simt::pack_bf16(low, high); }
 
+FSL_DEVICE Chunk load_chunk(const char* at) { return *reinterpret_cast<const Chunk*>(at); }
+FSL_DEVICE Chunk load_chunk_anywhere(const char* at) {
+  Chunk chunk;
+  __builtin_memcpy(&chunk, at, sizeof chunk);
+  return chunk;
+}
+FSL_DEVICE Chunk load_chunk_whole(const char* at) { return load_chunk(at); }
+template <class T>
+FSL_DEVICE void store(char* at, const T& value) {
+  *reinterpret_cast<T*>(at) = value;
+}
+
 #elif defined(__HIP__)
 
 FSL_DEVICE int thread_id() { return __builtin_amdgcn_workitem_id_x(); }
@@ -138,6 +151,24 @@ FSL_DEVICE uint32_t pack(float low, float high) {
 FSL_DEVICE uint32_t pack_half(float low, float high) { return pack<_Float16>(low, high); }
 FSL_DEVICE uint32_t pack_bf16(float low, float high) { return pack<__bf16>(low, high); }
 
+// Global memory, said aloud: of a pointer inside a kernel's argument the compiler only assumes that it is
+// generic, and a generic access counts as one of LDS too.
+template <class T>
+using Global = __attribute__((address_space(1))) T;
+typedef uint32_t Words __attribute__((ext_vector_type(4)));
+typedef Words WordsAnywhere __attribute__((aligned(2)));
+FSL_DEVICE Chunk chunk_of(Words words) { return {{words[0], words[1], words[2], words[3]}}; }
+FSL_DEVICE Chunk load_chunk(const char* at) { return chunk_of(*(const Global<Words>*)at); }
+FSL_DEVICE Chunk load_chunk_anywhere(const char* at) { return chunk_of(*(const Global<WordsAnywhere>*)at); }
+FSL_DEVICE Chunk load_chunk_whole(const char* at) { return load_chunk(at); }
+template <class T>
+FSL_DEVICE void store(char* at, T value) {
+  *(Global<T>*)at = value;
+}
+FSL_DEVICE void store(char* at, const Chunk& c) {
+  *(Global<Words>*)at = Words{c.word[0], c.word[1], c.word[2], c.word[3]};
+}
+
 #else
 
 FSL_DEVICE int thread_id() { return threadIdx.x; }
@@ -182,6 +213,23 @@ FSL_DEVICE uint32_t pack_bf16(float low, float high) {
   uint32_t result;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
   return result;
+}
+
+FSL_DEVICE Chunk load_chunk(const char* at) { return *reinterpret_cast<const Chunk*>(at); }
+// Never called: see kLoadsAnywhere.
+FSL_DEVICE Chunk load_chunk_anywhere(const char* at) { return load_chunk(at); }
+// A load that stays one: of a choice between loaded words the compiler would make loads from chosen
+// addresses.
+FSL_DEVICE Chunk load_chunk_whole(const char* at) {
+  Chunk c;
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(c.word[0]), "=r"(c.word[1]), "=r"(c.word[2]), "=r"(c.word[3])
+               : "l"(__cvta_generic_to_global(at)));
+  return c;
+}
+template <class T>
+FSL_DEVICE void store(char* at, const T& value) {
+  *reinterpret_cast<T*>(at) = value;
 }
 
 #endif

@@ -70,7 +70,7 @@ struct F32 {
   static constexpr int kBytes = 4, kWords = 8;
   static FSL_DEVICE float element(const uint32_t* words, int i) { return from_bits(words[i]); }
   static FSL_DEVICE uint32_t load(const void* at) { return *static_cast<const uint32_t*>(at); }
-  static FSL_DEVICE void store(void* at, float x) { *static_cast<uint32_t*>(at) = bits(x); }
+  static FSL_DEVICE void put(char* at, float x) { store(at, bits(x)); }
   static FSL_DEVICE void put(uint32_t* words, const float* x) {
     FSL_UNROLL for (int i = 0; i < 8; ++i) words[i] = bits(x[i]);
   }
@@ -86,9 +86,7 @@ struct BF16 : Sixteen {
   static FSL_DEVICE float element(const uint32_t* words, int i) {
     return from_bits(i % 2 ? words[i / 2] & 0xffff0000u : words[i / 2] << 16);
   }
-  static FSL_DEVICE void store(void* at, float x) {
-    *static_cast<uint16_t*>(at) = static_cast<uint16_t>(pack_bf16(x, 0.0f));
-  }
+  static FSL_DEVICE void put(char* at, float x) { store(at, static_cast<uint16_t>(pack_bf16(x, 0.0f))); }
   static FSL_DEVICE void put(uint32_t* words, const float* x) {
     FSL_UNROLL for (int i = 0; i < 4; ++i) words[i] = pack_bf16(x[2 * i], x[2 * i + 1]);
   }
@@ -99,9 +97,7 @@ struct F16 : Sixteen {
   static FSL_DEVICE float element(const uint32_t* words, int i) {
     return widen_half(i % 2 ? words[i / 2] >> 16 : words[i / 2] & 0xffffu);
   }
-  static FSL_DEVICE void store(void* at, float x) {
-    *static_cast<uint16_t*>(at) = static_cast<uint16_t>(pack_half(x, 0.0f));
-  }
+  static FSL_DEVICE void put(char* at, float x) { store(at, static_cast<uint16_t>(pack_half(x, 0.0f))); }
   static FSL_DEVICE void put(uint32_t* words, const float* x) {
     FSL_UNROLL for (int i = 0; i < 4; ++i) words[i] = pack_half(x[2 * i], x[2 * i + 1]);
   }

@@ -23,14 +23,6 @@ FSL_DEVICE Row row_at(const Rows& rows, uint32_t n) {
   return {start, rows.columns * T::kBytes, static_cast<int>(reinterpret_cast<uintptr_t>(start) & 15)};
 }
 
-FSL_DEVICE Chunk load_chunk(const char* at) { return *reinterpret_cast<const Chunk*>(at); }
-FSL_DEVICE Chunk load_chunk_anywhere(const char* at) {
-  Chunk chunk;
-  __builtin_memcpy(&chunk, at, sizeof chunk);
-  return chunk;
-}
-FSL_DEVICE void store_chunk(char* at, const Chunk& chunk) { *reinterpret_cast<Chunk*>(at) = chunk; }
-
 // The kWords words at `at`, which lies `skew` bytes past a multiple of 16: of the chunks that hold them,
 // shifted into place. The shift is the same for a whole row, and second loads of a chunk are served by the L1
 // cache.
@@ -39,7 +31,7 @@ FSL_DEVICE void load_shifted(uint32_t* words, const char* at, int skew) {
   constexpr int kChunks = T::kWords / 4;
   uint32_t from[4 * kChunks + 4];
   FSL_UNROLL for (int c = 0; c <= kChunks; ++c) {
-    const Chunk chunk = load_chunk(at - skew + 16 * c);
+    const Chunk chunk = load_chunk_whole(at - skew + 16 * c);
     FSL_UNROLL for (int i = 0; i < 4; ++i) from[4 * c + i] = chunk.word[i];
   }
   FSL_UNROLL for (int i = 0; i < 4 * kChunks + 2; ++i) from[i] = skew & 8 ? from[i + 2] : from[i];
@@ -64,7 +56,7 @@ FSL_DEVICE void load_eight(uint32_t* words, const char* at, int skew) {
 template <class T>
 FSL_DEVICE void store_eight(char* at, const uint32_t* words) {
   FSL_UNROLL for (int c = 0; c < T::kWords / 4; ++c)
-      store_chunk(at + 16 * c, {{words[4 * c], words[4 * c + 1], words[4 * c + 2], words[4 * c + 3]}});
+      store(at + 16 * c, Chunk{{words[4 * c], words[4 * c + 1], words[4 * c + 2], words[4 * c + 3]}});
 }
 
 // Whether the chunks that load_eight takes for logits [column, column + count) all lie in the row.

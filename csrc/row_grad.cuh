@@ -53,14 +53,14 @@ struct RowGrad {
     int column = begin + 8 * thread_id();
     for (; column + 8 <= end; column += 8 * block_threads())
       store_eight<T>(out.start + int64_t{column} * T::kBytes, words);
-    FSL_UNROLL_BY(1) for (; column < end; ++column) T::store(out.start + int64_t{column} * T::kBytes, 0.0f);
+    FSL_UNROLL_BY(1) for (; column < end; ++column) T::put(out.start + int64_t{column} * T::kBytes, 0.0f);
   }
 
   static FSL_DEVICE void each(const Row& in, const Row& out, const GradRow& g, const Scales& z, int column,
                               int end, int valid) {
     FSL_UNROLL_BY(1) for (; column < end; ++column) {
       const float grad = column < valid ? gradient<kSoftcap>(load_one<T>(in, column), g, z, false) : 0.0f;
-      T::store(out.start + int64_t{column} * T::kBytes, grad);
+      T::put(out.start + int64_t{column} * T::kBytes, grad);
     }
   }
 
@@ -100,7 +100,7 @@ struct RowGrad {
 };
 
 template <class T, bool kSoftcap, bool kShifted>
-FSL_KERNEL(512, 8)
+FSL_KERNEL(512, kSoftcap ? 4 : 8)
 row_grad_kernel(GradArgs a, Scales z, int splits, int segment) {
   using Kernel = RowGrad<T, kSoftcap, kShifted>;
   const uint32_t program = kLastRowFirst ? grid_blocks() - 1 - block_id() : block_id();
@@ -112,7 +112,7 @@ row_grad_kernel(GradArgs a, Scales z, int splits, int segment) {
   const int begin = head + part * per_part, end = width - begin < per_part ? width : begin + per_part;
   const int in_head = part == 0 && thread_id() < head ? 1 : 0;
   if (a.scale[n] == 0) {
-    if (in_head) T::store(out.start + thread_id() * T::kBytes, 0.0f);
+    if (in_head) T::put(out.start + thread_id() * T::kBytes, 0.0f);
     Kernel::zeros(out, begin, end);
     return;
   }
@@ -125,7 +125,7 @@ row_grad_kernel(GradArgs a, Scales z, int splits, int segment) {
   const float own = owner ? load_one<T>(in, g.own) : 0.0f;
   if (in_head) Kernel::each(in, out, g, z, thread_id(), thread_id() + 1, valid);
   Kernel::columns(in, out, g, z, begin, end, valid, (in.skew + head * T::kBytes) % 16);
-  if (owner) T::store(out.start + int64_t{g.own} * T::kBytes, gradient<kSoftcap>(own, g, z, true));
+  if (owner) T::put(out.start + int64_t{g.own} * T::kBytes, gradient<kSoftcap>(own, g, z, true));
 }
 
 }  // namespace fsl::gpu

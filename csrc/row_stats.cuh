@@ -156,7 +156,7 @@ FSL_DEVICE float target_value(const StatsArgs& a, const Row& row, uint32_t n, co
 }
 
 template <class T, int kColumns, bool kSoftcap, bool kShifted>
-FSL_KERNEL(512, kColumns > kArgmax ? 4 : 8)
+FSL_KERNEL(512, kColumns > kSum || kSoftcap ? 4 : 8)
 row_stats_kernel(StatsArgs a, Scales z, Share share) {
   const uint32_t n = block_id() / share.splits, part = block_id() % share.splits;
   const int valid = static_cast<int>(a.logits.valid), segments = (valid + share.segment - 1) / share.segment;

@@ -7,7 +7,7 @@ import sys
 import torch
 
 from . import __version__
-from .backends import choose
+from .backends import choose, loader
 
 
 def environment() -> list[str]:
@@ -25,10 +25,21 @@ def environment() -> list[str]:
             lines.append(f"  {name:7s} {'available' if reason is None else 'no: ' + reason}")
     if "cuda" not in devices:
         lines.append("device cuda: none (torch.cuda.is_available() is False)")
-    if choose.reason_against("cpu", "cpu") is None:
-        info = choose.load("cpu").build_info()
-        lines.append("cpu kernels: " + ", ".join(f"{key} {_join(info[key])}" for key in info))
+    lines += [f"{backend} kernels: {_built(backend)}" for backend in ("cpu", "cuda", "hip")]
+    runtimes = loader.loaded_hip_runtimes()
+    if runtimes:
+        trouble = "" if len(runtimes) == 1 else f"error: {len(runtimes)} copies in one process: "
+        lines.append(f"HIP runtime: {trouble}{', '.join(runtimes)}")
     return lines
+
+
+def _built(backend: str) -> str:
+    """What a compiled module says of itself, or why there is none."""
+    try:
+        info = loader.load(backend).build_info()
+    except ImportError as error:
+        return f"none ({error})"
+    return ", ".join(f"{key} {_join(info[key])}" for key in info)
 
 
 def _join(value) -> str:

@@ -52,3 +52,7 @@ def pytest_terminal_summary(terminalreporter):
             f"{len(peers)} tests beside a peer were skipped: it is not installed in build/peers.",
             yellow=True,
         )
+    reasons = [r.longrepr[2] for r in everything if isinstance(r.longrepr, tuple)]
+    absent = {r.partition("toolchain: ")[2] for r in reasons if "toolchain: " in r}
+    for reason in sorted(absent):
+        terminalreporter.write_line(f"Code for GPUs was not looked at: {reason}.", yellow=True)

@@ -1,10 +1,8 @@
 """Triton launches on CPU tensors, compiled for an NVIDIA GPU, executed by the PTX interpreter."""
 
-import ctypes
 from dataclasses import replace
 from functools import cache
 
-import numpy as np
 import torch
 from fused_sft_loss.triton_kernels import (
     launch,
@@ -15,6 +13,7 @@ from fused_sft_loss.triton_kernels import (
     row_targets,
 )
 from ptx import Kernel, Machine
+from ptx_problems import share
 
 
 def execute(machine: Machine, chip, launches, edit=lambda text: text) -> None:
@@ -28,7 +27,7 @@ def execute(machine: Machine, chip, launches, edit=lambda text: text) -> None:
         arguments = [one.arguments[name] for name in names]
         for name, argument in zip(names, arguments, strict=True):
             if isinstance(argument, torch.Tensor):
-                _share(machine, name, argument)
+                share(machine, name, argument)
         machine.launch(
             _parsed(edit(compiled.asm["ptx"])),
             one.programs,
@@ -41,14 +40,6 @@ def execute(machine: Machine, chip, launches, edit=lambda text: text) -> None:
 @cache
 def _parsed(text: str) -> Kernel:
     return Kernel(text)
-
-
-def _share(machine: Machine, name: str, tensor: torch.Tensor) -> None:
-    """Let kernels reach the tensor's memory; a second tensor in it keeps the first one's name."""
-    storage = tensor.untyped_storage()
-    if storage.data_ptr() not in machine.memory.starts:
-        memory = (ctypes.c_uint8 * storage.nbytes()).from_address(storage.data_ptr())
-        machine.add(name, np.ctypeslib.as_array(memory))
 
 
 class Run:

@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from ptx import Kernel, Machine
+from ptx import Kernel, Machine, entries
 from ptx.arithmetic import fused
 from ptx.values import bfloat16_bits
 
@@ -98,6 +98,78 @@ def test_a_missing_barrier_shows_in_a_random_order_only(barrier):
         wrong.append(array.tolist() != right)
     assert not wrong[0]
     assert any(wrong) == (not barrier)
+
+
+MODULE = """
+.visible .entry first(.param .u64 p) { ret; }
+.visible .entry second(
+  .param .align 8 .b8 second_param_0[24],
+  .param .f32 second_param_1
+) .maxntid 32, 1, 1 {
+  .shared .align 16 .b8 s[128];
+  .reg .b32 %r<9>; .reg .f32 %f<9>; .reg .b64 %rd<9>; .reg .pred %p<2>;
+  mov.b64 %rd1, second_param_0;
+  ld.param.u64 %rd2, [second_param_0+8];
+  ld.param.v2.u32 {%r1, %r2}, [%rd1+16];
+  ld.param.f32 %f1, [second_param_1];
+  cvta.to.global.u64 %rd3, %rd2;
+  mov.u32 %r3, %tid.x;
+  mul.wide.u32 %rd4, %r3, 4;
+  mov.u64 %rd5, s;
+  cvta.shared.u64 %rd6, %rd5;
+  add.s64 %rd6, %rd6, %rd4;
+  st.u32 [%rd6], %r3;
+  ld.shared.u32 %r4, [s+4];
+  cvta.to.shared.u64 %rd7, %rd6;
+  ld.shared.u32 %r5, [%rd7];
+  add.s32 %r5, %r5, %r4;
+  add.s32 %r5, %r5, %r1;
+  add.s32 %r5, %r5, %r2;
+  mov.b32 %r6, %f1;
+  shf.r.wrap.b32 %r7, %r6, %r5, 8;
+  add.s64 %rd8, %rd3, %rd4;
+  st.u32 [%rd8], %r7;
+  ret;
+}
+"""
+
+
+def test_an_entry_of_several_with_structs_and_generic_addresses():
+    assert entries(MODULE) == ["first", "second"]
+    machine, array = Machine(), np.zeros(32, np.uint32)
+    address = machine.add("a", array)
+    struct = np.array([7, address, 100 | 1000 << 32], np.uint64).tobytes()
+    code = Kernel(HEAD + MODULE, "second")
+    machine.launch(code, 1, 32, [struct, 1.0])
+    # Shifted right by a byte: the low word is 1.0f, the high one a lane's sum.
+    high = [i + 1 + 1100 for i in range(32)]
+    assert array.tolist() == [(h << 24 | 0x3F800000 >> 8) & 0xFFFFFFFF for h in high]
+    assert machine.counts.stored == {"shared": 128, "a": 128}
+    with pytest.raises(ValueError, match="expected 24 bytes"):
+        machine.launch(code, 1, 32, [struct[:16], 1.0])
+
+
+@pytest.mark.parametrize(
+    ("shift", "amount", "expected"),
+    [
+        ("r.wrap", 36, 0x2_1234567),  # 4, of the 64 bits 0x9ABCDEF2_12345678
+        ("r.clamp", 36, 0x9ABCDEF2),
+        ("l.wrap", 4, 0xABCDEF21),
+        ("l.clamp", 40, 0x12345678),
+        ("r.wrap", 0, 0x12345678),
+    ],
+)
+def test_funnel_shift(shift, amount, expected):
+    array = np.full(32, amount, np.uint32)
+    run(OWN + f"ld.global.b32 %r2, [%rd2]; mov.b32 %r3, {0x12345678}; mov.b32 %r4, {0x9ABCDEF2}; "
+        f"shf.{shift}.b32 %r5, %r3, %r4, %r2; st.global.b32 [%rd2], %r5;", array)  # fmt: skip
+    assert array.tolist() == [expected] * 32
+
+
+def test_bytes_that_were_touched():
+    machine = run(OWN + "ld.global.b32 %r2, [%rd1]; ld.global.b32 %r2, [%rd1+8];",
+                  np.zeros(32, np.uint32))  # fmt: skip
+    assert machine.counts.touched("a") == 8 and machine.counts.touched("b") == 0
 
 
 def test_fused_multiply_add_rounds_once():

@@ -1,5 +1,6 @@
-"""The CUDA and HIP kernels on the shim: in any order of lanes, shared out or not, without a race."""
+"""The CUDA and HIP kernels on the shim: any order of lanes, rows shared out or not, sanitizers."""
 
+import os
 import subprocess
 
 import pytest
@@ -41,6 +42,16 @@ def test_same_bits_in_whatever_order_lanes_run_and_rows_are_shared_out(passes):
     for seed in range(3):
         assert bits(passes, MANY, seed) == expected
     assert bits(passes, FEW, 1) == expected
+
+
+@pytest.mark.parametrize("warp", [32, 64])
+def test_address_and_undefined_behaviour_sanitizers_find_nothing(tmp_path, warp):
+    program = build(tmp_path, warp, simt_build.ASAN)
+    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
+    for multiprocessors in (FEW, MANY):
+        command = [program, multiprocessors, "1"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0 and not done.stderr, done.stderr
 
 
 def test_thread_sanitizer_finds_no_race(tmp_path):

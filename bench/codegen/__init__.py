@@ -1,1 +1,1 @@
-"""What the compilers made of the Triton kernels, read from machine code; needs no GPU."""
+"""What the compilers made of the GPU kernels, read from machine code; needs no GPU."""

@@ -2,9 +2,10 @@
 
 import re
 
-from .machine_code import Access, Code, Instruction
+from .machine_code import Access, Code, Compiled, Instruction
 
 _LABEL = re.compile(r"^(\.?[\w$.]+):")
+_REGISTER = re.compile(r"\bv(?:(\d+)\b|\[(\d+):(\d+)\])")
 _BYTES = {
     "ubyte": 1, "sbyte": 1, "byte": 1, "ushort": 2, "sshort": 2, "short": 2, "dword": 4,
     "dwordx2": 8, "dwordx3": 12, "dwordx4": 16,
@@ -13,21 +14,37 @@ _ACCESS = re.compile(r"^(buffer|global|flat|scratch)_(load|store)_(?:lds_)?([a-z
 _TRANSCENDENTAL = ("v_exp", "v_log", "v_rcp", "v_rsq", "v_sqrt", "v_sin", "v_cos")
 
 
-def resources(text: str) -> dict[str, int]:
-    """From the metadata note: registers (VGPRs with AGPRs), spills, scratch and LDS bytes."""
-    wanted = {
-        "vgpr": "vgpr_count", "agpr": "agpr_count", "sgpr": "sgpr_count",
-        "vgpr_spills": "vgpr_spill_count", "sgpr_spills": "sgpr_spill_count",
-        "scratch": "private_segment_fixed_size", "shared": "group_segment_fixed_size",
-    }  # fmt: skip
+def kernels(text: str) -> dict[str, Compiled]:
+    """The kernels of an AMDGCN listing by their mangled names."""
+    listing, _, notes = text.partition("\namdhsa.kernels:")
+    notes = notes.partition("\namdhsa.target:")[0]
+    found = {}
+    for note in re.split(r"^  - ", notes, flags=re.M)[1:]:
+        name = re.search(r"^\s+\.name:\s*(\S+)", note, re.M)[1]
+        body = re.search(rf"^{re.escape(name)}:.*?^\.Lfunc_end", listing, re.M | re.S)[0]
+        found[name] = Compiled(parse_text(body), _resources(note))
+    return found
+
+
+def _resources(note: str) -> dict[str, int]:
+    """From a kernel's metadata note."""
+
+    def number(key):
+        return int(re.search(rf"^\s*\.{key}:\s*(\d+)", note, re.M)[1])
+
     return {
-        key: int(re.search(rf"^\s+(?:- )?\.{name}:\s*(\d+)", text, re.M)[1])
-        for key, name in wanted.items()
+        "registers": number("vgpr_count"),  # AGPRs among them
+        "agprs": number("agpr_count"),
+        "sgprs": number("sgpr_count"),
+        # An SGPR is spilled to a lane of a VGPR: no memory traffic, but two instructions.
+        "spills": number("vgpr_spill_count") + number("sgpr_spill_count"),
+        "scratch_bytes": number("private_segment_fixed_size"),
+        "shared_bytes": number("group_segment_fixed_size"),
     }
 
 
 def parse_text(text: str) -> Code:
-    """Code of the one kernel in an AMDGCN listing."""
+    """Code of one kernel's listing."""
     code = Code()
     for line in text.splitlines():
         if line.startswith(".Lfunc_end"):
@@ -42,24 +59,37 @@ def parse_text(text: str) -> Code:
 
 def _instruction(name: str, operands: list[str]) -> Instruction:
     jumps = name.startswith(("s_branch", "s_cbranch"))
+    access = _access(name, operands)
+    fills = access and access.space == "global" and not access.store
     return Instruction(
         name=name,
         work=_work(name),
-        access=_access(name),
+        access=access,
         exp=name.startswith("v_exp"),
         targets=tuple(operands[:1]) if jumps else (),
         falls_through=name not in ("s_branch", "s_endpgm"),
+        registers=_registers(operands),
+        loaded=_registers(operands[:1]) if fills else frozenset(),
     )
 
 
-def _access(name: str) -> Access | None:
+def _registers(operands: list[str]) -> frozenset[int]:
+    found = _REGISTER.findall(" ".join(operands))
+    return frozenset(
+        n for one, low, high in found for n in range(int(one or low), int(one or high) + 1)
+    )
+
+
+def _access(name: str, operands: list[str]) -> Access | None:
     if name.startswith("ds_"):
         return Access("shared", "write" in name, 4)
     found = _ACCESS.match(name)
     if not found:
         return None
-    space = "local" if found[1] == "scratch" else "global"
-    return Access(space, found[2] == "store", _BYTES[found[3]])
+    # Before gfx942 a spill is a buffer access without an address: to the lane's own stack.
+    stack = found[1] == "scratch" or (found[1] == "buffer" and "off," in operands)
+    space = "local" if stack else "global"
+    return Access(space, found[2] == "store", _BYTES[found[3]], found[1] == "flat")
 
 
 def _work(name: str) -> str:

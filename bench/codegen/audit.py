@@ -7,8 +7,10 @@ def violations(record: dict) -> list[str]:
     for key in ("spills", "scratch_bytes", "local_accesses"):
         if record[key]:
             broken.append(f"expected no {key.replace('_', ' ')}, got {record[key]}")
-    if record["threads"] > 1024:
-        broken.append(f"expected at most 1024 threads, got {record['threads']}")
+    if record["threads"] > record["threads_limit"]:
+        broken.append(
+            f"expected at most {record['threads_limit']} threads, got {record['threads']}"
+        )
     if record["shared_bytes"] > record["shared_bytes_limit"]:
         broken.append(
             f"expected at most {record['shared_bytes_limit']} bytes of shared memory, "
@@ -29,7 +31,7 @@ def _loop_violations(record: dict) -> list[str]:
     broken += [f"unexpected loop over the logits: {purpose}" for purpose in sorted(extra)]
     size = record["element_bytes"]
     for purpose, loop in record["loops"].items():
-        if record["aligned"]:
+        if record["wide"]:
             for what in ("load", "store"):
                 if any(width < 16 for width in loop[f"{what}_bytes"]):
                     broken.append(
@@ -42,8 +44,9 @@ def _loop_violations(record: dict) -> list[str]:
                     f"expected {wanted} bytes {what} per element in the {purpose} loop, "
                     f"got {loop[what]:g}"
                 )
-        if loop["local_accesses"]:
-            broken.append(f"local memory in the {purpose} loop")
+        for what in ("local", "generic"):
+            if n := loop[f"{what}_accesses"]:
+                broken.append(f"expected no {what} accesses in the {purpose} loop, got {n}")
     return broken
 
 

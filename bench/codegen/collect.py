@@ -1,16 +1,15 @@
-"""Compile what the launch table can launch, and describe each compiled kernel once."""
+"""Compile what Triton's launch table can launch, and describe each compiled kernel once."""
 
-import hashlib
-import json
 import multiprocessing
 import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
 from ..errors import UserError
+from . import amdgcn, kept, record, sass
 
 #: What a record is called in the pass it belongs to, by the kernel that makes it.
 PASSES = {"row_stats_kernel": "statistics", "row_grad_kernel": "gradient"}
@@ -107,6 +106,7 @@ def _one(task) -> dict:
     compiled = offline.compile(work.launch, offline.CHIPS[target])
     arguments = work.launch.arguments
     return {
+        "backend": "triton",
         "kernel": work.kernel,
         "name": work.name,
         "line": work.line,
@@ -115,35 +115,32 @@ def _one(task) -> dict:
         "element_bytes": work.element_bytes,
         "pass": PASSES.get(work.launch.kernel.__name__),
         "aligned": arguments.get("ALIGNED", True),
+        "wide": arguments.get("ALIGNED", True),  # elsewhere Triton loads element by element
+        "threads_limit": 1024,
         "hash": compiled.hash,
         **_described(compiled, work, folder / "records"),
     }
 
 
 def _described(compiled, work: Work, folder: Path) -> dict:
-    from . import record
-
     code = compiled.asm.get("cubin") or compiled.asm["amdgcn"].encode()
-    about = (work.target, work.element_bytes, compiled.metadata.num_warps, _version())
-    digest = hashlib.sha256(code + repr(about).encode()).hexdigest()
-    path = folder / f"{digest}.json"
-    if path.exists():
-        return json.loads(path.read_text())
-    made = record.make(compiled, work.target, work.element_bytes)
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps(made))
-    partial.replace(path)
-    return made
+    warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
+    threads = warps * (64 if work.target.startswith("gfx") else 32)
 
+    def make():
+        kernels = (
+            sass.kernels(code, work.target)
+            if work.target.startswith("sm_")
+            else amdgcn.kernels(code.decode())
+        )
+        (kernel,) = kernels.values()
+        # NVIDIA's is dynamic, AMD's is in both places.
+        shared_bytes = max(shared, kernel.resources["shared_bytes"])
+        kernel = replace(kernel, resources={**kernel.resources, "shared_bytes": shared_bytes})
+        return record.make(kernel, work.target, threads, work.element_bytes)
 
-@cache
-def _version() -> str:
-    """A digest of the files that make a record: another analysis, another record."""
-    here = Path(__file__).parent
-    names = ("amdgcn", "chips", "loops", "machine_code", "predict", "record", "sass")
-    text = b"".join((here / f"{name}.py").read_bytes() for name in names)
-    return hashlib.sha256(text).hexdigest()
+    about = (work.target, work.element_bytes, threads, shared)
+    return kept.described(folder, code, about, make)
 
 
 def _once_each(made: list[dict]) -> list[dict]:

@@ -11,6 +11,7 @@ class Access:
     space: str  # "global", "local" (spills, arrays, stacks) or "shared"
     store: bool
     bytes: int
+    generic: bool = False  # the compiler does not know the space: found at run time, and slower
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,8 @@ class Instruction:
     exp: bool = False
     targets: tuple[str, ...] = ()  # labels it may jump to
     falls_through: bool = True
+    registers: frozenset[int] = frozenset()  # of each thread, that it names
+    loaded: frozenset[int] = frozenset()  # that a load of global memory fills
 
 
 @dataclass
@@ -29,6 +32,15 @@ class Code:
 
     instructions: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel as its compiler left it."""
+
+    code: Code
+    #: registers, agprs, sgprs, spills, scratch_bytes, shared_bytes (static): as in a record
+    resources: dict[str, int]
 
 
 def innermost_loops(code: Code) -> list[list[Instruction]]:

@@ -1,24 +1,28 @@
 """One compiled kernel as a JSON-able record."""
 
-from . import amdgcn, sass
 from .chips import CHIPS, resident_threads
-from .loops import hot_loops
+from .loops import Shifted, hot_loops
+from .machine_code import Compiled
 from .predict import predict
 
 
-def make(compiled, target: str, element_bytes: int | None) -> dict:
-    """Resources and hot loops of Triton's CompiledKernel.
+def make(
+    compiled: Compiled,
+    target: str,
+    threads: int,
+    element_bytes: int | None,
+    shifted: Shifted | None = None,
+) -> dict:
+    """Resources and hot loops of a kernel launched with blocks of `threads`.
 
     `element_bytes` is the size of a logit; None for kernels that read none.
     """
-    amd = target.startswith("gfx")
-    resources, code = _amd(compiled) if amd else _nvidia(compiled)
     limits = CHIPS[target]
-    threads = compiled.metadata.num_warps * (64 if amd else 32)
+    code, resources = compiled.code, compiled.resources
     resident, limited_by = resident_threads(
         limits, threads, resources["registers"], resources["shared_bytes"]
     )
-    loops = hot_loops(code, element_bytes) if element_bytes else []
+    loops = hot_loops(code, element_bytes, shifted) if element_bytes else []
     return {
         "target": target,
         "threads": threads,
@@ -33,7 +37,7 @@ def make(compiled, target: str, element_bytes: int | None) -> dict:
         "loops": {
             loop.purpose: {
                 **loop.as_dict(),
-                "in_flight": resident * loop.loaded * loop.elements,
+                "in_flight": resident * loop.loads_at_once * max(loop.load_bytes, default=0),
                 "predicted": predict(limits, loop.as_dict()),
             }
             for loop in loops
@@ -43,35 +47,3 @@ def make(compiled, target: str, element_bytes: int | None) -> dict:
 
 def _local_accesses(code) -> int:
     return sum(bool(i.access) and i.access.space == "local" for i in code.instructions)
-
-
-def _nvidia(compiled) -> tuple[dict, object]:
-    cubin = compiled.asm["cubin"]
-    found = sass.resources(cubin)
-    code = sass.parse(cubin)
-    # Triton's shared memory is dynamic; what is static is the system's, from sm_90 on.
-    return {
-        "registers": found["REG"],
-        "agprs": 0,
-        "sgprs": 0,
-        # A register that is spilled goes to the stack, in local memory; so does a local array.
-        "spills": sum(
-            bool(i.access) and i.access.space == "local" and i.access.store
-            for i in code.instructions
-        ),
-        "scratch_bytes": found["STACK"] + found["LOCAL"],
-        "shared_bytes": compiled.metadata.shared,
-    }, code
-
-
-def _amd(compiled) -> tuple[dict, object]:
-    text = compiled.asm["amdgcn"]
-    found = amdgcn.resources(text)
-    return {
-        "registers": found["vgpr"],
-        "agprs": found["agpr"],
-        "sgprs": found["sgpr"],
-        "spills": found["vgpr_spills"] + found["sgpr_spills"],
-        "scratch_bytes": found["scratch"],
-        "shared_bytes": max(found["shared"], compiled.metadata.shared),
-    }, amdgcn.parse_text(text)

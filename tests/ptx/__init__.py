@@ -15,6 +15,6 @@ Not here: asynchronous copies, mbarriers, clusters, matrix instructions, texture
 """
 
 from .machine import Counts, Machine
-from .parser import Kernel
+from .parser import Kernel, entries
 
-__all__ = ["Counts", "Kernel", "Machine"]
+__all__ = ["Counts", "Kernel", "Machine", "entries"]

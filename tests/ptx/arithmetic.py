@@ -65,6 +65,14 @@ def _permuted(a, b, selector):
     return result.astype(np.uint32)
 
 
+def _funnel(name, low, high, amount, wraps):
+    """shf: the 64 bits high:low, shifted; a right shift takes the lower half, a left the upper."""
+    amount = (amount & 31 if wraps else np.minimum(amount, 32)).astype(RAW)
+    both = low.astype(RAW) | high.astype(RAW) << RAW(32)
+    result = both >> amount if name == "r" else both << amount >> RAW(32)
+    return result.astype(np.uint32)
+
+
 def _least(a, b):
     return np.fmin(a, b) if a.dtype.kind == "f" else np.minimum(a, b)
 
@@ -98,8 +106,8 @@ BINARY = {
 }
 
 #: What an opcode may say beside its type; anything else (other roundings, saturation) is unknown.
-MODIFIERS = {"rn", "lo", "hi", "wide", "approx", "full", "ftz", "NaN"}
-HANDLED = {*UNARY, *BINARY, "fma", "mad", "shl", "shr", "lop3", "prmt", "bfe"}
+MODIFIERS = {"rn", "lo", "hi", "wide", "approx", "full", "ftz", "NaN", "l", "r", "wrap", "clamp"}
+HANDLED = {*UNARY, *BINARY, "fma", "mad", "shl", "shr", "shf", "lop3", "prmt", "bfe"}
 
 
 def is_mixed(instruction) -> bool:
@@ -130,6 +138,10 @@ def compute(instruction, operands):
             return join(low, high)
         if "wide" in instruction.modifiers:
             return _wide(instruction, operands)
+        if name == "shf":
+            low, high, amount = (typed(o, "u32") for o in operands)
+            right, clamps = instruction.modifiers[:2]
+            return raw(_funnel(right, low, high, amount, clamps == "wrap"), kind)
         if name in ("shl", "shr"):
             return raw(_shift(name, typed(operands[0], kind), typed(operands[1], "u32")), kind)
         if name == "bfe":

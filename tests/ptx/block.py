@@ -13,6 +13,7 @@ _ADDRESS = re.compile(r"\[\s*([%\w$.]+)\s*(?:\+\s*(-?\w+)\s*)?\]")
 _VECTOR = {"v2": 2, "v4": 4, "v8": 8}
 _IGNORED = {"membar", "fence", "prefetch", "discard", "griddepcontrol"}
 WARP = 32
+WINDOW = RAW(1 << 56)  # where shared memory starts among generic addresses
 POISON = 0xFF  # shared memory before it is written: NaN, or an address that is nowhere
 
 
@@ -88,7 +89,7 @@ class Block:
             bits = convert(i, [self.read(o, source) for o in i.operands[1:]])
             self.write(i.operands[0], bits, lanes)
         elif i.name == "cvta":
-            self.write(i.operands[0], self.read(i.operands[1], "u64"), lanes)
+            self._change_space(i, lanes)
         elif i.kind == "pred":
             self._logic(i, lanes)
         elif i.name in arithmetic.HANDLED:
@@ -111,6 +112,8 @@ class Block:
             bits = raw(value, kind if kind[0] == "f" and len(kind) == 3 else f"f{8 * size}")[0]
         elif operand in self.kernel.shared:
             bits = self.kernel.shared[operand]
+        elif operand in self.kernel.parameters:
+            bits = self.kernel.parameters[operand].offset
         else:
             bits = int(operand.rstrip("U"), 0) & 0xFFFFFFFFFFFFFFFF
         return np.full(self.threads, bits, RAW)
@@ -155,6 +158,15 @@ class Block:
         else:
             self.write(to, self.read(source, i.kind), lanes)
 
+    def _change_space(self, i, lanes) -> None:
+        """cvta: between generic addresses and those of a space; global ones are the same."""
+        address = self.read(i.operands[1], "u64")
+        if "shared" in i.modifiers:
+            address = address - WINDOW if "to" in i.modifiers else address + WINDOW
+        elif "global" not in i.modifiers:
+            raise NotImplementedError(i.text)
+        self.write(i.operands[0], address, lanes)
+
     def _exchange(self, i, lanes) -> None:
         """Shuffles and reductions of a warp: all of its living lanes must be here."""
         warp = self.lanes // WARP
@@ -193,13 +205,18 @@ class Block:
         size = size_of(i.kind)
         if len(names) != max([_VECTOR[m] for m in i.modifiers if m in _VECTOR], default=1):
             raise NotImplementedError(i.text)
-        space = next(m.partition("::")[0] for m in (*i.modifiers, "global") if m.partition("::")[0]
-                     in ("global", "shared", "param", "local"))  # fmt: skip
+        spaces = ("global", "shared", "param", "local", "generic")
+        words = (m.partition("::")[0] for m in (*i.modifiers, "generic"))
+        space = next(word for word in words if word in spaces)
         addresses = self._address(place)
+        if space == "generic" and (addresses[lanes] >= WINDOW).all():
+            space, addresses = "shared", addresses - WINDOW
         check_alignment(addresses[lanes], size * len(names))
         for name, flat, offsets, inside in self._find(space, addresses, lanes, size * len(names)):
             warps = self.lanes[inside] // WARP
             self.counts.moved(name, store, warps, offsets[inside], size * len(names))
+            if not store and space in ("global", "generic"):
+                self.counts.saw(name, flat.size, offsets[inside], size * len(names))
             for part, register in enumerate(names):
                 at = offsets[inside] + RAW(part * size)
                 if store:
@@ -211,14 +228,10 @@ class Block:
 
     def _address(self, place: str):
         base, offset = _ADDRESS.fullmatch(place).groups()
-        if base in self.kernel.parameters:
-            start = np.full(self.threads, self.kernel.parameters[base][0], RAW)
-        else:
-            start = self.read(base, "u64")
-        return start + RAW(int(offset or "0", 0) & 0xFFFFFFFFFFFFFFFF)
+        return self.read(base, "u64") + RAW(int(offset or "0", 0) & 0xFFFFFFFFFFFFFFFF)
 
     def _find(self, space, addresses, lanes, size):
-        if space == "global":
+        if space in ("global", "generic"):
             masked = np.where(lanes, addresses, addresses[lanes][0])
             for name, flat, offsets, inside in self.machine.memory.find(masked, size):
                 yield name, flat, offsets, inside & lanes

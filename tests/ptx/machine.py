@@ -5,7 +5,7 @@ import numpy as np
 from .block import Block
 from .memory import Counts, Global
 from .parser import Kernel
-from .values import RAW, raw, size_of
+from .values import RAW, raw
 
 WARP = 32
 MOST_STEPS = 32  # that a randomly chosen warp runs before the next one is chosen
@@ -26,7 +26,8 @@ class Machine:
         return self.memory.add(name, array)
 
     def launch(self, kernel: Kernel, grid: int, threads: int, arguments, dynamic_shared: int = 0):
-        """Run `grid` blocks; `arguments` are integers (addresses too) and floats, in order."""
+        """Run `grid` blocks; `arguments` are integers (addresses too), floats and the bytes of
+        structs, in order."""
         parameters = _parameter_bytes(kernel, arguments)
         blocks = range(grid) if self.random is None else self.random.permutation(grid)
         for number in blocks:
@@ -54,8 +55,17 @@ def _parameter_bytes(kernel: Kernel, arguments):
         )
     space = np.zeros(4096, np.uint8)
     pairs = zip(kernel.parameters.values(), arguments, strict=False)  # Triton's scratch stays 0
-    for (offset, kind), value in pairs:
-        number = np.array([value]) if isinstance(value, float) else np.array([value], np.int64)
-        bits = raw(number, kind) if kind[0] == "f" else number.view(RAW)
-        space[offset : offset + size_of(kind)] = bits.view(np.uint8)[: size_of(kind)]
+    for parameter, value in pairs:
+        end = parameter.offset + parameter.size
+        space[parameter.offset : end] = _argument_bytes(parameter, value)
     return space
+
+
+def _argument_bytes(parameter, value):
+    if isinstance(value, bytes):
+        if len(value) != parameter.size:
+            raise ValueError(f"expected {parameter.size} bytes of a struct, got {len(value)}")
+        return np.frombuffer(value, np.uint8)
+    number = np.array([value]) if isinstance(value, float) else np.array([value], np.int64)
+    bits = raw(number, parameter.kind) if parameter.kind[0] == "f" else number.view(RAW)
+    return bits.view(np.uint8)[: parameter.size]

@@ -18,6 +18,7 @@ class Counts:
     loaded: Counter = field(default_factory=Counter)
     stored: Counter = field(default_factory=Counter)
     widths: dict = field(default_factory=dict)  # (buffer, size of an access) -> bytes
+    seen: dict = field(default_factory=dict)  # buffer of global memory -> which bytes were loaded
     instructions: Counter = field(default_factory=Counter)  # by warp
     exps: int = 0  # by lane
 
@@ -26,6 +27,15 @@ class Counts:
         total = size * len(np.unique(offsets + (warps.astype(RAW) << RAW(48))))
         (self.stored if store else self.loaded)[name] += total
         self.widths[name, size] = self.widths.get((name, size), 0) + total
+
+    def saw(self, name: str, room: int, offsets, size: int) -> None:
+        """Lanes load `size` bytes at `offsets` of a buffer of `room` bytes."""
+        seen = self.seen.setdefault(name, np.zeros(room, bool))
+        seen[offsets.astype(np.int64)[:, None] + np.arange(size)] = True
+
+    def touched(self, name: str) -> int:
+        """Bytes of a buffer of global memory that were loaded, once or more."""
+        return int(self.seen[name].sum()) if name in self.seen else 0
 
     @property
     def warp_instructions(self) -> int:

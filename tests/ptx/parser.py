@@ -8,6 +8,10 @@ from .values import size_of
 _STATEMENT = re.compile(r"^(?:@(!?)(%\w+)\s+)?([a-z][\w.:]*)\s*(.*)$", re.S)
 _OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+")
 _SHARED = re.compile(r"\.shared\s+\.align\s+(\d+)\s+\.b8\s+([\w$.]+)\[(\d*)\]")
+_PARAMETER = re.compile(
+    r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+(?:\.ptr\s.*\s)?([\w$]+)(?:\[(\d+)\])?$", re.S
+)
+_ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\((.*?)\)[^{]*\{", re.S)
 
 
 @dataclass(frozen=True)
@@ -25,13 +29,23 @@ class Instruction:
         return self.modifiers[-1] if self.modifiers else ""
 
 
+@dataclass(frozen=True)
+class Parameter:
+    offset: int
+    kind: str
+    size: int  # bytes; a struct is an array of bytes
+
+
 @dataclass
 class Kernel:
-    """The entry of a module: parameters, shared memory, instructions, labels."""
+    """An entry of a module: parameters, shared memory, instructions, labels.
+
+    `name`: which; of a module with one entry, that.
+    """
 
     text: str
     name: str = ""
-    parameters: dict[str, tuple[int, str]] = field(default_factory=dict)  # name -> offset, type
+    parameters: dict[str, Parameter] = field(default_factory=dict)
     shared: dict[str, int] = field(default_factory=dict)  # name -> offset
     shared_bytes: int = 0
     dynamic: list[str] = field(default_factory=list)  # names that point at dynamic shared memory
@@ -42,21 +56,25 @@ class Kernel:
         text = re.sub(r"/\*.*?\*/", "", self.text, flags=re.S)
         text = re.sub(r"//[^\n]*", "", text)
         text = re.sub(r"^\s*\.(loc|file|section|b8|b16|b32|b64)\s[^\n]*$", "", text, flags=re.M)
-        entry = re.search(r"\.entry\s+([\w$]+)\s*\((.*?)\)[^{]*\{", text, re.S)
-        self.name = entry[1]
+        entries = {entry[1]: entry for entry in _ENTRY.finditer(text)}
+        if not self.name:
+            (self.name,) = entries
+        entry = entries[self.name]
         self._read_parameters(entry[2])
         body = _up_to_closing_brace(text[entry.end() :])
-        self._read_shared(text[: entry.start()] + body)
+        first = min(other.start() for other in entries.values())
+        self._read_shared(text[:first] + body)  # the module's and its own
         for statement in _statements(body):
             self._read_statement(statement)
 
     def _read_parameters(self, text: str) -> None:
         offset = 0
         for parameter in filter(None, map(str.strip, text.split(","))):
-            kind = re.search(r"\.param\s+\.(\w+)", parameter)[1]
-            size = size_of(kind)
-            offset = -(-offset // size) * size
-            self.parameters[parameter.split()[-1]] = (offset, kind)
+            align, kind, name, length = _PARAMETER.match(parameter).groups()
+            size = size_of(kind) * int(length or 1)
+            unit = int(align or size)
+            offset = -(-offset // unit) * unit
+            self.parameters[name] = Parameter(offset, kind, size)
             offset += size
 
     def _read_shared(self, text: str) -> None:
@@ -88,12 +106,17 @@ class Kernel:
         )
 
 
+def entries(text: str) -> list[str]:
+    """Names of the kernels in a module."""
+    return [entry[1] for entry in _ENTRY.finditer(text)]
+
+
 def _up_to_closing_brace(text: str) -> str:
     depth = 1
-    for at, character in enumerate(text):
-        depth += (character == "{") - (character == "}")
+    for brace in re.finditer(r"[{}]", text):
+        depth += 1 if brace[0] == "{" else -1
         if depth == 0:
-            return text[:at]
+            return text[: brace.start()]
     raise ValueError("expected a closing brace after the kernel's body, found none")
 
 

@@ -1,0 +1,111 @@
+"""How the compiled modules are imported: what they find, and what is said when they do not."""
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+
+import pytest
+from wheel_check import read_elf
+
+from fused_sft_loss.backends import loader
+
+
+def built(name):
+    return importlib.util.find_spec(f"fused_sft_loss.{name}")
+
+
+def python(program, *arguments):
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def runtime(tmp_path):
+    """Compile a stand-in for HIP's runtime, with whatever symbols `_hip` asks for."""
+    if not shutil.which("cc"):
+        pytest.skip("no C compiler")
+    wanted = {"hipInit"}
+    if spec := built("_hip"):
+        with open(spec.origin, "rb") as file:
+            wanted |= {name for name in read_elf(file).unversioned if "hip" in name}
+    (tmp_path / "hip.c").write_text("".join(f"void* {name}() {{ return 0; }}" for name in wanted))
+
+    def compile(folder):
+        (tmp_path / folder).mkdir()
+        path = tmp_path / folder / "libamdhip64.so.7"
+        subprocess.run(["cc", "-shared", "-fPIC", "-w", tmp_path / "hip.c", "-o", path], check=True)
+        return path
+
+    return compile
+
+
+# As torch does it: its libraries' symbols are not for everybody.
+LOAD = """
+import ctypes, os, sys
+for path in sys.argv[1:]:
+    ctypes.CDLL(path, mode=os.RTLD_LOCAL)
+"""
+
+
+def test_cuda_loads_on_a_machine_without_a_driver():
+    if not built("_cuda"):
+        pytest.skip("_cuda was not built here: `python setup.py toolchains` says why")
+    done = python("import fused_sft_loss._cuda as m; print(m.build_info()['targets'])")
+    assert done.returncode == 0 and "8.0" in done.stdout, done.stderr
+
+
+def test_hip_takes_the_runtime_that_is_loaded(runtime):
+    if not built("_hip"):
+        pytest.skip("_hip was not built here: `python setup.py toolchains` says why")
+    load = "from fused_sft_loss.backends import loader; m = loader.load('hip')\n"
+    show = "print(m.build_info()['targets'], loader.loaded_hip_runtimes() == sys.argv[1:])"
+    path = runtime("one")
+    done = python(LOAD + load + show, path)
+    assert done.returncode == 0 and "gfx" in done.stdout and "True" in done.stdout, done.stderr
+    plain = "import fused_sft_loss._hip"  # the loader is what makes the difference
+    assert "undefined symbol" in python(LOAD + plain, path).stderr
+
+
+def test_hip_without_a_runtime_says_what_is_missing():
+    if loader.loaded_hip_runtimes():
+        pytest.skip("this torch brings a HIP runtime")
+    with pytest.raises(ImportError, match="no HIP runtime is loaded: torch is not a ROCm build"):
+        loader.share_hip_runtime()
+
+
+def test_a_module_that_was_not_built_is_an_import_error():
+    with pytest.raises(ImportError, match="_metal"):
+        loader.load("metal")
+
+
+def test_two_hip_runtimes_are_named(runtime):
+    paths = [runtime("one"), runtime("two")]
+    share = """
+from fused_sft_loss.backends import loader
+assert loader.loaded_hip_runtimes() == sys.argv[1:], loader.loaded_hip_runtimes()
+loader.share_hip_runtime()
+"""
+    done = python(LOAD + share, *paths)
+    assert "ImportError: expected one HIP runtime in the process" in done.stderr
+    assert all(str(path) in done.stderr for path in paths)
+    report = python(LOAD + "from fused_sft_loss.__main__ import main; main(['env'])", *paths)
+    assert f"HIP runtime: error: 2 copies in one process: {paths[0]}, {paths[1]}" in report.stdout
+
+
+def test_one_hip_runtime_is_in_the_report(runtime):
+    path = runtime("one")
+    report = python(LOAD + "from fused_sft_loss.__main__ import main; main(['env'])", path)
+    assert f"HIP runtime: {path}\n" in report.stdout
+
+
+def test_a_shared_runtime_serves_modules_loaded_later(runtime, tmp_path):
+    """RTLD_GLOBAL on a library that is there already: nothing is loaded a second time."""
+    (tmp_path / "m.c").write_text("void* hipInit(); void* f() { return hipInit(); }")
+    later = tmp_path / "later.so"
+    subprocess.run(["cc", "-shared", "-fPIC", tmp_path / "m.c", "-o", later], check=True)
+    share = "from fused_sft_loss.backends import loader; loader.share_hip_runtime()\n"
+    use = f"ctypes.CDLL({str(later)!r}, mode=os.RTLD_NOW).f()"
+    path = runtime("one")
+    assert python(LOAD + share + use, path).returncode == 0
+    assert "undefined symbol: hipInit" in python(LOAD + use, path).stderr
