@@ -27,6 +27,10 @@ struct Transform {
   float softcap;  // 0: none
 };
 
+// Targets that are no vocabulary id: of a row that is not scored, and of one whose label is out of range (its
+// loss is NaN).
+constexpr int64_t kNotScored = -1, kOutOfVocabulary = -2;
+
 // Columns of the statistics row that row_stats writes, in this order. The first three are always there.
 enum Stat : int { kMax = 0, kDenominator = 1, kTarget = 2, kSum = 3, kArgmax = 4, kWeighted = 5 };
 enum class Want : int { loss = 3, smoothing = 4, metrics = 6 };  // the value is the number of columns
@@ -62,7 +66,7 @@ struct TargetsArgs {
   int64_t label_stride_b, label_stride_s, mask_stride_b, mask_stride_s;
   bool shift;  // row t is scored on position t + 1
   int64_t ignore_index, vocab_size;
-  int64_t* target;    // [N]: label, -1 not scored, -2 not a vocabulary id
+  int64_t* target;    // [N]: label, kNotScored or kOutOfVocabulary
   float* weight;      // [N]
   int32_t* count;     // [1]: rows with weight != 0
   float* weight_sum;  // [1]

@@ -9,8 +9,6 @@
 namespace fsl::cpu {
 namespace {
 
-constexpr int64_t kNotScored = -1, kOutOfVocabulary = -2;
-
 // Positions p and p + 1 lie in one document [cu_seqlens[i], cu_seqlens[i + 1]).
 bool same_document_next(const TargetsArgs& a, int64_t p) {
   if (!a.cu_seqlens) return true;

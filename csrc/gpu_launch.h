@@ -19,8 +19,8 @@ struct Chip {
   int multiprocessors;
 };
 
-// Columns of V_local in which a row is shared out, and how many blocks share it: launch policy, for the
-// caller who provides the memory between them.
+// Into how many segments a row is cut, and how many blocks share them: launch policy, for the caller who
+// provides the memory between them.
 struct Shares {
   int64_t segments;
   int splits;

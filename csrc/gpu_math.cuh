@@ -9,7 +9,6 @@ namespace fsl::gpu {
 
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr float kInfinity = __builtin_huge_valf();
-constexpr int64_t kNotScored = -1, kOutOfVocabulary = -2;
 
 FSL_DEVICE float magnitude(float x) { return from_bits(bits(x) & 0x7fffffffu); }
 FSL_DEVICE float nan() { return from_bits(0x7fc00000u); }
@@ -64,9 +63,14 @@ FSL_DEVICE Capped softcapped(float x, float inward, float cap) {
   return {magnitude(x) == kInfinity ? x : value, 4.0f * e * inverse * inverse};
 }
 
+// What an exponential is taken of.
+template <bool kSoftcap>
+FSL_DEVICE float capped(float x, const Scales& z) {
+  return kSoftcap ? softcapped(x, z.inward, z.cap).value : x;
+}
+
 // A dtype: eight neighbouring logits are kWords 32-bit words, in memory order.
 struct F32 {
-  static constexpr Dtype kDtype = Dtype::f32;
   static constexpr int kBytes = 4, kWords = 8;
   static FSL_DEVICE float element(const uint32_t* words, int i) { return from_bits(words[i]); }
   static FSL_DEVICE uint32_t load(const void* at) { return *static_cast<const uint32_t*>(at); }
@@ -82,7 +86,6 @@ struct Sixteen {
 };
 
 struct BF16 : Sixteen {
-  static constexpr Dtype kDtype = Dtype::bf16;
   static FSL_DEVICE float element(const uint32_t* words, int i) {
     return from_bits(i % 2 ? words[i / 2] & 0xffff0000u : words[i / 2] << 16);
   }
@@ -93,7 +96,6 @@ struct BF16 : Sixteen {
 };
 
 struct F16 : Sixteen {
-  static constexpr Dtype kDtype = Dtype::f16;
   static FSL_DEVICE float element(const uint32_t* words, int i) {
     return widen_half(i % 2 ? words[i / 2] >> 16 : words[i / 2] & 0xffffu);
   }

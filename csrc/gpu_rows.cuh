@@ -66,6 +66,12 @@ FSL_DEVICE bool chunks_inside(const Row& row, int64_t column, int64_t count, int
   return end <= row.bytes && (!kShifted || kLoadsAnywhere || (begin >= skew && end + 16 - skew <= row.bytes));
 }
 
+// The column of a target here, -1 when there is none: it is another shard's, or no vocabulary id.
+FSL_DEVICE int own_column(int64_t target, int64_t vocab_start, const Rows& rows) {
+  const int64_t own = target - vocab_start;
+  return target >= 0 && own >= 0 && own < rows.valid ? static_cast<int>(own) : -1;
+}
+
 // fp32 of one logit.
 template <class T>
 FSL_DEVICE float load_one(const Row& row, int64_t column) {

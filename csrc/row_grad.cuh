@@ -28,11 +28,9 @@ FSL_DEVICE GradRow grad_row(const GradArgs& a, const Scales& z, uint32_t n) {
   const float lse_x = lse * reciprocal(z.unit);
   const Reference reference = reference_of(lse_x, z.log2);
   const float rest = fma(fma(-lse_x, z.unit, lse), kLog2e, reference.rest);
-  const int64_t label = a.target[n], own = label - a.vocab_start;
   return {reference.rounded, factor * fma(2.0f * a.z_loss, lse, 1.0f) * exp2(-rest) * slope,
           factor * (a.label_smoothing * reciprocal(static_cast<float>(a.vocab_size))) * slope,
-          factor * (1.0f - a.label_smoothing) * slope,
-          label >= 0 && own >= 0 && own < a.logits.valid ? static_cast<int>(own) : -1};
+          factor * (1.0f - a.label_smoothing) * slope, own_column(a.target[n], a.vocab_start, a.logits)};
 }
 
 template <bool kSoftcap>
@@ -110,7 +108,7 @@ row_grad_kernel(GradArgs a, Scales z, int splits, int segment) {
   const int before = (16 - out.skew) % 16 / T::kBytes, head = before < width ? before : width;
   const int segments = (width + segment - 1) / segment, per_part = (segments + splits - 1) / splits * segment;
   const int begin = head + part * per_part, end = width - begin < per_part ? width : begin + per_part;
-  const int in_head = part == 0 && thread_id() < head ? 1 : 0;
+  const bool in_head = part == 0 && thread_id() < head;
   if (a.scale[n] == 0) {
     if (in_head) T::put(out.start + thread_id() * T::kBytes, 0.0f);
     Kernel::zeros(out, begin, end);

@@ -78,10 +78,6 @@ FSL_DEVICE void accumulate(Running& s, const Eight& eight, int first, int stride
 
 template <class T, int kColumns, bool kSoftcap, bool kShifted>
 struct RowStats {
-  static FSL_DEVICE float capped(float x, const Scales& z) {
-    return kSoftcap ? softcapped(x, z.inward, z.cap).value : x;
-  }
-
   // A tile all of whose chunks lie in the row: kRuns independent loads, then the arithmetic.
   static FSL_DEVICE void whole_tile(Running& s, const Row& row, int first, const Scales& z) {
     const int stride = 8 * block_threads();
@@ -89,7 +85,7 @@ struct RowStats {
     FSL_UNROLL for (int r = 0; r < kRuns; ++r)
         load_eight<T, kShifted>(words[r], row.start + int64_t{first + r * stride} * T::kBytes, row.skew);
     const auto eight = [&](float* x, int r) {
-      FSL_UNROLL for (int i = 0; i < 8; ++i) x[i] = capped(T::element(words[r], i), z);
+      FSL_UNROLL for (int i = 0; i < 8; ++i) x[i] = capped<kSoftcap>(T::element(words[r], i), z);
     };
     accumulate<kColumns, kRuns>(s, eight, first, stride, 0x7fffffff, z);
   }
@@ -100,7 +96,7 @@ struct RowStats {
     const auto eight = [&](float* x, int r) {
       FSL_UNROLL for (int i = 0; i < 8; ++i) {
         const int column = first + r * stride + i;  // clamped: a load for every lane costs no branch
-        const float there = capped(load_one<T>(row, column < end ? column : end - 1), z);
+        const float there = capped<kSoftcap>(load_one<T>(row, column < end ? column : end - 1), z);
         x[i] = column < end ? there : -kInfinity;
       }
     };
@@ -149,10 +145,8 @@ struct RowStats {
 // z of the row's target, 0 when it is not among these columns.
 template <class T, bool kSoftcap>
 FSL_DEVICE float target_value(const StatsArgs& a, const Row& row, uint32_t n, const Scales& z) {
-  const int64_t label = a.target[n], own = label - a.vocab_start;
-  if (label < 0 || own < 0 || own >= a.logits.valid) return 0.0f;
-  const float x = load_one<T>(row, own);
-  return (kSoftcap ? softcapped(x, z.inward, z.cap).value : x) * z.unit;
+  const int own = own_column(a.target[n], a.vocab_start, a.logits);
+  return own < 0 ? 0.0f : capped<kSoftcap>(load_one<T>(row, own), z) * z.unit;
 }
 
 template <class T, int kColumns, bool kSoftcap, bool kShifted>

@@ -2,12 +2,21 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 PEERS = ROOT / "build/peers"
+
+needs_liger = pytest.mark.skipif(
+    not (PEERS / "liger_kernel").is_dir(),
+    reason="peer: liger-kernel is not in build/peers (pip install --no-deps --target build/peers "
+    "liger-kernel)",
+)
 
 
 def codegen(folder, *arguments):
@@ -24,3 +33,29 @@ def codegen(folder, *arguments):
     )
     assert done.returncode in (0, 1) and path.exists(), done.stderr[-4000:]
     return json.loads(path.read_text())
+
+
+def assert_not_above_liger(made) -> set:
+    """In no pass more bytes or instructions; which (target, dtype, pass) were compared."""
+    from bench.codegen.table import pairs
+
+    compared = set()
+    for ours, loop, theirs, their_loop in pairs(made["records"], made["peer"]):
+        where = (ours["target"], ours["name"], ours["columns"])
+        for what in ("loaded", "stored", "instructions"):
+            assert loop[what] <= their_loop[what], (*where, what, theirs["name"])
+        compared.add((ours["target"], ours["dtype"], ours["pass"]))
+    return compared
+
+
+def registers_said(line) -> dict[str, int]:
+    """By dtype, what the reason of a launch table's line says: "40 (56) registers" are those of
+    bf16, and of fp32 where that differs. Empty when it names none."""
+    said = re.match(r"(\d+)(?: \((\d+)\))? registers", line.why)
+    return {"bfloat16": int(said[1]), "float32": int(said[2] or said[1])} if said else {}
+
+
+def assert_memory_bound(records) -> None:
+    for r in records:
+        predicted = r["loops"][r["pass"]]["predicted"]
+        assert predicted["bound"] == "memory", (r["target"], r["name"], predicted)

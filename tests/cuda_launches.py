@@ -17,7 +17,7 @@ from cuda_arguments import (
     Transform,
 )
 from ptx import Kernel, Machine, entries
-from ptx_problems import share
+from ptx_problems import Passes, share
 
 from bench.codegen import csrc, toolchains
 
@@ -51,10 +51,11 @@ def line(kernel: str, columns: int) -> csrc.Line:
     )
 
 
-class Run:
-    """The passes of one loss, kernel by kernel: `loss` `[N]` fp32 (times weight) and `grad`.
+class Run(Passes):
+    """With nvcc's kernels.
 
-    `split`: a block for every segment of a row. `edit` may change the PTX of a kernel.
+    `split`: a block for every segment of a row. `edit` may change the PTX of a kernel. The gradient
+    goes to `grad`, when given.
     """
 
     def __init__(
@@ -72,18 +73,9 @@ class Run:
         self.options = {"dtype": str(logits.dtype)[6:], "softcap": softcap > 0}
         self.counts = {}
 
-    def __call__(self):
-        self.targets()
-        self.statistics()
-        self.merged()
-        self.gradient()
-        return self
-
     def targets(self):
         (batch, seq), rows, threads = self.labels.shape, self.labels.numel(), 512
-        self.target = torch.full((rows,), -7)
-        self.weight = torch.full((rows,), float("nan"))
-        self.count, self.weight_sum = torch.tensor(-1, dtype=torch.int32), torch.tensor(-1.0)
+        self.unwritten_targets()
         mask = self.loss_mask
         named = self._named("labels target weight count weight_sum")
         args = TargetsArgs(
@@ -117,7 +109,7 @@ class Run:
 
     def merged(self):
         rows, columns = self.stats.shape
-        self.loss, self.lse = (torch.full((rows,), float("nan")) for _ in range(2))
+        self.unwritten_losses()
         args = MergeArgs(
             **self._named("stats target weight loss lse"), ranks=1, rows=rows, columns=columns,
             rank_stride=rows * columns, vocab_size=self.vocab_size, **self.terms,
@@ -126,11 +118,8 @@ class Run:
         self._run("merge", code, blocks(rows), VECTOR_THREADS, args, Metrics())
 
     def gradient(self):
-        logits, grad = self.logits, self.given_grad
-        if grad is None:
-            grad = torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype)
-            grad.fill_(float("nan"))
-        self.grad = grad
+        logits, given = self.logits, self.given_grad
+        grad = self.grad = self.unwritten_gradient() if given is None else given
         rows, chosen = self.labels.numel(), line("row_grad", logits.shape[-1])
         splits = -(-logits.shape[-1] // chosen.segment) if self.split else 1
         args = GradArgs(

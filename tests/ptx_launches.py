@@ -13,7 +13,7 @@ from fused_sft_loss.triton_kernels import (
     row_targets,
 )
 from ptx import Kernel, Machine
-from ptx_problems import share
+from ptx_problems import Passes, share
 
 
 def execute(machine: Machine, chip, launches, edit=lambda text: text) -> None:
@@ -42,8 +42,8 @@ def _parsed(text: str) -> Kernel:
     return Kernel(text)
 
 
-class Run:
-    """The passes of one loss, kernel by kernel: `loss` `[N]` fp32 (times weight) and `grad`."""
+class Run(Passes):
+    """With Triton's kernels, compiled for `target`."""
 
     def __init__(
         self, target, logits, labels, loss_mask=None, *, split=False, seed=None, edit=None,
@@ -61,18 +61,8 @@ class Run:
         self.terms = {"label_smoothing": label_smoothing, "z_loss": z_loss}
         self.counts = {}
 
-    def __call__(self):
-        self.targets()
-        self.statistics()
-        self.merged()
-        self.gradient()
-        return self
-
     def targets(self):
-        rows = self.labels.numel()
-        self.target = torch.full((rows,), -7)
-        self.weight = torch.full((rows,), float("nan"))
-        self.count, self.weight_sum = torch.tensor(-1, dtype=torch.int32), torch.tensor(-1.0)
+        self.unwritten_targets()
         plan = row_targets.plan(
             self.planned_for, self.labels, self.loss_mask, None, self.target, self.weight,
             self.count, self.weight_sum, shift=self.shift, ignore_index=-100,
@@ -90,7 +80,7 @@ class Run:
         self._run("statistics", plan)
 
     def merged(self):
-        self.loss, self.lse = (torch.full((self.labels.numel(),), float("nan")) for _ in range(2))
+        self.unwritten_losses()
         plan = merge.plan(
             self.planned_for, self.stats[None], self.target, self.weight, self.loss, self.lse,
             vocab_size=self.vocab_size, **self.terms,
@@ -98,9 +88,7 @@ class Run:
         self._run("merge", plan)
 
     def gradient(self):
-        logits = self.logits
-        apart = torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype)
-        self.grad = logits if self.inplace else apart.fill_(float("nan"))
+        self.grad = self.logits if self.inplace else self.unwritten_gradient()
         shape = self._shape("row_grad")
         plan = row_grad.plan(
             self.planned_for, shape, self.logits, self.lse, self.target, self.weight, self.grad,

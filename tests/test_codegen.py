@@ -1,10 +1,15 @@
 """What Triton makes of every line of its launch table, for six GPUs that are not here."""
 
 import copy
-import re
 
 import pytest
-from codegen_runs import PEERS, codegen
+from codegen_runs import (
+    assert_memory_bound,
+    assert_not_above_liger,
+    codegen,
+    needs_liger,
+    registers_said,
+)
 
 pytest.importorskip("triton")
 pytest.importorskip("rich")
@@ -14,7 +19,7 @@ from bench.codegen.audit import violations  # noqa: E402
 from bench.codegen.chips import CHIPS, resident_threads  # noqa: E402
 from bench.codegen.loops import hot_loops  # noqa: E402
 from bench.codegen.predict import predict  # noqa: E402
-from bench.codegen.table import is_plain, pairs  # noqa: E402
+from bench.codegen.table import is_plain  # noqa: E402
 
 TARGETS = tuple(CHIPS)
 
@@ -45,19 +50,17 @@ def test_every_line_of_the_launch_table_was_compiled(compiled, target):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_registers_are_those_the_launch_table_says(compiled, target):
-    """Its reasons name them, "40 (56) registers": of bf16, and of fp32 where that differs."""
     from fused_sft_loss.triton_kernels.launch import SHAPES
 
     for shape in SHAPES[target]:
-        if said := re.match(r"(\d+)(?: \((\d+)\))? registers", shape.why):
-            for dtype, registers in (("bfloat16", said[1]), ("float32", said[2] or said[1])):
-                plain = next(
-                    r
-                    for r in compiled
-                    if (r["target"], r["line"], r["columns"], r["dtype"])
-                    == (target, shape.kernel, shape.columns, dtype)
-                )
-                assert plain["registers"] == int(registers), (target, shape, plain["name"])
+        for dtype, registers in registers_said(shape).items():
+            plain = next(
+                r
+                for r in compiled
+                if (r["target"], r["line"], r["columns"], r["dtype"])
+                == (target, shape.kernel, shape.columns, dtype)
+            )
+            assert plain["registers"] == registers, (target, shape, plain["name"])
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -79,25 +82,12 @@ def test_one_exp_per_element_and_little_more(compiled, target):
 
 
 def test_memory_is_what_bounds_both_passes(compiled):
-    for r in compiled:
-        if is_plain(r) and r["columns"] is None:
-            predicted = r["loops"][r["pass"]]["predicted"]
-            assert predicted["bound"] == "memory", (r["target"], r["name"], predicted)
+    assert_memory_bound(r for r in compiled if is_plain(r) and r["columns"] is None)
 
 
-@pytest.mark.skipif(
-    not (PEERS / "liger_kernel").is_dir(),
-    reason="peer: liger-kernel is not in build/peers (pip install --no-deps --target build/peers "
-    "liger-kernel)",
-)
+@needs_liger
 def test_not_above_liger_in_either_pass(tmp_path):
-    made = codegen(tmp_path, "--backend", "triton", "--peer", "liger")
-    compared = set()
-    for ours, loop, theirs, their_loop in pairs(made["records"], made["peer"]):
-        where = (ours["target"], ours["name"], ours["columns"])
-        for what in ("loaded", "stored", "instructions"):
-            assert loop[what] <= their_loop[what], (*where, what, theirs["name"])
-        compared.add((ours["target"], ours["dtype"], ours["pass"]))
+    compared = assert_not_above_liger(codegen(tmp_path, "--backend", "triton", "--peer", "liger"))
     assert len(compared) == len(TARGETS) * 3 * 2
 
 

@@ -6,7 +6,13 @@ import sys
 from itertools import product
 
 import pytest
-from codegen_runs import PEERS, codegen
+from codegen_runs import (
+    assert_memory_bound,
+    assert_not_above_liger,
+    codegen,
+    needs_liger,
+    registers_said,
+)
 
 pytest.importorskip("rich")
 
@@ -14,7 +20,7 @@ from bench.__main__ import main  # noqa: E402
 from bench.codegen import amdgcn, csrc, sass, toolchains  # noqa: E402
 from bench.codegen.audit import violations  # noqa: E402
 from bench.codegen.loops import Shifted, hot_loops  # noqa: E402
-from bench.codegen.table import is_plain, pairs  # noqa: E402
+from bench.codegen.table import is_plain  # noqa: E402
 
 BACKENDS = {"sm_80": "cuda", "sm_90": "cuda", "sm_100": "cuda", "gfx90a": "hip", "gfx942": "hip"}
 LINES = csrc.launch_table()
@@ -89,20 +95,16 @@ def test_no_spills_wide_accesses_and_limits_kept(compiled):
 
 
 def test_registers_are_those_the_launch_table_says(compiled):
-    """Its reasons name them, "52 (58) registers": of bf16, and of fp32 where that differs."""
     target, records = compiled
-    for line in LINES:
-        said = re.match(r"(\d+)(?: \((\d+)\))? registers", line.why)
-        if line.target != target or not said:
-            continue
-        for dtype, registers in (("bfloat16", said[1]), ("float32", said[2] or said[1])):
+    for line in (line for line in LINES if line.target == target):
+        for dtype, registers in registers_said(line).items():
             plain = next(
                 r
                 for r in records
                 if (r["line"], r["columns"], r["dtype"]) == (line.kernel, line.columns, dtype)
                 and is_plain(r)
             )
-            assert plain["registers"] == int(registers), (line, plain["name"])
+            assert plain["registers"] == registers, (line, plain["name"])
 
 
 def test_one_exp_per_element_and_little_more(compiled):
@@ -118,10 +120,7 @@ def test_one_exp_per_element_and_little_more(compiled):
 
 def test_memory_is_what_bounds_both_passes(compiled):
     _, records = compiled
-    for r in records:
-        if is_plain(r):
-            predicted = r["loops"][r["pass"]]["predicted"]
-            assert predicted["bound"] == "memory", (r["name"], predicted)
+    assert_memory_bound(filter(is_plain, records))
 
 
 def test_four_loads_at_once(compiled):
@@ -157,22 +156,12 @@ def test_executed_as_read(audits):
             assert one[key] == pytest.approx(loop[key], rel=0.06), (one, key)
 
 
-@pytest.mark.skipif(
-    not (PEERS / "liger_kernel").is_dir(),
-    reason="peer: liger-kernel is not in build/peers (pip install --no-deps --target build/peers "
-    "liger-kernel)",
-)
+@needs_liger
 @pytest.mark.parametrize("backend", ["cuda", "hip"])
 def test_not_above_liger_in_either_pass(audits, backend, tmp_path):
     pytest.importorskip("triton")
     audits(backend)
-    made = codegen(tmp_path, "--backend", backend, "--peer", "liger")
-    compared = set()
-    for ours, loop, theirs, their_loop in pairs(made["records"], made["peer"]):
-        where = (ours["target"], ours["name"], ours["columns"])
-        for what in ("loaded", "stored", "instructions"):
-            assert loop[what] <= their_loop[what], (*where, what, theirs["name"])
-        compared.add((ours["target"], ours["dtype"], ours["pass"]))
+    compared = assert_not_above_liger(codegen(tmp_path, "--backend", backend, "--peer", "liger"))
     assert len(compared) == sum(b == backend for b in BACKENDS.values()) * 3 * 2
 
 

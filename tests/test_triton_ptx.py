@@ -1,10 +1,10 @@
 """The PTX that Triton makes of the kernels, executed on the CPU, against the float64 oracle."""
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
+from codegen_runs import PEERS, needs_liger
 from ptx_problems import DTYPES, EVERYTHING, SHAPES, check, problem, rows_at, wide
 
 pytest.importorskip("triton")
@@ -19,7 +19,6 @@ from ptx import Machine  # noqa: E402
 from ptx_launches import Run, execute  # noqa: E402
 
 TARGETS = ("sm_80", "sm_90", "sm_100")
-PEERS = Path(__file__).parent.parent / "build/peers"
 BARRIERS = 3  # of row_stats' PTX, at least, on every target
 
 
@@ -135,11 +134,7 @@ def drop(text, pattern, number):
     return text[: match.start()] + text[match.end() :]
 
 
-@pytest.mark.skipif(
-    not (PEERS / "liger_kernel").is_dir(),
-    reason="peer: liger-kernel is not in build/peers (pip install --no-deps --target build/peers "
-    "liger-kernel)",
-)
+@needs_liger
 @pytest.mark.parametrize("target", TARGETS)
 def test_executed_beside_liger(target):
     """The kernels of a training step, on the same two rows, whole; Liger's scaling by itself."""

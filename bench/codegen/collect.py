@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 from ..errors import UserError
-from . import amdgcn, kept, record, sass
+from . import kept, record
 
 #: What a record is called in the pass it belongs to, by the kernel that makes it.
 PASSES = {"row_stats_kernel": "statistics", "row_grad_kernel": "gradient"}
@@ -36,7 +36,7 @@ class Work:
 
     @property
     def element_bytes(self) -> int | None:
-        return {"bfloat16": 2, "float16": 2, "float32": 4}.get(self.dtype)
+        return record.ELEMENT_BYTES.get(self.dtype)
 
 
 @cache
@@ -128,12 +128,7 @@ def _described(compiled, work: Work, folder: Path) -> dict:
     threads = warps * (64 if work.target.startswith("gfx") else 32)
 
     def make():
-        kernels = (
-            sass.kernels(code, work.target)
-            if work.target.startswith("sm_")
-            else amdgcn.kernels(code.decode())
-        )
-        (kernel,) = kernels.values()
+        (kernel,) = record.kernels(code, work.target).values()
         # NVIDIA's is dynamic, AMD's is in both places.
         shared_bytes = max(shared, kernel.resources["shared_bytes"])
         kernel = replace(kernel, resources={**kernel.resources, "shared_bytes": shared_bytes})

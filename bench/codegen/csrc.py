@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from .record import ELEMENT_BYTES
+
 FOLDER = Path(__file__).parent.parent.parent / "csrc"
 
 #: Template arguments of each kernel that has any, in order.
@@ -85,7 +87,7 @@ class Instance:
 
     @property
     def element_bytes(self) -> int | None:
-        return {"bfloat16": 2, "float16": 2, "float32": 4}.get(self.dtype)
+        return ELEMENT_BYTES.get(self.dtype)
 
     @property
     def plain(self) -> bool:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from . import amdgcn, kept, record, sass, toolchains
+from . import kept, record, toolchains
 from .collect import PASSES
 from .csrc import Instance, Line, instance, launch_bounds, launch_table
 from .loops import Shifted
@@ -41,13 +41,12 @@ def records(
 
 def _described(target: str, code: bytes, keep, folder: Path):
     def make():
-        kernels = sass.kernels(code, target) if target[0] == "s" else amdgcn.kernels(code.decode())
         return {
             mangled: [
                 record.make(kernel, target, line.threads, one.element_bytes, _shifted(target, one))
                 for line in _lines(target, one.kernel)
             ]
-            for mangled, kernel in kernels.items()
+            for mangled, kernel in record.kernels(code, target).items()
             for one in [instance(mangled)]
         }
 

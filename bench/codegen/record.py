@@ -1,9 +1,18 @@
 """One compiled kernel as a JSON-able record."""
 
+from . import amdgcn, sass
 from .chips import CHIPS, resident_threads
 from .loops import Shifted, hot_loops
 from .machine_code import Compiled
 from .predict import predict
+
+#: Of a logit.
+ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+def kernels(code: bytes, target: str) -> dict[str, Compiled]:
+    """The kernels of a cubin, or of an AMDGCN listing, by their mangled names."""
+    return sass.kernels(code, target) if target.startswith("sm_") else amdgcn.kernels(code.decode())
 
 
 def make(

@@ -1,7 +1,7 @@
 """Tensors as the compiled modules take them: addresses, strides and numbers.
 
-The keyword arguments here are those of csrc/bindings_*.cpp, the same for every module. Whoever
-passes them keeps the tensors alive.
+The argument classes here are those of csrc/bindings.h, the same in every module. Whoever passes
+them keeps the tensors alive.
 """
 
 from types import ModuleType
@@ -46,72 +46,110 @@ def plain(
     )
 
 
-def of_targets(
-    labels: Tensor, loss_mask: Tensor | None, cu_seqlens: Tensor | None, result: Targets
-) -> dict:
-    """Of row_targets, from what `plain` gives."""
+def targets_args(
+    module: ModuleType,
+    labels: Tensor,
+    loss_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    result: Targets,
+    *,
+    shift: bool,
+    ignore_index: int,
+    vocab_size: int,
+):
+    """From what `plain` gives."""
     batch, seq = labels.shape
     mask_strides = (0, 0) if loss_mask is None else loss_mask.stride()
-    return {
-        "labels": labels.data_ptr(),
-        "mask": address(loss_mask),
-        "cu_seqlens": address(cu_seqlens),
-        "batch": batch,
-        "seq": seq,
-        "boundaries": 0 if cu_seqlens is None else cu_seqlens.numel(),
-        "label_stride_b": labels.stride(0),
-        "label_stride_s": labels.stride(1),
-        "mask_stride_b": mask_strides[0],
-        "mask_stride_s": mask_strides[1],
-        "target": result.target.data_ptr(),
-        "weight": result.weight.data_ptr(),
-        "count": result.count.data_ptr(),
-        "weight_sum": result.weight_sum.data_ptr(),
-    }
+    return module.TargetsArgs(
+        labels=labels.data_ptr(),
+        mask=address(loss_mask),
+        cu_seqlens=address(cu_seqlens),
+        batch=batch,
+        seq=seq,
+        boundaries=0 if cu_seqlens is None else cu_seqlens.numel(),
+        label_stride_b=labels.stride(0),
+        label_stride_s=labels.stride(1),
+        mask_stride_b=mask_strides[0],
+        mask_stride_s=mask_strides[1],
+        shift=shift,
+        ignore_index=ignore_index,
+        vocab_size=vocab_size,
+        target=result.target.data_ptr(),
+        weight=result.weight.data_ptr(),
+        count=result.count.data_ptr(),
+        weight_sum=result.weight_sum.data_ptr(),
+    )
 
 
-def of_stats(target: Tensor, weight: Tensor, stats: Tensor, math: RowMath) -> dict:
-    """Of row_stats, but for the logits."""
-    return {
-        "logit_scale": math.logit_scale,
-        "softcap": math.softcap,
-        "target": target.data_ptr(),
-        "weight": weight.data_ptr(),
-        "vocab_start": math.vocab_start,
-        "columns": stats.shape[1],
-        "stats": stats.data_ptr(),
-    }
+def stats_args(
+    module: ModuleType, logits: Tensor, target: Tensor, weight: Tensor, stats: Tensor, math: RowMath
+):
+    return module.StatsArgs(
+        logits=rows(module, logits, math),
+        target=target.data_ptr(),
+        weight=weight.data_ptr(),
+        columns=stats.shape[1],
+        stats=stats.data_ptr(),
+        **_of_a_shard(math),
+    )
 
 
-def of_merge(
-    gathered: Tensor, target: Tensor, weight: Tensor, math: RowMath, loss: Tensor, lse: Tensor
-) -> dict:
+def merge_args(
+    module: ModuleType,
+    gathered: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    math: RowMath,
+    loss: Tensor,
+    lse: Tensor,
+):
     ranks, row_count, columns = gathered.shape
-    return {
-        "stats": gathered.data_ptr(),
-        "ranks": ranks,
-        "rows": row_count,
-        "columns": columns,
-        "rank_stride": gathered.stride(0),
-        "target": target.data_ptr(),
-        "weight": weight.data_ptr(),
-        "label_smoothing": math.label_smoothing,
-        "z_loss": math.z_loss,
-        "vocab_size": math.vocab_size,
-        "loss": loss.data_ptr(),
-        "lse": lse.data_ptr(),
-    }
+    return module.MergeArgs(
+        stats=gathered.data_ptr(),
+        ranks=ranks,
+        rows=row_count,
+        columns=columns,
+        rank_stride=gathered.stride(0),
+        target=target.data_ptr(),
+        weight=weight.data_ptr(),
+        loss=loss.data_ptr(),
+        lse=lse.data_ptr(),
+        **_of_the_loss(math),
+    )
 
 
-def of_grad(target: Tensor, lse: Tensor, scale: Tensor, math: RowMath) -> dict:
-    """Of row_grad, but for the logits and their gradient."""
+def grad_args(
+    module: ModuleType,
+    logits: Tensor,
+    lse: Tensor,
+    target: Tensor,
+    scale: Tensor,
+    math: RowMath,
+    out: Tensor,
+):
+    return module.GradArgs(
+        logits=rows(module, logits, math),
+        grad=rows(module, out, math),
+        target=target.data_ptr(),
+        lse=lse.data_ptr(),
+        scale=scale.data_ptr(),
+        **_of_a_shard(math),
+        **_of_the_loss(math),
+    )
+
+
+def _of_a_shard(math: RowMath) -> dict:
+    """What makes z of a shard's logits."""
     return {
         "logit_scale": math.logit_scale,
         "softcap": math.softcap,
-        "target": target.data_ptr(),
-        "lse": lse.data_ptr(),
-        "scale": scale.data_ptr(),
         "vocab_start": math.vocab_start,
+    }
+
+
+def _of_the_loss(math: RowMath) -> dict:
+    """What makes a loss of all shards' z."""
+    return {
         "label_smoothing": math.label_smoothing,
         "z_loss": math.z_loss,
         "vocab_size": math.vocab_size,

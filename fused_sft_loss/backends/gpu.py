@@ -49,27 +49,29 @@ class Gpu:
     ) -> Targets:
         given = addresses.plain(labels, loss_mask, cu_seqlens)
         result = Targets.empty(given[0])
+        args = addresses.targets_args(
+            self.module,
+            *given,
+            result,
+            shift=shift,
+            ignore_index=ignore_index,
+            vocab_size=vocab_size,
+        )
         with _on(labels.device):
-            self.module.row_targets(
-                **addresses.of_targets(*given, result),
-                shift=shift,
-                ignore_index=ignore_index,
-                vocab_size=vocab_size,
-                stream=_stream(labels.device),
-            )
+            self.module.row_targets(args, stream=_stream(labels.device))
         return result
 
     def row_stats(
         self, logits: Tensor, target: Tensor, weight: Tensor, math: RowMath, columns: int
     ) -> Tensor:
-        rows, chip = addresses.rows(self.module, logits, math), self._chip(logits.device)
+        chip = self._chip(logits.device)
         stats = weight.new_empty(weight.numel(), columns)
-        needed = self.module.row_stats_parts(logits=rows, columns=columns, chip=chip)
+        args = addresses.stats_args(self.module, logits, target, weight, stats, math)
+        needed = self.module.row_stats_parts(args, chip=chip)
         parts = stats.new_empty(needed) if needed else None
         with _on(logits.device):
             self.module.row_stats(
-                logits=rows,
-                **addresses.of_stats(target, weight, stats, math),
+                args,
                 parts=addresses.address(parts),
                 chip=chip,
                 stream=_stream(logits.device),
@@ -94,21 +96,18 @@ class Gpu:
     def row_grad(
         self, logits: Tensor, lse: Tensor, target: Tensor, scale: Tensor, math: RowMath, out: Tensor
     ) -> None:
+        args = addresses.grad_args(self.module, logits, lse, target, scale, math, out)
+        chip = self._chip(logits.device)
         with _on(logits.device):
-            self.module.row_grad(
-                logits=addresses.rows(self.module, logits, math),
-                grad=addresses.rows(self.module, out, math),
-                **addresses.of_grad(target, lse, scale, math),
-                chip=self._chip(logits.device),
-                stream=_stream(logits.device),
-            )
+            self.module.row_grad(args, chip=chip, stream=_stream(logits.device))
 
     def _merge(
         self, gathered, target, weight, math, loss, lse, log_prob=None, correct=None, entropy=None
     ) -> None:
+        args = addresses.merge_args(self.module, gathered, target, weight, math, loss, lse)
         with _on(weight.device):
             self.module.merge(
-                **addresses.of_merge(gathered, target, weight, math, loss, lse),
+                args,
                 log_prob=addresses.address(log_prob),
                 correct=addresses.address(correct),
                 entropy=addresses.address(entropy),

@@ -34,12 +34,10 @@ def row_targets(
 ) -> Targets:
     given = addresses.plain(labels, loss_mask, cu_seqlens)
     result = Targets.empty(given[0])
-    _cpu.row_targets(
-        **addresses.of_targets(*given, result),
-        shift=shift,
-        ignore_index=ignore_index,
-        vocab_size=vocab_size,
+    args = addresses.targets_args(
+        _cpu, *given, result, shift=shift, ignore_index=ignore_index, vocab_size=vocab_size
     )
+    _cpu.row_targets(args)
     return result
 
 
@@ -47,26 +45,19 @@ def row_stats(
     logits: Tensor, target: Tensor, weight: Tensor, math: RowMath, columns: int
 ) -> Tensor:
     stats = torch.empty(weight.numel(), columns)
-    _cpu.row_stats(
-        logits=addresses.rows(_cpu, logits, math),
-        **addresses.of_stats(target, weight, stats, math),
-        threads=torch.get_num_threads(),
-    )
+    args = addresses.stats_args(_cpu, logits, target, weight, stats, math)
+    _cpu.row_stats(args, threads=torch.get_num_threads())
     return stats
 
 
 def merge(gathered: Tensor, target: Tensor, weight: Tensor, math: RowMath) -> tuple[Tensor, Tensor]:
     loss, lse = torch.empty_like(weight), torch.empty_like(weight)
-    _cpu.merge(**addresses.of_merge(gathered, target, weight, math, loss, lse))
+    _cpu.merge(addresses.merge_args(_cpu, gathered, target, weight, math, loss, lse))
     return loss, lse
 
 
 def row_grad(
     logits: Tensor, lse: Tensor, target: Tensor, scale: Tensor, math: RowMath, out: Tensor
 ) -> None:
-    _cpu.row_grad(
-        logits=addresses.rows(_cpu, logits, math),
-        grad=addresses.rows(_cpu, out, math),
-        **addresses.of_grad(target, lse, scale, math),
-        threads=torch.get_num_threads(),
-    )
+    args = addresses.grad_args(_cpu, logits, lse, target, scale, math, out)
+    _cpu.row_grad(args, threads=torch.get_num_threads())
