@@ -152,9 +152,10 @@ def sft_loss(
             computed again, on the device and without a synchronisation. With inplace_backward the
             logits are gone when forward returns, and such rows are multiplied by the ratio, which
             rounds 16-bit gradients a second time (not when it is a power of two). Worth it where
-            the gradient is known and rows are many; needs the whole vocabulary (no tp_group) and
-            backend "cpu", "cuda" or "hip"; backward runs once. Without it, or where no gradient is
-            asked for (no_grad, logits that do not require it), forward reads and writes nothing.
+            the gradient is known and rows are many. It needs the whole vocabulary (no tp_group) and
+            backend "cpu", "cuda" or "hip"; backward runs once; together with inplace_backward it
+            stays out of torch.compile's graphs. Where no gradient is asked for (no_grad, logits
+            that do not require it) nothing is written.
         backend: "cpu", "eager", "triton", "cuda", "hip", or None for the best there is (see
             ``python -m fused_sft_loss env``).
 

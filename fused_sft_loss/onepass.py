@@ -28,8 +28,14 @@ def token_losses(logits: Tensor, target: Tensor, weight: Tensor, *rest) -> Tenso
     stored = rows_scale(expected, weight)
     call = (logits.detach(), target, weight, stored, *math, backend)
     if inplace:
-        if not torch.compiler.is_compiling():  # which has no views to lose track of
-            logits = _SameMemory.apply(logits)
+        if torch.compiler.is_compiling():
+            # Inductor lays out a part of a tensor anew and then takes it for what it was: loss and
+            # gradient would be wrong (torch 2.13), and which logits are a part does not show here.
+            raise NotImplementedError(
+                "expected grad_in_forward or inplace_backward under torch.compile, got both; drop "
+                "one of them, or keep the loss out of the compiled graph (fullgraph=False does)"
+            )
+        logits = _SameMemory.apply(logits)
         losses, lse = torch.ops.fused_sft_loss.row_stats_grad_(*call)
         grad = None
     else:
