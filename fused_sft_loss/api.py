@@ -172,6 +172,20 @@ def loss_terms(
     return LossTerms(losses.view(labels.shape), targets.weight_sum, targets.count)
 
 
+def loss_terms_and_metrics(
+    logits: Tensor, labels: Tensor, loss_mask: Tensor | None, options: Options
+) -> tuple[LossTerms, TokenMetrics]:
+    """`loss_terms` and the figures of `token_metrics` (without a graph), from one forward read."""
+    if options.inplace_backward:
+        checks.inplace(logits)
+    targets, call = _prepare(logits, labels, loss_mask, options)
+    vectors = torch.ops.fused_sft_loss.token_losses_and_metrics(*call, options.inplace_backward)
+    losses, lse, loss, log_prob, correct, entropy = (v.view(labels.shape) for v in vectors)
+    metrics = (loss, log_prob, lse, correct, entropy)
+    terms = LossTerms(losses, targets.weight_sum, targets.count)
+    return terms, TokenMetrics(*(figure.detach() for figure in metrics))
+
+
 def weighted_mean(total: Tensor, weight_sum: Tensor) -> Tensor:
     """total / weight_sum, and 0 with a graph where nothing is scored."""
     return total / torch.where(weight_sum > 0, weight_sum, 1.0)
