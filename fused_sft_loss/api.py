@@ -204,6 +204,13 @@ def token_metrics(
     return TokenMetrics(*(vector.view(labels.shape) for vector in vectors))
 
 
+def check_call(logits: Tensor, labels: Tensor, loss_mask: Tensor | None, options: Options) -> None:
+    """Raise what :func:`loss_terms` would of this rank's arguments, without talking to others."""
+    if options.inplace_backward:
+        checks.inplace(logits)
+    _prepare(logits, labels, loss_mask, options)
+
+
 class SFTLoss(torch.nn.Module):
     """:func:`sft_loss` with options bound; those wrong by themselves raise at construction."""
 
