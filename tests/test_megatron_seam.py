@@ -1,4 +1,4 @@
-"""`fused_cross_entropy`: the model's own per-token losses, computed by this package, and no trace."""
+"""`fused_cross_entropy`: the model's own per-token losses, computed here, and no trace left."""
 
 import megatron_runs as runs
 import pytest

@@ -47,6 +47,15 @@ class ResponseOnlyHead:
             raise ValueError("expected multiple or rows, got both: rows is a fixed number")
         self.multiple, self.rows = multiple, rows
 
+    @staticmethod
+    def check(config):
+        """Raise NotImplementedError for a TransformerConfig that an output layer of rows breaks."""
+        if getattr(config, "defer_embedding_wgrad_compute", False):
+            raise NotImplementedError(
+                "ResponseOnlyHead with defer_embedding_wgrad_compute=True: the deferred products "
+                "need all positions of all micro-batches; set it to False, or leave the head out"
+            )
+
     def select(self, labels: Tensor, loss_mask: Tensor | None, ignore_index: int) -> Rows:
         """The rows for shifted labels and mask [b, s]; at least one, so that shapes are never 0."""
         if loss_mask is not None and loss_mask.shape != labels.shape:
@@ -93,11 +102,6 @@ def selected(output_layer, hidden_states: Tensor, rows: Rows):
     hidden_states: [s, b, h], or this rank's [s/tp, b, h] under sequence parallelism, which is off
     inside: the layer's own gather and reduce-scatter are of whole sequences.
     """
-    if getattr(output_layer.config, "defer_embedding_wgrad_compute", False):
-        raise NotImplementedError(
-            "ResponseOnlyHead with defer_embedding_wgrad_compute=True: the deferred products need "
-            "all positions of all micro-batches; set it to False, or leave the head out"
-        )
     parallel = output_layer.sequence_parallel
     if parallel:
         from megatron.core.tensor_parallel import gather_from_sequence_parallel_region

@@ -77,6 +77,8 @@ class Seam:
                 f"got {type(model).__name__}"
             )
         self.model = parts[-1]
+        if head is not None:
+            head.check(self.model.config)
         self.loss_mask, self.head, self.weigh, self.report = loss_mask, head, weigh, report
         self.options = dict(options)
         self.sums = None  # of the last call with labels
