@@ -1,4 +1,4 @@
-"""`ResponseOnlyHead`: loss and gradients of the whole, from an output layer of scored rows alone."""
+"""`ResponseOnlyHead`: loss and gradients of the whole, from an output layer of scored rows only."""
 
 import megatron_runs as runs
 import pytest
