@@ -1,12 +1,13 @@
 """Wrong use inside Megatron: found on every rank, before anything is waited for."""
 
+import os
 from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..autograd import may_synchronise
+from ..autograd import CHECK_VARIABLE
 from . import versions
 from .reports import FIGURES
 
@@ -134,19 +135,26 @@ def _is_megatrons(group, parallel):
         )
 
 
-def agreed(check, labels, loss_mask, group):
+def agreeing(group):
+    """Whether the ranks of a group tell each other of errors: if there are several, where torch has
+    no GPU, elsewhere under FUSED_SFT_LOSS_CHECK=1."""
+    asked = not torch.cuda.is_available() or os.environ.get(CHECK_VARIABLE, "0") not in ("", "0")
+    return asked and group is not None and dist.get_world_size(group) > 1
+
+
+def agreed(check, group, batch_of=lambda result: ()):
     """`check()`, unless it raises on any rank that shares the vocabulary: then all of them raise.
 
-    A rank that raised alone, before the one all-gather, would leave the others waiting in it. Also
-    finds labels or masks that differ between those ranks. One more all-gather and a host read: done
-    where values may be looked at, on a CPU or under FUSED_SFT_LOSS_CHECK=1.
+    A rank that raised alone, before a collective, would leave the others waiting in it. Also finds
+    a batch (`batch_of(result)`: tensors or None) that differs between those ranks. One all-gather
+    and a host read: done where `agreeing(group)`.
     """
-    if group is None or dist.get_world_size(group) == 1 or not may_synchronise(labels):
+    if not agreeing(group):
         return check()
     error, held, result = None, None, None
     try:
         result = check()
-        held = (_fingerprint(labels), _fingerprint(loss_mask))
+        held = [_fingerprint(tensor) for tensor in batch_of(result)]
     except Exception as caught:  # whatever it is, the others must hear of it
         error = caught
     told = [None] * dist.get_world_size(group)
@@ -157,7 +165,7 @@ def agreed(check, labels, loss_mask, group):
     for rank, (message, _) in zip(ranks, told, strict=True):
         if message is not None:
             raise ValueError(f"rank {rank}, which shares this vocabulary, stopped: {message}")
-    if any(held != told[0][1] for _, held in told):
+    if any(other != held for _, other in told):
         raise ValueError(
             f"expected the same labels and loss_mask on ranks {ranks}, which share the vocabulary, "
             "got different ones: broadcast the batch over tensor parallelism "

@@ -54,8 +54,14 @@ def make_forward_step(get_batch, *, in_place=False, head=None, **options):
         config = versions.attribute(model, "config")
         checks.run(convention, config, options)
         last = versions.attribute(model, "post_process") in (None, True)
-        batch = checks.batch(get_batch(data_iterator), options.get("shift", True), last)
-        labels, mask, plain = _targets(batch, options, restart)
+        got = get_batch(data_iterator)
+        group = checks.vocab_group(options.get("tp_group", "megatron"))
+
+        def checked():
+            batch = checks.batch(got, options.get("shift", True), last)
+            return batch, *_targets(batch, options, restart)
+
+        batch, labels, mask, plain = checks.agreed(checked, group, lambda result: result[1:3])
         if in_place:
             seam = Seam(model, mask, head, plain, weigh=True, report=convention.report)
             with seam.installed():

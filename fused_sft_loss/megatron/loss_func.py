@@ -1,7 +1,5 @@
 """sft_loss_func: the loss_func of a forward_step whose model returned logits."""
 
-from functools import partial
-
 from ..api import Options, check_call, token_metrics
 from . import checks
 from .packing import shift_packed_targets
@@ -83,22 +81,23 @@ def sft_loss_func(
     """
     convention = Convention(returns, report, num_tokens, check_for_nan, check_for_spiky)
     checks.run(convention, config, options)
-    checks.labels_here(labels)
-    placed = options.get("vocab_start") is not None
-    options["tp_group"] = checks.vocab_group(tp_group, placed=placed)
-    if packed_seq_params is not None or position_ids is not None:
-        labels, loss_mask = shifted(
-            labels,
-            loss_mask,
-            options,
-            packed_seq_params=packed_seq_params,
-            position_ids=position_ids,
-        )
     if non_loss_data:
         options.pop("inplace_backward", None)
-    options = Options(**options)
-    check = partial(check_call, output_tensor, labels, loss_mask, options)
-    checks.agreed(check, labels, loss_mask, options.tp_group)
+    placed = options.get("vocab_start") is not None
+    options["tp_group"] = checks.vocab_group(tp_group, placed=placed)
+
+    def checked():
+        checks.labels_here(labels)
+        left = dict(options)
+        documents = {"packed_seq_params": packed_seq_params, "position_ids": position_ids}
+        targets = labels, loss_mask
+        if any(given is not None for given in documents.values()):
+            targets = shifted(labels, loss_mask, left, **documents)
+        if checks.agreeing(options["tp_group"]):
+            check_call(output_tensor, *targets, Options(**left))
+        return *targets, Options(**left)
+
+    labels, loss_mask, options = checks.agreed(checked, options["tp_group"], lambda got: got[:2])
     if non_loss_data:
         return token_metrics(output_tensor, labels, loss_mask, **vars(options))._asdict()
     return convention.tuple_of(Sums.of(output_tensor, labels, loss_mask, options, report))

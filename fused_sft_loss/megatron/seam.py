@@ -116,7 +116,7 @@ class Seam:
             ignore_index = self.options.get("ignore_index", -100)
             select = functools.partial(self.head.select, labels, mask, ignore_index)
             group = checks.vocab_group(self.options.get("tp_group", "megatron"))
-            rows = checks.agreed(select, labels, mask, group)
+            rows = checks.agreed(select, group, lambda rows: (rows.index, rows.labels, rows.mask))
         if versions.accepts(self.model, "output_processor"):
             if given.get("output_processor") is not None:
                 raise ValueError("expected no output_processor of your own inside this context")
@@ -178,8 +178,9 @@ class Seam:
         else:
             logits, labels, mask = logits.squeeze(1), rows.labels, rows.mask
             options = Options(**options)
-        check = functools.partial(check_call, logits, labels, mask, options)
-        checks.agreed(check, labels, mask, options.tp_group)
+        if checks.agreeing(options.tp_group):
+            check = functools.partial(check_call, logits, labels, mask, options)
+            checks.agreed(check, options.tp_group, lambda _: (labels, mask))
         sums = Sums.of(logits, labels, mask, options, self.report)
         if rows is None:
             self.sums = sums
