@@ -27,6 +27,7 @@ LAYOUTS = {  # name: (processes, sizes)
     "PP2xCP2": (4, {"pp": 2, "cp": 2}),
     "TP2xDP2": (4, {"tp": 2}),
 }
+CORE = ("TP2+SP", "CP2", "DP2", "TP2xPP2")  # of every version, in make test
 ALL_MASKED = (2,)
 UNIT_WEIGHTS = (0, 1, 2, 4)  # a trainer's own loss_func counts tokens by adding their weights
 CASES = {
@@ -65,7 +66,11 @@ def unsharded():
     return run_ranks(1, runs.reference, reference_loss)[0]
 
 
-@pytest.fixture(scope="module", params=LAYOUTS, ids=str)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(n, marks=pytest.mark.core) if n in CORE else n for n in LAYOUTS],
+    ids=str,
+)
 def results(request, unsharded):
     """{case: [what `runs.train` returned, per process]}; one process group runs all cases."""
     processes, sizes = LAYOUTS[request.param]
