@@ -50,7 +50,7 @@ def environment(version):
 
 
 def measure():
-    """In a fresh process: {"version", "errors": layout -> case -> error, "peaks": way -> logits}."""
+    """In a fresh process: version, errors {layout: {case: error}} and peaks {way: logits}."""
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     import megatron_peaks
     import megatron_runs as runs
@@ -99,12 +99,12 @@ def table(lines):
 
 def between(text, name):
     """(before, inside, after) of the part between the comments `name` begins and ends with."""
-    begin, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
+    begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
     before, _, rest = text.partition(begin)
     inside, found, after = rest.partition(end)
     if not found:
         raise ValueError(f"expected {begin!r} ... {end!r} in {PAGE}")
-    return before + begin, inside, end + after
+    return before + begin, inside.strip(), end + after
 
 
 def main(names):
@@ -118,7 +118,7 @@ def main(names):
         print(f"measured on megatron-core {version}")
     for name, text in (("matrix", matrix(records)), ("peaks", peaks(records))):
         before, _, after = between(PAGE.read_text(), name)
-        PAGE.write_text(before + text + after)
+        PAGE.write_text(f"{before}{text}\n{after}")
 
 
 if __name__ == "__main__":

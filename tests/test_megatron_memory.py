@@ -1,5 +1,7 @@
 """Peak memory of a whole training step's loss stage, and that docs/megatron.md tells it."""
 
+from importlib import metadata
+
 import megatron_docs
 import megatron_peaks
 import pytest
@@ -8,6 +10,7 @@ from megatron_peaks import WAYS
 
 from bench.megatron_cpu import run_ranks
 
+VERSION = metadata.version("megatron-core").partition("+")[0]
 VECTORS = 0.01  # of the logits: everything with a number per row, and the hidden states
 
 
@@ -29,7 +32,9 @@ def test_the_head_takes_what_it_scores(peaks):
 
 
 def test_what_the_others_take(peaks):
-    assert peaks["(a) `make_forward_step`"] <= 2 + VECTORS, "the transpose copy"
+    """(a): the transpose copy, and before 0.15 the fp32 copy, each with a gradient."""
+    wanted = 5 if VERSION == "0.14.0" else 2
+    assert peaks["(a) `make_forward_step`"] == pytest.approx(wanted, abs=VECTORS)
     assert peaks["Megatron's own cross-entropy"] >= 3
     assert peaks["reference loss on the logits"] >= 6
 
@@ -44,9 +49,10 @@ def rows_of(name):
 def test_the_docs_tell_these_peaks(peaks):
     rows, versions = rows_of("peaks")
     assert list(rows) == list(WAYS)
+    assert VERSION in versions, "make megatron-docs measures it"
     for way, told in rows.items():
-        installed = dict(zip(versions, told, strict=True)).get("0.16.1")
-        assert float(installed) == pytest.approx(peaks[way], abs=0.02), way
+        here = dict(zip(versions, told, strict=True))[VERSION]
+        assert float(here) == pytest.approx(peaks[way], abs=0.02), way
 
 
 def test_the_matrix_of_the_docs_is_that_of_the_tests():
