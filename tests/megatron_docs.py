@@ -58,9 +58,8 @@ def measure():
     from megatron.core import __version__
 
     from bench.megatron_cpu import run_ranks
-    from bench.reference import reference_loss
 
-    unsharded = run_ranks(1, runs.reference, reference_loss)[0]
+    unsharded = run_ranks(1, runs.reference)[0]
     errors = {}
     for layout, (processes, sizes) in exactness.LAYOUTS.items():
         cases = exactness.CASES

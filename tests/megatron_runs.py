@@ -1,8 +1,8 @@
 """Real megatron-core runs: what the processes that `bench.ranks.run_ranks` starts execute.
 
-A tiny GPTModel (fp32, learned positions, untied head) on four micro-batches of two sequences. The
-unsharded model with the reference loss gives the gradient of every micro-batch on its own; each
-convention of Megatron's is a linear combination of those, so one reference serves every case.
+A tiny GPTModel (fp32, learned positions, untied head) on a few micro-batches of two sequences. The
+unsharded model in float64 gives the gradient of every micro-batch on its own; each convention of
+Megatron's is a linear combination of those, so one reference serves every case.
 Imports no pytest: the workers would pay for it.
 """
 
@@ -12,6 +12,7 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from bench.megatron_cpu import build_model, config, init, zigzag_positions
 from fused_sft_loss import shift_targets
@@ -68,24 +69,29 @@ def micro_batches():
     return [{"tokens": t, "loss_mask": m, **parts} for t, m in zip(tokens, masks, strict=True)]
 
 
-def reference(loss_func, tied=False):
-    """The unsharded model in one process: its weights, and what every micro-batch is on its own.
+def reference(tied=False):
+    """The unsharded model in one process, in float64: its weights (as fp32), and what every
+    micro-batch is on its own, with the loss that `bench.reference` writes out, in float64 too.
 
-    `loss_func(logits [b, s, V], labels [b, s], mask [b, s])` is the reference's weighted mean. A
-    part has S = sum(w * loss), its gradients by name, n scored tokens and W = sum(w); and "shards",
-    the same of the positions that each of two context-parallel ranks holds.
+    A part has S = sum(w * loss), its gradients by name, n scored tokens, W = sum(w) and logits; and
+    "shards", the same of the positions that each of two context-parallel ranks holds.
     """
     init()
-    model = build_model(config(**SHAPE), VOCAB, SEQ, **TIED[tied])
-    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model = build_model(config(**SHAPE), VOCAB, SEQ, **TIED[tied]).double()
+    weights = {name: p.detach().float() for name, p in model.named_parameters()}
 
     def part(batch, mask):
         logits = model(batch["tokens"], batch["position_ids"], None)
-        scored = mask[:, 1:]
-        total = loss_func(logits, batch["tokens"], mask) * scored.sum()
+        scored = mask[:, 1:].double()
+        losses = F.cross_entropy(logits[:, :-1].mT, batch["tokens"][:, 1:], reduction="none")
+        total = (losses * scored).sum()
         grads = torch.autograd.grad(total, list(model.parameters()))
         sums = {"S": total.detach(), "n": int((scored != 0).sum()), "W": scored.sum()}
-        return {**sums, "logits": logits.detach(), "grads": dict(zip(weights, grads, strict=True))}
+        return {
+            **sums,
+            "logits": logits.detach().float(),
+            "grads": dict(zip(weights, grads, strict=True)),
+        }
 
     def of_shard(mask, rank):
         """The mask without the labels that rank's positions, one to the left, do not predict."""

@@ -11,7 +11,6 @@ from megatron_runs import Case
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench.megatron_cpu import build_model, config, init, run_ranks
-from bench.reference import reference_loss
 from fused_sft_loss.megatron import make_forward_step, sft_loss_func, versions
 
 RETURNS = ("per_token", "mean")
@@ -132,7 +131,7 @@ def test_non_loss_data_needs_no_other_data_parallel_rank():
 @pytest.mark.parametrize("step", ["make", "own"])
 def test_non_loss_data_through_the_schedule(step):
     """collect_non_loss_data=True on vocab-sharded logits: every micro-batch's metrics, detached."""
-    unsharded = run_ranks(1, runs.reference, reference_loss)[0]
+    unsharded = run_ranks(1, runs.reference)[0]
     case = Case(forward_only=True, non_loss=True, step=step)
     for (result,) in run_ranks(2, runs.train, unsharded["weights"], [case], tp=2):
         batches = zip(result["collected"], runs.micro_batches(), unsharded["parts"], strict=False)

@@ -63,7 +63,7 @@ BOUNDS = {torch.float32: 1e-6, torch.bfloat16: 3e-2}
 
 @pytest.fixture(scope="module")
 def unsharded():
-    return run_ranks(1, runs.reference, reference_loss)[0]
+    return run_ranks(1, runs.reference)[0]
 
 
 @pytest.fixture(
@@ -100,6 +100,14 @@ def test_trap_all_masked_gradient_is_exactly_zero(results):
         for result in results[name]:
             for parameter, (grad, _) in result["grads"].items():
                 assert torch.equal(grad, torch.zeros_like(grad)), f"{name}: {parameter}"
+
+
+def test_the_parts_are_the_reference_loss(unsharded):
+    """The loss that SFT scripts write by hand, on the same logits: S / W of every micro-batch."""
+    for batch, part in zip(runs.micro_batches(), unsharded["parts"], strict=True):
+        mean = reference_loss(part["logits"], batch["tokens"], batch["loss_mask"])
+        wanted = part["S"] / part["W"] if part["W"] else part["S"]
+        torch.testing.assert_close(mean.double(), wanted, rtol=1e-6, atol=0)
 
 
 def test_the_biased_conventions_are_not_the_token_weighted_mean(unsharded):

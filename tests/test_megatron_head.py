@@ -7,7 +7,6 @@ from megatron_runs import Case
 from test_megatron_exactness import largest_error
 
 from bench.megatron_cpu import RankError, build_model, config, init, run_ranks
-from bench.reference import reference_loss
 from fused_sft_loss.megatron import ResponseOnlyHead, head, make_forward_step, reports
 
 TIED = {"tied": Case("per_token", True, tied=True, step="head")}
@@ -17,7 +16,7 @@ LAYOUTS = {"TP1": (1, {}), "TP2": (2, {"tp": 2}), "TP2+SP": (2, {"tp": 2, "sp": 
 
 @pytest.fixture(scope="module")
 def unsharded():
-    return run_ranks(1, runs.reference, reference_loss, tied=True)[0]
+    return run_ranks(1, runs.reference, tied=True)[0]
 
 
 @pytest.mark.core

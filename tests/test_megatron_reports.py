@@ -10,7 +10,6 @@ from megatron_runs import Case
 
 import fused_sft_loss as fsl
 from bench.megatron_cpu import init, run_ranks
-from bench.reference import reference_loss
 from fused_sft_loss.megatron import sft_loss_func
 
 ALL = ("lm loss", "accuracy", "entropy", "nll", "perplexity")
@@ -81,7 +80,7 @@ def test_nothing_scored_reports_zero(returns):
 @pytest.mark.parametrize("step", ["make", "in_place", "head"])
 def test_figures_through_the_schedule_on_shards(step):
     """Two tensor-parallel ranks report the figures of the unsharded model's logits."""
-    unsharded = run_ranks(1, runs.reference, reference_loss)[0]
+    unsharded = run_ranks(1, runs.reference)[0]
     case = Case("per_token", True, data=(0, 3), each=2, step=step, options={"report": ALL})
     for (result,) in run_ranks(2, runs.train, unsharded["weights"], [case], tp=2):
         for index, report in zip(case.data, result["collected"], strict=True):
