@@ -199,7 +199,7 @@ def misused():
     def note(name, call):
         try:
             call()
-        except (TypeError, ValueError, NotImplementedError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:
             messages[name] = f"{type(error).__name__}: {error}"
 
     def enter(*args, **kwargs):
@@ -222,6 +222,16 @@ def misused():
     note("plan", plan)
     note("mask", lambda: inside(loss_mask=targets["loss_mask"][:, 1:]))
     note("labels", lambda: inside(labels=targets["labels"] + runs.VOCAB))
+    other = language_model()
+    loss = other.compute_language_model_loss
+    other.forward = lambda *args, labels: loss(labels.clone(), logits)
+    logits = torch.zeros(runs.SEQ, runs.BATCH, runs.VOCAB)
+
+    def elsewhere():
+        with fused_cross_entropy(other):
+            other(labels=targets["labels"])
+
+    note("elsewhere", elsewhere)
     if versions.accepts(model, "output_processor"):
         note("processor", lambda: inside(output_processor=print))
     return messages
@@ -236,4 +246,5 @@ def test_errors_of_the_context():
     assert messages["plan"].startswith("NotImplementedError") and "later" in messages["plan"]
     assert "expected loss_mask of the labels' shape [2, 16], got [2, 15]" in messages["mask"]
     assert "expected labels in [0, 64)" in messages["labels"]
+    assert messages["elsewhere"].startswith("RuntimeError: GPTModel was called with labels and did")
     assert messages.get("processor", "no output_processor of your own").count("of your own")

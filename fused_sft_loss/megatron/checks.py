@@ -96,26 +96,28 @@ def labels_here(labels):
         )
 
 
-def vocab_group(tp_group, columns=None, vocabulary=None, placed=False):
+def vocab_group(options, columns=None, vocabulary=None):
     """The group whose ranks hold the vocabulary's shards, or None for a whole vocabulary.
 
-    tp_group: "megatron", None or a group. columns: of the logits, and vocabulary: the model's
-    padded one, where they are known. placed: vocab_start was given, so shards may be uneven.
+    options: of the loss; tp_group ("megatron" when absent, None or a group) and vocab_start count,
+    which allows uneven shards. columns: of the logits, and vocabulary: the model's padded one,
+    where they are known.
     """
+    group, placed = options.get("tp_group", "megatron"), options.get("vocab_start") is not None
     parallel = versions.parallel_state()
-    if tp_group == "megatron":
+    if group == "megatron":
         whole = parallel is None or (vocabulary is not None and columns == vocabulary)
-        tp_group = None if whole else parallel.get_tensor_model_parallel_group()
-    elif tp_group is not None and not placed:
-        _is_megatrons(tp_group, parallel)
-    ranks = 1 if tp_group is None else dist.get_world_size(tp_group)
+        group = None if whole else parallel.get_tensor_model_parallel_group()
+    elif group is not None and not placed:
+        _is_megatrons(group, parallel)
+    ranks = 1 if group is None else dist.get_world_size(group)
     if vocabulary is not None and not placed and columns * ranks != vocabulary:
         raise ValueError(
             f"expected {ranks} shards that add up to the model's vocabulary of {vocabulary}, got "
             f"{ranks} x {columns} columns: tp_group is not the group that shards it. Leave "
             "tp_group out, or give None for gathered logits"
         )
-    return tp_group
+    return group
 
 
 def _is_megatrons(group, parallel):

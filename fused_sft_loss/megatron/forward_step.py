@@ -55,7 +55,7 @@ def make_forward_step(get_batch, *, in_place=False, head=None, **options):
         checks.run(convention, config, options)
         last = versions.attribute(model, "post_process") in (None, True)
         got = get_batch(data_iterator)
-        group = checks.vocab_group(options.get("tp_group", "megatron"))
+        group = checks.vocab_group(options)
 
         def checked():
             batch = checks.batch(got, options.get("shift", True), last)
@@ -70,12 +70,8 @@ def make_forward_step(get_batch, *, in_place=False, head=None, **options):
         keep = {"fp32_output": False} if versions.accepts(model, "fp32_output") else {}
         output = _call(model, batch, **keep)
         if last:
-            plain["tp_group"] = checks.vocab_group(
-                plain.get("tp_group", "megatron"),
-                output.size(-1),
-                versions.attribute(model, "vocab_size"),
-                plain.get("vocab_start") is not None,
-            )
+            vocabulary = versions.attribute(model, "vocab_size")
+            plain["tp_group"] = checks.vocab_group(plain, output.size(-1), vocabulary)
         return output, partial(sft_loss_func, labels, mask, config=config, **given, **plain)
 
     return forward_step

@@ -83,8 +83,7 @@ def sft_loss_func(
     checks.run(convention, config, options)
     if non_loss_data:
         options.pop("inplace_backward", None)
-    placed = options.get("vocab_start") is not None
-    options["tp_group"] = checks.vocab_group(tp_group, placed=placed)
+    options["tp_group"] = checks.vocab_group({**options, "tp_group": tp_group})
 
     def checked():
         checks.labels_here(labels)

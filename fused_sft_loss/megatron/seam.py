@@ -64,7 +64,8 @@ def fused_cross_entropy(model, *, loss_mask=None, head=None, **options):
 class Seam:
     """One model whose loss is computed here while `installed()`.
 
-    weigh: multiply the losses by the mask. tp_group: as in `sft_loss_func`, in the options too.
+    options: of the loss, as `sft_loss_func` takes them, tp_group among them; weigh: multiply the
+    losses by the mask; report: as in `sft_loss_func`.
     """
 
     def __init__(self, model, loss_mask, head, options, *, weigh, report=()):
@@ -77,6 +78,7 @@ class Seam:
                 f"got {type(model).__name__}"
             )
         self.model = parts[-1]
+        self._is_last = getattr(self.model, "post_process", True)  # pipeline stage
         if head is not None:
             head.check(self.model.config)
         self.loss_mask, self.head, self.weigh, self.report = loss_mask, head, weigh, report
@@ -92,13 +94,10 @@ class Seam:
             replace(self.model, "forward", self._forward)
             if hasattr(self.model, "build_schedule_plan"):
                 replace(self.model, "build_schedule_plan", _no_schedule_plan)
-            layer = getattr(
-                self.model, "output_layer", None
-            )  # pipeline stages before the last: none
             if not versions.accepts(self.model, "output_processor"):
                 replace(self.model, LOSS, self._loss)
-                if self.head is not None and layer is not None:
-                    replace(layer, "forward", self._output_layer)
+                if self.head is not None and self._is_last:
+                    replace(self.model.output_layer, "forward", self._output_layer)
             yield self
 
     def _forward(self, base, *args, **kwargs):
@@ -112,25 +111,33 @@ class Seam:
         if not self.weigh and mask is not None:
             mask = mask != 0
         rows = None
-        if self.head is not None and getattr(self.model, "post_process", True):
+        if self.head is not None and self._is_last:
             ignore_index = self.options.get("ignore_index", -100)
             select = functools.partial(self.head.select, labels, mask, ignore_index)
-            group = checks.vocab_group(self.options.get("tp_group", "megatron"))
+            group = checks.vocab_group(self.options)
             rows = checks.agreed(select, group, lambda rows: (rows.index, rows.labels, rows.mask))
         if versions.accepts(self.model, "output_processor"):
             if given.get("output_processor") is not None:
                 raise ValueError("expected no output_processor of your own inside this context")
             kwargs["output_processor"] = self._output_processor
-        self._call = (labels, mask, rows)
+        self._call, self.sums = (labels, mask, rows), None
         self._heads_to_pass = getattr(self.model.config, "mtp_num_layers", None) or 0
         try:
-            return base(*args, **kwargs)
+            output = base(*args, **kwargs)
         finally:
             self._call = None
+        if self._is_last and self.sums is None:
+            raise RuntimeError(
+                f"{type(self.model).__name__} was called with labels and did not compute its loss "
+                f"by {LOSS}(labels, logits): fused_cross_entropy has nothing to replace"
+            )
+        return output
 
     def _output_layer(self, base, hidden_states, *args, **kwargs):
         """Before 0.18: the output layer, on the selected rows in the main call."""
-        if self._call is None or self._heads_to_pass > 0:
+        if self._call is None:
+            return base(hidden_states, *args, **kwargs)
+        if self._heads_to_pass > 0:
             self._heads_to_pass -= 1
             return base(hidden_states, *args, **kwargs)
         with selected(self.model.output_layer, hidden_states, self._call[2]) as hidden_states:
@@ -167,12 +174,8 @@ class Seam:
         """Per-token losses [b, s] fp32 of logits [s, b, V/tp], or [r, 1, V/tp] of selected rows."""
         labels, mask, rows = self._call
         shape, options = labels.shape, dict(self.options)
-        options["tp_group"] = checks.vocab_group(
-            options.get("tp_group", "megatron"),
-            logits.size(-1),
-            getattr(self.model, "vocab_size", None),
-            options.get("vocab_start") is not None,
-        )
+        vocabulary = getattr(self.model, "vocab_size", None)
+        options["tp_group"] = checks.vocab_group(options, logits.size(-1), vocabulary)
         if rows is None:
             options = Options(**options, layout="sbv")
         else:
