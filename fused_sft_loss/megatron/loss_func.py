@@ -51,7 +51,7 @@ def sft_loss_func(
             and `check_for_spiky_loss` say, elsewhere not.
         **options: those of `sft_loss` but `reduction`: shift, layout, cu_seqlens, ignore_index,
             label_smoothing, z_loss, softcap, logit_scale, vocab_size, vocab_start,
-            inplace_backward, backend.
+            inplace_backward, grad_in_forward, backend.
 
     Returns:
         "per_token": `(loss_sum, num_tokens, {"lm loss": report})`
@@ -82,7 +82,7 @@ def sft_loss_func(
     convention = Convention(returns, report, num_tokens, check_for_nan, check_for_spiky)
     checks.run(convention, config, options)
     if non_loss_data:
-        options.pop("inplace_backward", None)
+        options = {**options, "inplace_backward": False, "grad_in_forward": False}
     options["tp_group"] = checks.vocab_group({**options, "tp_group": tp_group})
 
     def checked():

@@ -41,8 +41,8 @@ def fused_cross_entropy(model, *, loss_mask=None, head=None, **options):
             loss_func multiplies by its mask.
         head: a `ResponseOnlyHead`, or None for all positions.
         **options: those of `sft_loss` about one token: ignore_index, label_smoothing, z_loss,
-            softcap, logit_scale, vocab_size, inplace_backward, backend. Labels are taken as they
-            come, which in Megatron is shifted already.
+            softcap, logit_scale, vocab_size, inplace_backward, grad_in_forward, backend. Labels are
+            taken as they come, which in Megatron is shifted already.
 
     Raises:
         TypeError: a model without such a loss, or an option that is none of these.
@@ -50,7 +50,7 @@ def fused_cross_entropy(model, *, loss_mask=None, head=None, **options):
         NotImplementedError: `model.build_schedule_plan` is called inside: that plan runs later.
     """
     allowed = ("ignore_index", "label_smoothing", "z_loss", "softcap", "logit_scale")
-    allowed += ("vocab_size", "inplace_backward", "backend")
+    allowed += ("vocab_size", "inplace_backward", "grad_in_forward", "backend")
     unknown = sorted(set(options) - set(allowed))
     if unknown:
         raise TypeError(f"fused_cross_entropy: unknown options {unknown}; expected {allowed}")
