@@ -94,6 +94,12 @@ def test_figures_through_the_schedule_on_shards(step):
                 )
 
 
+def test_figures_with_the_gradient_in_forward_are_refused():
+    logits, labels, mask = batch()
+    with pytest.raises(NotImplementedError, match="expected no grad_in_forward where more than"):
+        sft_loss_func(labels, mask, logits * 1, report=ALL, grad_in_forward=True)
+
+
 @pytest.mark.parametrize("report", ["lm loss", ("lm loss", "recall"), ("loss",)])
 def test_report_of_another_name(report):
     logits, labels, mask = batch()

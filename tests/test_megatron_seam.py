@@ -83,6 +83,22 @@ def test_losses_and_gradients_are_the_models_own(tp, head, mtp):
         assert all(map(torch.equal, own_mtp, fused_mtp))
 
 
+def each_way_of_backward():
+    """The fused step with every place and time that the gradient of the logits may be written."""
+    init()
+    model = language_model(torch.bfloat16)
+    ways = [{}, {"inplace_backward": True}, {"grad_in_forward": 1.0}]
+    ways.append({"grad_in_forward": 1.0, "inplace_backward": True})
+    return [step(model, fused_cross_entropy(model, **options)) for options in ways]
+
+
+def test_gradients_do_not_depend_on_where_they_are_written():
+    (losses, grads), *others = run_ranks(1, each_way_of_backward)[0]
+    for other_losses, other_grads in others:
+        assert torch.equal(losses, other_losses)
+        assert all(torch.equal(grads[name], other_grads[name]) for name in grads)
+
+
 def seen_by_the_loss(dtype, in_place):
     """What reaches the loss, and where the output layer had written it."""
     init()
