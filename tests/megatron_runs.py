@@ -147,7 +147,7 @@ def run(case, weights, parallel, rank, sp):
         collect_non_loss_data=case.non_loss,
     )
     grads = {
-        global_name(name, rank["pp"]): (p.main_grad.clone(), shard_dim(p))
+        global_name(name, rank["pp"], case.tied): (p.main_grad.clone(), shard_dim(p))
         for name, p in model.module.named_parameters()
     }
     last = parallel.is_pipeline_last_stage()
@@ -174,7 +174,7 @@ def wrapped_model(case, weights, rank, sp):
         model.parallel_output, model.output_layer.gather_output = False, True
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            whole = weights[global_name(name, rank["pp"])]
+            whole = weights[global_name(name, rank["pp"], case.tied)]
             dim = shard_dim(parameter)
             size = 0 if dim is None else parameter.size(dim)
             parameter.copy_(whole if dim is None else whole.narrow(dim, rank["tp"] * size, size))
@@ -239,12 +239,15 @@ def shard_dim(parameter):
     return parameter.partition_dim if split and parameter.partition_dim >= 0 else None
 
 
-def global_name(name, pp_rank):
-    """A stage numbers its layers from 0: the name in the unsharded model."""
+def global_name(name, pp_rank, tied):
+    """The name in the unsharded model: a stage numbers its layers from 0, and the last one has its
+    own copy of a tied weight."""
     from megatron.core import parallel_state
 
     stages = parallel_state.get_pipeline_model_parallel_world_size()
     name = name.removeprefix("module.")  # of a Float16Module
+    if tied and name == "output_layer.weight":
+        return "embedding.word_embeddings.weight"
     head, found, tail = name.partition("decoder.layers.")
     if not found:
         return name
@@ -254,9 +257,13 @@ def global_name(name, pp_rank):
 
 def whole_grads(ranks):
     """Unsharded gradients from the ranks of one replica: shards joined, copies compared."""
-    pieces = {}
+    pieces, seen = {}, {}
     for result in sorted(ranks, key=lambda r: r["rank"]["tp"]):
         for name, (grad, dim) in result["grads"].items():
+            first = seen.setdefault((name, result["rank"]["tp"]), grad)
+            if first is not grad:  # a tied weight, on the first stage and on the last
+                assert torch.equal(first, grad), f"{name} differs between its copies"
+                continue
             pieces.setdefault(name, (dim, []))[1].append(grad)
     for name, (dim, grads) in pieces.items():
         if dim is None:

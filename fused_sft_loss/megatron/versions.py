@@ -1,10 +1,10 @@
 """Where megatron-core's versions differ, and how its state is found without importing it.
 
-    0.14   forward_step_calc_loss divides by num_tokens unclamped; the logits of a Float16Module
-           always become fp32
-    0.15   Float16Module.forward(fp32_output=...); the division is clamped (also in 0.16)
+    0.14   the logits of a Float16Module always become fp32; the schedule divides a 3-tuple's loss by
+           num_tokens unclamped (0.16 and 0.19 clamp it to 1), which a gradient of 0 survives
+    0.15   Float16Module.forward(fp32_output=...)
     0.18   GPTModel.forward(output_processor=...): a callback in place of output layer and loss
-    0.19   get_batch_on_this_cp_rank(batch, is_hybrid_cp, ...); see `context_parallel_slice`
+    0.19   get_batch_on_this_cp_rank(batch, is_hybrid_cp, ...): see `context_parallel_slice`
 
 Versions are told apart by what a signature accepts, never by a number: forks carry patches.
 """
