@@ -1,6 +1,6 @@
 """Where megatron-core's versions differ, and how its state is found without importing it.
 
-    0.14   the logits of a Float16Module always become fp32; the schedule divides a 3-tuple's loss by
+    0.14   the logits of a Float16Module always become fp32; a 3-tuple's loss is divided by
            num_tokens unclamped (0.16 and 0.19 clamp it to 1), which a gradient of 0 survives
     0.15   Float16Module.forward(fp32_output=...)
     0.18   GPTModel.forward(output_processor=...): a callback in place of output layer and loss
