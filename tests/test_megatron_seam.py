@@ -83,6 +83,24 @@ def test_losses_and_gradients_are_the_models_own(tp, head, mtp):
         assert all(map(torch.equal, own_mtp, fused_mtp))
 
 
+def trained_in_place():
+    """Gradients with multi-token prediction: Megatron's own loss, and make_forward_step's."""
+    init()
+    model, batch = language_model(mtp=2), runs.micro_batches()[0]
+    own = step(model)[1]
+    model.zero_grad()
+    output, loss_func = make_forward_step(next, in_place=True)(iter([batch]), model)
+    loss_func(output)[0].backward()
+    return own, {n: p.grad for n, p in model.named_parameters()}
+
+
+@pytest.mark.core
+def test_multi_token_prediction_gets_shifted_labels_from_unshifted_ones():
+    own, ours = run_ranks(1, trained_in_place)[0]
+    for name, grad in own.items():
+        torch.testing.assert_close(ours[name], grad, **CLOSE, msg=name)
+
+
 def each_way_of_backward():
     """The fused step with every place and time that the gradient of the logits may be written."""
     init()
