@@ -20,11 +20,11 @@ _MATH = rowmath.SCHEMA
 def token_losses(logits: Tensor, target: Tensor, weight: Tensor, *rest) -> Tensor:
     """weight * loss `[N]`, fp32, differentiable in the logits `[b, s, v]`, once.
 
-    Args: those of the operator of this name in autograd.py, and before the last one, whether in
-    place, the 0-d gradient that each of the results will be given. In place the logits hold their
-    own gradient from here on.
+    Takes what the operator of this name in autograd.py takes, and before `inplace` what is
+    `expected`: the 0-d gradient that each of the results will be given. In place the logits hold
+    their own gradient from here on.
     """
-    *math, group_name, backend, expected, inplace = rest
+    *math, _group_name, backend, expected, inplace = rest
     stored = rows_scale(expected, weight)
     call = (logits.detach(), target, weight, stored, *math, backend)
     if inplace:
