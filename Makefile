@@ -7,6 +7,7 @@
 #   make wheel     wheels in dist/: +cpu, and +cu13 and +rocm7 where there are toolchains for them
 #   make wheel-check   each of them in an empty environment, and what it links
 #   make audit     the machine code of every GPU kernel with every option (make test: those of plain training)
+#   make megatron  the Megatron tests on every supported megatron-core; megatron-docs: the tables in docs/megatron.md
 #   make sanitize  the native kernels under AddressSanitizer and UBSan, exercised by the suite
 #   make compute-sanitizer   the CUDA kernels on a device under NVIDIA's sanitizer, exercised by tests/test_gpu.py
 
@@ -18,13 +19,14 @@ BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*.*) setup.py pyproject.toml
 CXX_FILES := $(wildcard $(foreach ending,h cpp cu cuh,csrc/*.$(ending) tests/simt/*.$(ending)))
 
-.PHONY: demo test lint format bench wheel wheel-check audit sanitize compute-sanitizer clean system
+.PHONY: demo test lint format bench wheel wheel-check audit megatron megatron-docs
+.PHONY: sanitize compute-sanitizer clean system
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m bench sft
 
-test: $(VENV)/.installed build/peers/.installed
+test: $(VENV)/.installed build/peers/.installed build/megatron/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed
@@ -96,6 +98,30 @@ $(VENV)/.installed: $(SOURCES) | system
 build/peers/.installed: | $(VENV)/.installed
 	$(BIN)/pip install --quiet --no-deps --target build/peers --upgrade liger-kernel==0.8.5
 	touch $@
+
+# Each in a folder of its own, for a fresh process with that folder in PYTHONPATH. 0.17 and later say they need
+# Python 3.12, which their wheels for 3.11 do not.
+MEGATRONS := 0.14.0 0.16.1 0.19.2
+build/megatron/.installed: | $(VENV)/.installed
+	for version in $(MEGATRONS); do \
+	    $(BIN)/pip install --quiet --no-deps --ignore-requires-python --only-binary :all: --upgrade \
+	        --target build/megatron/$$version megatron-core==$$version || \
+	    { $(BIN)/python -c 'import sys; sys.exit(sys.version_info >= (3, 11))' && \
+	      echo "megatron-core $$version has no wheel for this Python: its tests are skipped"; } || exit 1; \
+	done
+	touch $@
+
+# Everything of test_megatron_* on every version; make test runs the core of it.
+megatron: $(VENV)/.installed build/megatron/.installed
+	for version in build/megatron/*/; do \
+	    echo "megatron-core in $$version" && PYTHONPATH=$$version OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q \
+	        -W ignore -n 2 --dist loadfile $(filter-out %_versions.py,$(wildcard tests/test_megatron_*.py)) \
+	        || exit 1; \
+	done
+
+# The tables of docs/megatron.md, measured anew: every layout on every version, and the peaks.
+megatron-docs: $(VENV)/.installed build/megatron/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python tests/megatron_docs.py
 
 system:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

@@ -221,12 +221,17 @@ class CPUAttention(torch.nn.Module):
         self.group = parallel_state.get_context_parallel_group()
 
     def forward(self, query, key, value, attention_mask=None, **_ignored):
-        """query [s, b, heads, d], key, value [s, b, groups, d] -> [s, b, heads*d], s = seq/cp."""
+        """query [s, b, heads, d], key, value [s, b, groups, d] -> [s, b, heads*d], s = seq/cp.
+
+        attention_mask [b, 1, s, seq] bool, True where a position is hidden; None: causal.
+        """
         s, b, heads, d = query.shape
         cp = self.group.size()
         key, value = (_GatherSequence.apply(x, self.group) for x in (key, value))
         here = zigzag_positions(s * cp, cp, self.group.rank())
         visible = here[:, None] >= torch.arange(s * cp)[None, :]
+        if attention_mask is not None:
+            visible = ~attention_mask
         out = F.scaled_dot_product_attention(
             *(x.permute(1, 2, 0, 3) for x in (query, key, value)),
             attn_mask=visible,

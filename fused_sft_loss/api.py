@@ -213,6 +213,25 @@ def loss_terms(
     return LossTerms(losses.view(labels.shape), targets.weight_sum, targets.count)
 
 
+def loss_terms_and_metrics(
+    logits: Tensor, labels: Tensor, loss_mask: Tensor | None, options: Options
+) -> tuple[LossTerms, TokenMetrics]:
+    """`loss_terms` and the figures of `token_metrics` (without a graph), from one forward read."""
+    if options.one_read:
+        raise NotImplementedError(
+            "expected no grad_in_forward where more than the loss is reported, got "
+            f"{options.grad_in_forward!r}; drop it, or report the loss alone"
+        )
+    if options.inplace_backward:
+        checks.inplace(logits)
+    targets, call = _prepare(logits, labels, loss_mask, options)
+    vectors = torch.ops.fused_sft_loss.token_losses_and_metrics(*call, options.inplace_backward)
+    losses, lse, loss, log_prob, correct, entropy = (v.view(labels.shape) for v in vectors)
+    metrics = (loss, log_prob, lse, correct, entropy)
+    terms = LossTerms(losses, targets.weight_sum, targets.count)
+    return terms, TokenMetrics(*(figure.detach() for figure in metrics))
+
+
 def _expected_gradient(expected: bool | float | Tensor, weight_sum: Tensor, mean: bool) -> Tensor:
     """0-d, of every token's loss; as autograd will compute it, so that the bits are the same."""
     if not isinstance(expected, Tensor):
@@ -236,6 +255,13 @@ def token_metrics(
         _, call = _prepare(logits, labels, loss_mask, Options(**options))
         vectors = torch.ops.fused_sft_loss.token_metrics(*call)
     return TokenMetrics(*(vector.view(labels.shape) for vector in vectors))
+
+
+def check_call(logits: Tensor, labels: Tensor, loss_mask: Tensor | None, options: Options) -> None:
+    """Raise what :func:`loss_terms` would of this rank's arguments, without talking to others."""
+    if options.inplace_backward:
+        checks.inplace(logits)
+    _prepare(logits, labels, loss_mask, options)
 
 
 class SFTLoss(torch.nn.Module):

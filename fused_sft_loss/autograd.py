@@ -153,3 +153,37 @@ def _(logits, target, weight, *rest):
     vectors = [torch.empty_like(weight) for _ in range(5)]
     vectors[3] = torch.empty_like(weight, dtype=torch.bool)
     return tuple(vectors)
+
+
+@torch.library.custom_op(
+    "fused_sft_loss::token_losses_and_metrics",
+    mutates_args=(),
+    schema=f"(Tensor logits, Tensor target, Tensor weight, {_MATH}, str group_name, str backend, "
+    "bool inplace_backward) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def token_losses_and_metrics(logits, target, weight, *rest):
+    """(losses, lse) of `token_losses`, then (loss, log_prob, correct, entropy) of `token_metrics`,
+    `[N]` each, of one read. Only the first has a gradient."""
+    math, (group_name, backend, _) = RowMath(*rest[:_MATH_FIELDS]), rest[_MATH_FIELDS:]
+    gathered = merged_rows(logits, target, weight, math, group_name, backend, 6)
+    losses, lse = choose.load(backend).merge(gathered, target, weight, math)
+    loss, log_prob, _, correct, entropy = choose.load(backend).merge_metrics(
+        gathered, target, weight, math
+    )
+    return losses, lse, loss, log_prob, correct, entropy
+
+
+@token_losses_and_metrics.register_fake
+def _(logits, target, weight, *rest):
+    vectors = [torch.empty_like(weight) for _ in range(6)]
+    vectors[4] = torch.empty_like(weight, dtype=torch.bool)
+    return tuple(vectors)
+
+
+def _backward_of_losses(ctx, grad_losses, *_grads_of_the_metrics):
+    return _backward(ctx, grad_losses, None)
+
+
+torch.library.register_autograd(
+    "fused_sft_loss::token_losses_and_metrics", _backward_of_losses, setup_context=_save
+)

@@ -1,8 +1,8 @@
 """Real megatron-core runs: what the processes that `bench.ranks.run_ranks` starts execute.
 
-A tiny GPTModel (fp32, learned positions, untied head) on four micro-batches of two sequences. The
-unsharded model with the reference loss gives the gradient of every micro-batch on its own; each
-convention of Megatron's is a linear combination of those, so one reference serves every case.
+A tiny GPTModel (fp32, learned positions, untied head) on a few micro-batches of two sequences. The
+unsharded model in float64 gives the gradient of every micro-batch on its own; each convention of
+Megatron's is a linear combination of those, so one reference serves every case.
 Imports no pytest: the workers would pay for it.
 """
 
@@ -12,10 +12,17 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
-from bench.megatron_cpu import build_model, config, init, sequence_shard, zigzag_positions
+from bench.megatron_cpu import build_model, config, init, zigzag_positions
 from fused_sft_loss import shift_targets
-from fused_sft_loss.megatron import make_forward_step, sft_loss_func
+from fused_sft_loss.megatron import (
+    ResponseOnlyHead,
+    fused_cross_entropy,
+    make_forward_step,
+    sft_loss_func,
+)
+from fused_sft_loss.megatron.versions import context_parallel_slice
 
 VOCAB, SEQ, BATCH, LAYERS = 64, 16, 2, 2
 SHAPE = {"num_layers": LAYERS, "hidden_size": 32, "num_attention_heads": 4}
@@ -27,49 +34,64 @@ class Case:
 
     returns: str = "per_token"
     calculate_per_token_loss: bool = False
-    data: tuple = (0, 1, 2, 3)  # which micro-batches, split over data parallelism in order
-    own_forward_step: bool = False  # sft_loss_func in a hand-written forward_step
+    data: tuple = (0, 1, 2, 3)  # which micro-batches: the first `each` * DP, dealt out in order
+    each: int = 4  # micro-batches of each data-parallel rank
+    step: str = "make"  # which of STEPS writes the forward_step
+    dtype: torch.dtype = torch.float32
     gathered: bool = False  # parallel_output=False
+    tied: bool = False  # the head's weight is the embedding's
     forward_only: bool = False
     non_loss: bool = False  # collect_non_loss_data=True
     options: dict = field(default_factory=dict)  # of sft_loss
 
+    def of(self, data_parallel):
+        """Indices of the global batch's micro-batches, those of rank 0 first."""
+        wanted = self.each * data_parallel
+        return (self.data * wanted)[:wanted]
+
 
 def micro_batches():
-    """Unequal on purpose: many scored, few scored, none scored, and weights adding up to 0.375.
+    """Unequal on purpose: many scored, few scored, none scored, weights adding up to 0.375, and all
+    scored targets in rank 0's shard of two context-parallel ones.
 
     Each is a dict of tokens, position_ids [2, 16] int64, attention_mask None, loss_mask [2, 16].
     """
     generator = torch.Generator().manual_seed(7)
-    masks = torch.zeros(4, BATCH, SEQ)
+    masks = torch.zeros(5, BATCH, SEQ)
     masks[0] = (torch.rand(BATCH, SEQ, generator=generator) > 0.2).float()
     masks[1, 0, 5] = masks[1, 1, 9] = masks[1, 1, 10] = 1
     masks[1, :, 0] = 1  # the first token is never a target: it must not be counted
     masks[3, 0, 4], masks[3, 1, 7] = 0.25, 0.125
-    tokens = torch.randint(0, VOCAB, (4, BATCH, SEQ), generator=generator)
+    masks[4, 0, 2] = masks[4, 1, 14] = 1
+    tokens = torch.randint(0, VOCAB, (5, BATCH, SEQ), generator=generator)
     positions = torch.arange(SEQ).expand(BATCH, SEQ).contiguous()
     parts = {"position_ids": positions, "attention_mask": None}
     return [{"tokens": t, "loss_mask": m, **parts} for t, m in zip(tokens, masks, strict=True)]
 
 
-def reference(loss_func):
-    """The unsharded model in one process: its weights, and what every micro-batch is on its own.
+def reference(tied=False):
+    """The unsharded model in one process, in float64: its weights (as fp32), and what every
+    micro-batch is on its own, with the loss that `bench.reference` writes out, in float64 too.
 
-    `loss_func(logits [b, s, V], labels [b, s], mask [b, s])` is the reference's weighted mean. A
-    part has S = sum(w * loss), its gradients by name, n scored tokens and W = sum(w); and "shards",
-    the same of the positions that each of two context-parallel ranks holds.
+    A part has S = sum(w * loss), its gradients by name, n scored tokens, W = sum(w) and logits; and
+    "shards", the same of the positions that each of two context-parallel ranks holds.
     """
     init()
-    model = build_model(config(**SHAPE), VOCAB, SEQ)
-    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model = build_model(config(**SHAPE), VOCAB, SEQ, **TIED[tied]).double()
+    weights = {name: p.detach().float() for name, p in model.named_parameters()}
 
     def part(batch, mask):
         logits = model(batch["tokens"], batch["position_ids"], None)
-        scored = mask[:, 1:]
-        total = loss_func(logits, batch["tokens"], mask) * scored.sum()
+        scored = mask[:, 1:].double()
+        losses = F.cross_entropy(logits[:, :-1].mT, batch["tokens"][:, 1:], reduction="none")
+        total = (losses * scored).sum()
         grads = torch.autograd.grad(total, list(model.parameters()))
         sums = {"S": total.detach(), "n": int((scored != 0).sum()), "W": scored.sum()}
-        return {**sums, "logits": logits.detach(), "grads": dict(zip(weights, grads, strict=True))}
+        return {
+            **sums,
+            "logits": logits.detach().float(),
+            "grads": dict(zip(weights, grads, strict=True)),
+        }
 
     def of_shard(mask, rank):
         """The mask without the labels that rank's positions, one to the left, do not predict."""
@@ -85,7 +107,7 @@ def reference(loss_func):
     return {"weights": weights, "parts": parts}
 
 
-def train(weights, cases, tp=1, pp=1, cp=1):
+def train(weights, cases, tp=1, pp=1, cp=1, sp=False):
     """Run every case on a sharded model holding `weights`; a list of dicts, one per case:
 
     rank {"tp", "pp", "dp", "cp"}, collected (what the schedule returned), logged (the "lm loss"
@@ -99,24 +121,23 @@ def train(weights, cases, tp=1, pp=1, cp=1):
         "dp": parallel.get_data_parallel_rank(),
         "cp": parallel.get_context_parallel_rank(),
     }
-    return [{"rank": rank, **run(case, weights, parallel, rank)} for case in cases]
+    return [{"rank": rank, **run(case, weights, parallel, rank, sp)} for case in cases]
 
 
-def run(case, weights, parallel, rank):
+def run(case, weights, parallel, rank, sp):
     """One case: build, load, wrap in Megatron's DDP, run the schedule of the pipeline size."""
     from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
-    model = wrapped_model(case, weights, rank)
+    model = wrapped_model(case, weights, rank, sp)
     dp, cp = parallel.get_data_parallel_world_size(), parallel.get_context_parallel_world_size()
-    mine = [copy.copy(micro_batches()[i]) for i in case.data]
-    mine = mine[rank["dp"] * len(mine) // dp : (rank["dp"] + 1) * len(mine) // dp]
+    mine = case.of(dp)[rank["dp"] * case.each :][: case.each]
+    mine = [copy.copy(micro_batches()[i]) for i in mine]
     options = {"returns": case.returns, **case.options}
     if cp > 1:
-        mine = [context_shard(batch, cp, rank["cp"]) for batch in mine]
+        mine = [context_shard(batch) for batch in mine]
         options["shift"] = False
-    step = own_forward_step if case.own_forward_step else make_forward_step
     collected = get_forward_backward_func()(
-        forward_step_func=step(next, **options),
+        forward_step_func=STEPS[case.step](next, **options),
         data_iterator=iter(mine),
         model=[model],
         num_microbatches=len(mine),
@@ -126,14 +147,15 @@ def run(case, weights, parallel, rank):
         collect_non_loss_data=case.non_loss,
     )
     grads = {
-        global_name(name, rank["pp"]): (p.main_grad.clone(), shard_dim(p))
+        global_name(name, rank["pp"], case.tied): (p.main_grad.clone(), shard_dim(p))
         for name, p in model.module.named_parameters()
     }
-    logged = None if case.non_loss or not model.module.post_process else reduced_report(collected)
+    last = parallel.is_pipeline_last_stage()
+    logged = reduced_report(collected) if last and not case.non_loss else None
     return {"collected": collected, "logged": logged, "grads": grads}
 
 
-def wrapped_model(case, weights, rank):
+def wrapped_model(case, weights, rank, sp):
     from megatron.core.distributed import (
         DistributedDataParallel,
         DistributedDataParallelConfig,
@@ -141,20 +163,23 @@ def wrapped_model(case, weights, rank):
     )
 
     cfg = config(
+        case.dtype,
         **SHAPE,
         calculate_per_token_loss=case.calculate_per_token_loss,
         finalize_model_grads_func=finalize_model_grads,
+        sequence_parallel=sp,
     )
-    model = build_model(cfg, VOCAB, SEQ)
+    model = build_model(cfg, VOCAB, SEQ, **TIED[case.tied])
     if case.gathered and model.post_process:
         model.parallel_output, model.output_layer.gather_output = False, True
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            whole = weights[global_name(name, rank["pp"])]
+            whole = weights[global_name(name, rank["pp"], case.tied)]
             dim = shard_dim(parameter)
             size = 0 if dim is None else parameter.size(dim)
             parameter.copy_(whole if dim is None else whole.narrow(dim, rank["tp"] * size, size))
-    return DistributedDataParallel(cfg, DistributedDataParallelConfig(), model)
+    in_fp32 = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
+    return DistributedDataParallel(cfg, in_fp32, model)
 
 
 def own_forward_step(get_batch, **options):
@@ -169,11 +194,43 @@ def own_forward_step(get_batch, **options):
     return forward_step
 
 
-def context_shard(batch, cp, cp_rank):
+def trainers_forward_step(get_batch, *, returns, shift=True, head=None, **options):
+    """What trainers write that call the model with labels, inside `fused_cross_entropy`."""
+
+    def loss_func(loss_mask, output_tensor):
+        losses, mask = output_tensor.view(-1).float(), loss_mask.view(-1).float()
+        loss = torch.sum(losses * mask)
+        count = mask.sum().clone().detach().to(torch.int)
+        return loss, count, {"lm loss": torch.cat([loss.detach().clone().view(1), count.view(1)])}
+
+    def forward_step(data_iterator, model):
+        batch = get_batch(data_iterator)
+        labels, mask = batch.get("labels", batch["tokens"]), batch["loss_mask"]
+        if shift:
+            labels, mask = shift_targets(labels, mask)
+        inputs = batch["tokens"], batch["position_ids"], batch["attention_mask"]
+        with fused_cross_entropy(model, head=head, **options):
+            output = model(*inputs, labels=labels, loss_mask=mask)
+        return output, partial(loss_func, mask)
+
+    return forward_step
+
+
+STEPS = {
+    "make": make_forward_step,
+    "own": own_forward_step,
+    "in_place": partial(make_forward_step, in_place=True),
+    "head": partial(make_forward_step, head=ResponseOnlyHead()),
+    "trainer": trainers_forward_step,
+    "trainer_head": partial(trainers_forward_step, head=ResponseOnlyHead(multiple=8)),
+}
+TIED = {False: {}, True: {"share_embeddings_and_output_weights": True}}
+
+
+def context_shard(batch):
     """Shift first, slice after: this rank's chunks of the tokens and of the shifted targets."""
     labels, mask = shift_targets(batch["tokens"], batch["loss_mask"])
-    whole = {**batch, "labels": labels, "loss_mask": mask}
-    return {k: v if v is None else sequence_shard(v, cp, cp_rank) for k, v in whole.items()}
+    return context_parallel_slice({**batch, "labels": labels, "loss_mask": mask})
 
 
 def shard_dim(parameter):
@@ -182,11 +239,15 @@ def shard_dim(parameter):
     return parameter.partition_dim if split and parameter.partition_dim >= 0 else None
 
 
-def global_name(name, pp_rank):
-    """A stage numbers its layers from 0: the name in the unsharded model."""
+def global_name(name, pp_rank, tied):
+    """The name in the unsharded model: a stage numbers its layers from 0, and the last one has its
+    own copy of a tied weight."""
     from megatron.core import parallel_state
 
     stages = parallel_state.get_pipeline_model_parallel_world_size()
+    name = name.removeprefix("module.")  # of a Float16Module
+    if tied and name == "output_layer.weight":
+        return "embedding.word_embeddings.weight"
     head, found, tail = name.partition("decoder.layers.")
     if not found:
         return name
@@ -196,9 +257,13 @@ def global_name(name, pp_rank):
 
 def whole_grads(ranks):
     """Unsharded gradients from the ranks of one replica: shards joined, copies compared."""
-    pieces = {}
+    pieces, seen = {}, {}
     for result in sorted(ranks, key=lambda r: r["rank"]["tp"]):
         for name, (grad, dim) in result["grads"].items():
+            first = seen.setdefault((name, result["rank"]["tp"]), grad)
+            if first is not grad:  # a tied weight, on the first stage and on the last
+                assert torch.equal(first, grad), f"{name} differs between its copies"
+                continue
             pieces.setdefault(name, (dim, []))[1].append(grad)
     for name, (dim, grads) in pieces.items():
         if dim is None:

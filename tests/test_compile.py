@@ -77,6 +77,7 @@ def operator_arguments(backend):
     return {
         "row_targets": (labels, mask, torch.tensor([0, 4, 6]), True, -100, 90, backend),
         "token_losses": (logits, target, weight, *fixed, "", backend, False),
+        "token_losses_and_metrics": (logits, target, weight, *fixed, "", backend, False),
         "row_grad": (grad, logits.detach(), target, weight, lse, *fixed, backend),
         "row_grad_": (grad, logits.detach().clone(), target, weight, lse, *fixed, backend),
         "token_metrics": (logits.detach(), target, weight, *fixed, "", backend),
@@ -85,7 +86,15 @@ def operator_arguments(backend):
 
 @pytest.mark.parametrize("name", ON_CPU[:2])
 @pytest.mark.parametrize(
-    "operator", ["row_targets", "token_losses", "row_grad", "row_grad_", "token_metrics"]
+    "operator",
+    [
+        "row_targets",
+        "token_losses",
+        "row_grad",
+        "row_grad_",
+        "token_metrics",
+        "token_losses_and_metrics",
+    ],
 )
 def test_opcheck(operator, name):
     with using(name) as backend:

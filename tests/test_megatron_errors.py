@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import megatron_runs as runs
 import pytest
 import torch
+import torch.distributed as dist
 
 from bench.megatron_cpu import RankError, build_model, config, init, run_ranks
 from fused_sft_loss.megatron import make_forward_step, sft_loss_func
@@ -104,6 +105,124 @@ def whole_logits(data_iterator, model):
 def test_trap_gathered_logits_to_the_sharded_loss():
     """Off by log(tp) when not noticed."""
     assert "vocab_size" in error_on_every_rank(2, whole_logits, tp=2)
+
+
+def mismatched(what, step):
+    """One forward and loss on two tensor-parallel ranks; something is wrong on the second alone."""
+    rank = init(tp=2).get_tensor_model_parallel_rank()
+    model = build_model(config(**runs.SHAPE), runs.VOCAB, runs.SEQ)
+    batch = runs.micro_batches()[0]
+    if rank == 1:
+        batch |= {
+            "mask": {"loss_mask": batch["loss_mask"][:, 1:]},
+            "labels": {"labels": batch["tokens"].flip(0)},
+            "values": {"loss_mask": batch["loss_mask"].roll(1)},
+            "none": {"labels": None},
+            "dtype": {"labels": batch["tokens"].float()},
+        }[what]
+    output, loss_func = runs.STEPS[step](next, returns="per_token")(iter([batch]), model)
+    loss_func(output)
+
+
+MISMATCHES = [(what, "make") for what in ("mask", "labels", "values", "none", "dtype")]
+MISMATCHES += [("mask", "own"), ("dtype", "own"), ("values", "in_place"), ("mask", "head")]
+MISMATCHES += [("values", "trainer"), ("labels", "trainer")]
+
+
+@pytest.mark.parametrize(("what", "step"), MISMATCHES)
+def test_a_mismatch_on_one_rank_stops_all_of_them(what, step):
+    """The others would wait in the all-gather for the one that has raised."""
+    start = time.monotonic()
+    with pytest.raises(RankError) as caught:
+        run_ranks(2, mismatched, what, step, timeout=60)
+    assert time.monotonic() - start < 30
+    said = caught.value.exceptions
+    assert sorted(said) == [0, 1], str(caught.value)
+    if what in ("labels", "values"):
+        assert all(
+            "the same labels and loss_mask on ranks [0, 1]" in text for _, text in said.values()
+        )
+    else:
+        assert "rank 1, which shares this vocabulary, stopped" in said[0][1]
+        assert said[1][1] in said[0][1], "what rank 1 says, word for word"
+
+
+def of_a_wrong_group(which):
+    """TP2 x DP2: sharded logits and another group than the one that shards them."""
+    parallel = init(tp=2)
+    model = build_model(config(**runs.SHAPE), runs.VOCAB, runs.SEQ)
+    group = {
+        "data parallel": parallel.get_data_parallel_group(),
+        "the world": dist.group.WORLD,
+        "none": None,
+    }[which]
+    step = make_forward_step(next, tp_group=group)
+    output, loss_func = step(iter(runs.micro_batches()), model)
+    loss_func(output)
+
+
+@pytest.mark.parametrize(
+    ("which", "says"),
+    [
+        ("data parallel", "expected Megatron's tensor-parallel group of ranks"),
+        ("the world", "expected Megatron's tensor-parallel group of ranks"),
+        ("none", "expected 1 shards that add up to the model's vocabulary of 64, got 1 x 32"),
+    ],
+)
+def test_trap_the_wrong_group(which, says):
+    with pytest.raises(RankError) as caught:
+        run_ranks(4, of_a_wrong_group, which, timeout=30)
+    assert sorted(caught.value.exceptions) == [0, 1, 2, 3]
+    for kind, message in caught.value.exceptions.values():
+        assert kind == "ValueError" and says in message
+
+
+def of_a_group_without_me():
+    init(tp=2)
+    groups = [dist.new_group([0]), dist.new_group([1])]
+    other = groups[1 - dist.get_rank()]
+    sft_loss_func(LABELS, None, LOGITS, tp_group=other)
+
+
+def test_a_group_without_this_rank():
+    with pytest.raises(RankError) as caught:
+        run_ranks(2, of_a_group_without_me, timeout=30)
+    said = caught.value.exceptions
+    assert sorted(said) == [0, 1]
+    assert all("a group with this rank" in message for _, message in said.values())
+
+
+def no_labels_on_the_last_stage(data_iterator):
+    batch = next(data_iterator)
+    from megatron.core import parallel_state
+
+    last = parallel_state.is_pipeline_last_stage()
+    return {**batch, "labels": None if last else batch["tokens"]}
+
+
+def without_labels():
+    from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+
+    init(pp=2)
+    get_forward_backward_func()(
+        forward_step_func=make_forward_step(no_labels_on_the_last_stage),
+        data_iterator=iter(runs.micro_batches()),
+        model=[build_model(config(**runs.SHAPE), runs.VOCAB, runs.SEQ)],
+        num_microbatches=2,
+        seq_length=runs.SEQ,
+        micro_batch_size=runs.BATCH,
+        forward_only=False,
+    )
+
+
+def test_labels_missing_on_the_last_pipeline_stage():
+    """Said before that stage's model runs; the stages before it end when it has gone."""
+    start = time.monotonic()
+    with pytest.raises(RankError) as caught:
+        run_ranks(2, without_labels, timeout=60)
+    kind, message = caught.value.exceptions[1]
+    assert kind == "ValueError" and "this is the last one, where the loss is" in message
+    assert time.monotonic() - start < 30
 
 
 @pytest.mark.parametrize("learnt", ["config", "megatron-lm"])

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from test_against_oracle import PRODUCT
 
 import fused_sft_loss as fsl
+from fused_sft_loss.api import Options, loss_terms, loss_terms_and_metrics
 
 
 @pytest.mark.parametrize("name", ON_CPU)
@@ -67,6 +68,28 @@ def test_entropy_with_masked_out_vocabulary_is_finite(name):
         got = fsl.token_metrics(logits, torch.tensor([[0, 5]]), backend=backend)
     torch.testing.assert_close(got.entropy[0, 0], torch.tensor(2.0).log())
     torch.testing.assert_close(got.log_prob[0, 0], -torch.tensor(2.0).log())
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("name", ON_CPU)
+def test_losses_with_metrics_are_the_losses_and_the_metrics(name, inplace):
+    """One read for both: the same bits as from two, gradient included; the metrics have no graph"""
+    case = build("sbv", torch.bfloat16, 2, 5, 300, 0, "float", {})
+    options = {"label_smoothing": 0.1, "z_loss": 1e-3, "layout": "sbv", "vocab_size": 290}
+    with using(name) as backend:
+        options |= {"backend": backend, "inplace_backward": inplace}
+        results = []
+        for function in (loss_terms, loss_terms_and_metrics):
+            leaf = case.storage.clone().requires_grad_()
+            result = function(leaf * 1, case.labels % 290, case.loss_mask, Options(**options))
+            terms, *metrics = (result,) if function is loss_terms else result
+            terms.losses.backward(torch.rand_like(terms.losses).fill_(0.3))
+            results.append([terms.losses, leaf.grad])
+        options.pop("inplace_backward")
+        wanted = fsl.token_metrics(case.storage, case.labels % 290, case.loss_mask, **options)
+    assert all(map(torch.equal, *results))
+    assert all(map(torch.equal, metrics[0], wanted))
+    assert not any(figure.requires_grad for figure in metrics[0])
 
 
 def test_module_is_the_function_with_its_options():

@@ -1,0 +1,111 @@
+"""make_forward_step: a forward_step that calls the model rightly."""
+
+import dataclasses
+from functools import partial
+
+from . import checks, versions
+from .loss_func import sft_loss_func, shifted
+from .reports import Convention
+from .seam import Seam
+
+CONVENTION = ("returns", "report", "num_tokens", "check_for_nan", "check_for_spiky")
+
+
+def make_forward_step(get_batch, *, in_place=False, head=None, **options):
+    """A Megatron `forward_step(data_iterator, model)` training on the masked next-token loss.
+
+    By default the model is called without labels, and a Float16Module that can (megatron-core >=
+    0.15) is told not to cast the logits to fp32, a copy of twice their size. What is left is the
+    model's own [s, b, v] -> [b, s, v] copy where b > 1. With `in_place=True` there is none: the
+    model is called with labels, and its loss is computed here from the logits as its output layer
+    wrote them. Logits as wide as the model's vocabulary are taken as whole, narrower ones as
+    sharded over Megatron's tensor-parallel group; widths that do not add up to it are an error.
+
+    Args:
+        get_batch: `get_batch(data_iterator) -> dict`, called on every pipeline stage, with
+            tokens          [b, s] int64, the input ids
+            position_ids    [b, s] int64
+            attention_mask  what the model's attention takes, or None
+            loss_mask       [b, s], which tokens count as predictions; absent or None: all
+            labels          [b, s]; absent: `tokens`, which needs `shift=True` (the default)
+            cu_seqlens      [k+1], document boundaries for the loss; absent or None: none
+            packed_seq_params  Megatron's PackedSeqParams, for model and loss; absent or None: none
+            Each may be None on a stage that does not need it. Labels that come shifted, as from
+            Megatron's GPTDataset, go with `shift=False`, and with a mask shifted like them.
+        in_place: needs a GPTModel or another LanguageModule of megatron-core; no
+            `collect_non_loss_data`, since no logits leave the model. Multi-token prediction before
+            0.18 needs it: its labels are the model's.
+        head: a `ResponseOnlyHead`: only scored positions go through the output layer. Implies
+            in_place.
+        **options: those of `sft_loss_func` but `config`; `position_ids="restart"` takes a document
+            to end where the batch's position_ids do not go on.
+
+    Raises, on every stage and before the model runs: what `sft_loss_func` raises about the run;
+    TypeError or ValueError for a batch of another form, labels None on the last stage among them.
+    """
+    given = {key: options.pop(key) for key in CONVENTION if key in options}
+    convention = Convention(**given)
+    restart = options.pop("position_ids", None)
+    if restart not in (None, "restart"):
+        raise ValueError(f"position_ids: expected None or 'restart', got {restart!r}")
+    in_place = in_place or head is not None
+
+    def forward_step(data_iterator, model):
+        config = versions.attribute(model, "config")
+        checks.run(convention, config, options)
+        last = versions.attribute(model, "post_process") in (None, True)
+        got = get_batch(data_iterator)
+        group = checks.vocab_group(options)
+
+        def checked():
+            batch = checks.batch(got, options.get("shift", True), last)
+            return batch, *_targets(batch, options, restart)
+
+        batch, labels, mask, plain = checks.agreed(checked, group, lambda result: result[1:3])
+        if in_place:
+            seam = Seam(model, mask, head, plain, weigh=True, report=convention.report)
+            with seam.installed():
+                output = _call(model, batch, labels=labels, loss_mask=mask)
+            return output, partial(_in_place_loss, convention, seam.sums)
+        keep = {"fp32_output": False} if versions.accepts(model, "fp32_output") else {}
+        output = _call(model, batch, **keep)
+        if last:
+            vocabulary = versions.attribute(model, "vocab_size")
+            plain["tp_group"] = checks.vocab_group(plain, output.size(-1), vocabulary)
+        return output, partial(sft_loss_func, labels, mask, config=config, **given, **plain)
+
+    return forward_step
+
+
+def _targets(batch, options, restart):
+    """(labels, loss_mask, options left for the loss) of one batch, shifted if options say so.
+
+    On a stage without labels nothing is shifted: its loss is never computed.
+    """
+    options, labels, mask = dict(options), batch["labels"], batch.get("loss_mask")
+    if labels is None:
+        return labels, mask, {**options, "shift": False}
+    if batch.get("cu_seqlens") is not None:
+        options["cu_seqlens"] = batch["cu_seqlens"]
+    documents = {"packed_seq_params": None, "position_ids": None}
+    if options.get("shift", True):
+        documents["packed_seq_params"] = batch.get("packed_seq_params")
+        documents["position_ids"] = batch["position_ids"] if restart else None
+    labels, mask = shifted(labels, mask, options, **documents)
+    return labels, mask, options
+
+
+def _call(model, batch, **kwargs):
+    if batch.get("packed_seq_params") is not None:
+        kwargs["packed_seq_params"] = batch["packed_seq_params"]
+    return model(batch["tokens"], batch["position_ids"], batch["attention_mask"], **kwargs)
+
+
+def _in_place_loss(convention, sums, output_tensor, non_loss_data=False):
+    """loss_func of a model that has returned weight * loss, [b, s]."""
+    if non_loss_data:
+        raise ValueError(
+            "collect_non_loss_data=True with in_place=True: expected logits, which never left the "
+            "model. Use in_place=False for such steps"
+        )
+    return convention.tuple_of(dataclasses.replace(sums, losses=output_tensor))

@@ -1,0 +1,92 @@
+"""Packed sequences: what a position is scored on when documents lie behind one another."""
+
+import torch
+from torch import Tensor
+
+from ..autograd import may_synchronise
+from ..targets import check_values, shift_targets
+
+
+def shift_packed_targets(
+    labels: Tensor,
+    loss_mask: Tensor | None = None,
+    *,
+    packed_seq_params=None,
+    cu_seqlens: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    ignore_index: int = -100,
+) -> tuple[Tensor, Tensor]:
+    """`fused_sft_loss.shift_targets` for packed documents, by any of three descriptions of them.
+
+    No prediction crosses a boundary, and neither padding between documents nor what lies outside
+    of them is a target. Under context parallelism: this first, `get_batch_on_this_cp_rank` after,
+    then the loss with `shift=False`; a document may then begin at a cut, or lie across one. Shapes
+    stay and no value is read by the host (on a CPU boundaries are checked).
+
+    Args:
+        labels: [b, s] integer token ids, the whole sequences, unshifted.
+        loss_mask: [b, s], which *label* tokens count; None: all.
+        packed_seq_params: Megatron's PackedSeqParams over the flattened b*s positions. Document i
+            is the `cu_seqlens_q[i+1] - cu_seqlens_q[i]` positions from `cu_seqlens_q_padded[i]`
+            on, or from `cu_seqlens_q[i]` on where there is no padded one. (pretrain_gpt.py gives
+            the padded boundaries as both: then padding is known by loss_mask alone.)
+        cu_seqlens: [k+1] or [1, k+1] int32 or int64: boundaries, without the rest of such an
+            object.
+        position_ids: [b, s] integer: a document goes on where the next position is one higher.
+            Padding inside a sequence must restart or be masked.
+        ignore_index: written to labels where nothing is predicted.
+
+    Returns:
+        (labels, loss_mask): new tensors of the same shapes and dtypes (a mask of None: bool).
+
+    Raises:
+        ValueError: both kinds of boundaries; shapes that do not fit; on a CPU (elsewhere with
+            FUSED_SFT_LOSS_CHECK=1) boundaries that decrease or leave the positions.
+    """
+    if packed_seq_params is not None and cu_seqlens is not None:
+        raise ValueError("expected packed_seq_params or cu_seqlens, got both: leave one out")
+    for name, tensor in (("loss_mask", loss_mask), ("position_ids", position_ids)):
+        if tensor is not None and tensor.shape != labels.shape:
+            raise ValueError(
+                f"expected {name} of the labels' shape {list(labels.shape)}, got "
+                f"{list(tensor.shape)}"
+            )
+    if packed_seq_params is not None:
+        cu_seqlens, inside = _documents(packed_seq_params, labels)
+        if inside is not None:
+            loss_mask = inside if loss_mask is None else torch.where(inside, loss_mask, 0)
+    if cu_seqlens is not None:
+        cu_seqlens = cu_seqlens.reshape(-1)
+        if may_synchronise(labels):
+            check_values(None, cu_seqlens, labels.numel())
+    labels, loss_mask = shift_targets(labels, loss_mask, cu_seqlens, ignore_index=ignore_index)
+    if position_ids is not None:
+        goes_on = torch.zeros_like(labels, dtype=torch.bool)
+        goes_on[..., :-1] = position_ids[..., 1:] == position_ids[..., :-1] + 1
+        labels = torch.where(goes_on, labels, ignore_index)
+        loss_mask = torch.where(goes_on, loss_mask, torch.zeros_like(loss_mask))
+    return labels, loss_mask
+
+
+def _documents(packed_seq_params, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+    """(boundaries [n], which positions are in a document, labels' shape; None where all may be)."""
+    bounds = packed_seq_params.cu_seqlens_q
+    padded = packed_seq_params.cu_seqlens_q_padded
+    if not isinstance(bounds, Tensor):
+        raise ValueError(
+            "packed_seq_params: expected cu_seqlens_q [k+1], got "
+            f"{type(bounds).__name__}: the loss needs the document boundaries"
+        )
+    if padded is None:
+        return bounds, None
+    bounds, padded = bounds.reshape(-1), padded.reshape(-1)
+    if bounds.shape != padded.shape:
+        raise ValueError(
+            f"packed_seq_params: expected cu_seqlens_q and cu_seqlens_q_padded of one length, got "
+            f"{list(bounds.shape)} and {list(padded.shape)}"
+        )
+    ends = padded[:-1] + (bounds[1:] - bounds[:-1])
+    both = torch.stack([padded[:-1], ends], -1).flatten()  # document, padding, document, ...
+    position = torch.arange(labels.numel(), device=both.device)
+    inside = torch.searchsorted(both.long(), position, right=True) % 2 == 1
+    return both, inside.view(labels.shape)

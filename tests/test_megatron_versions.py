@@ -1,0 +1,45 @@
+"""Every supported megatron-core passes the core of the Megatron tests, each in a fresh process."""
+
+import re
+import subprocess
+import sys
+from importlib import metadata
+
+import megatron_docs
+import pytest
+
+VERSIONS = ("0.14.0", "0.16.1", "0.19.2")
+FILES = ("exactness", "seam", "head", "packing", "reports")
+
+
+def test_the_versions_are_those_that_the_makefile_installs():
+    makefile = (megatron_docs.ROOT / "Makefile").read_text()
+    assert re.search(r"^MEGATRONS := (.*)$", makefile, re.M).group(1).split() == [*VERSIONS]
+
+
+def python(version, *arguments):
+    """Output of a Python that imports that megatron-core; a failure shows it whole."""
+    command = [sys.executable, "-W", "ignore", *arguments]
+    done = subprocess.run(
+        command,
+        env=megatron_docs.environment(version),
+        cwd=megatron_docs.ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_core(version):
+    if version not in megatron_docs.versions():
+        pytest.skip(f"megatron-core {version} is not in build/megatron: make test installs it")
+    asked = "import megatron.core; print(megatron.core.__version__)"
+    assert python(version, "-c", asked).strip().partition("+")[0] == version
+    if version == metadata.version("megatron-core"):
+        return  # all other test_megatron_* files run on it
+    files = [f"tests/test_megatron_{name}.py" for name in FILES]
+    said = python(version, "-m", "pytest", "-q", "-m", "core", "-p", "no:cacheprovider", *files)
+    passed = re.search(r"(\d+) passed", said)
+    assert passed and int(passed.group(1)) >= 120 and "skipped" not in said, said
