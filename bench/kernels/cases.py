@@ -12,7 +12,8 @@ FRACTIONS = (1.0, 0.7, 0.5, 0.3, 0.1)
 MODES = ("fwd", "bwd", "full")
 BATCH = 2  # sequences, where --shape does not say
 GPU_ROWS = 4096  # a micro-batch of SFT on one accelerator
-SMALLEST_CPU_LOGITS = 64 * 2**20
+SMALLEST_CPU_LOGITS = 48 * 2**20
+CACHES = 1.5  # times the last-level cache: backward finds little of what forward has read
 FEWEST_ROWS = 8
 MEGATRON_MULTIPLE = 128  # Megatron's make-vocab-size-divisible-by
 
@@ -142,7 +143,7 @@ def wanted_bytes(device_type, cache, columns, element_size):
     """Bytes of logits, of all processes together, that the caches do not help with."""
     if device_type == "cuda":
         return GPU_ROWS * columns * element_size
-    return max(SMALLEST_CPU_LOGITS, 2 * (cache or 0))
+    return max(SMALLEST_CPU_LOGITS, CACHES * (cache or 0))
 
 
 def fit(make, wanted, free, needed):

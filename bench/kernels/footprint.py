@@ -20,10 +20,14 @@ class Footprint:
     resident: int | None
 
 
-def footprint(provider, problem):
-    """Footprint of `provider` on this rank's part of the problem."""
+def footprint(provider, problem, warm=False):
+    """Footprint of `provider` on this rank's part of the problem.
+
+    warm  it has run on these shapes in this process: compiled, and what a library keeps allocated
+    """
     function = provider.function(problem)
-    run_once(function, problem)  # compiles, and allocates what a library keeps
+    if not warm:
+        run_once(function, problem)
     device = problem.source.device
     with MemoryRecord(device) as record:
         logits = attached(problem.source.logits.clone())

@@ -131,7 +131,7 @@ ON_GPU = {"devices": ("cuda",), "writes": True}
 PEERS = (
     Provider(
         "megatron",
-        "Megatron vocab_parallel_cross_entropy",
+        "Megatron vocab_parallel",
         megatron,
         ((4, 0), (4, 1)),
         reason=reason_without_megatron,
@@ -139,7 +139,7 @@ PEERS = (
     ),
     Provider(
         "megatron-fused",
-        "Megatron fused_vocab_parallel_cross_entropy",
+        "Megatron fused",
         megatron_fused,
         ((4, 0), (10, 0)),
         reason=_fp32_is_not_for_fused,
@@ -167,7 +167,7 @@ PEERS = (
     ),
     Provider(
         "te",
-        "TransformerEngine parallel_cross_entropy",
+        "TransformerEngine",
         transformer_engine,
         ((0, 0), (0, 0)),
         module="transformer_engine",

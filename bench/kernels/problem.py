@@ -8,6 +8,7 @@ from .cases import DTYPES
 UPSTREAM = 0.37  # not 1: some peers skip work when it is
 PADDING = -1e4  # in padded columns: outside the softmax for providers that do not know of padding
 SPREAD = 4.0  # standard deviation of the logits
+POOL = 2**18  # numbers drawn beyond those that two rows need
 
 
 class Source:
@@ -25,17 +26,23 @@ class Source:
         self._next = 0
 
     def _draw(self):
-        case = self.case
-        generator = torch.Generator(self.device).manual_seed(case.seed * 1000 + self.rank)
-        shape = (case.batch, case.seq, case.columns)
-        logits = torch.empty(shape, dtype=DTYPES[case.dtype], device=self.device)
-        for row in logits.view(-1, case.columns).split(64):  # no fp32 copy of all at once
-            noise = torch.randn(row.shape, generator=generator, device=self.device)
-            row.copy_(noise.mul_(SPREAD))
+        """Every row another stretch of one pool of noise: drawing each number would take longer
+        than all that is measured."""
+        case, device = self.case, self.device
+        generator = torch.Generator(device).manual_seed(case.seed * 1000 + self.rank)
+        pool = torch.randn(2 * case.columns + POOL, generator=generator, device=device)
+        pool = pool.mul_(SPREAD).to(DTYPES[case.dtype])
+        starts = torch.randint(
+            0, len(pool) - case.columns, (case.rows,), generator=generator, device=device
+        )
+        shape = (case.rows, case.columns)
+        logits = torch.empty(shape, dtype=pool.dtype, device=device)
+        for row, start in zip(logits, starts.tolist(), strict=True):
+            row.copy_(pool[start : start + case.columns])
         true = case.vocab - self.rank * case.columns
         if true < case.columns:
-            logits[..., max(true, 0) :] = PADDING
-        return logits
+            logits[:, max(true, 0) :] = PADDING
+        return logits.view(case.batch, case.seq, case.columns)
 
     def take(self):
         """The next buffer of the ring, holding the logits."""

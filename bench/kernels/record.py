@@ -199,7 +199,7 @@ def write_csv(record, path):
         for key, value in row.items():
             if isinstance(value, dict):
                 flat |= {f"{key}_{inner}": v for inner, v in value.items()}
-            elif key not in ("case", "samples_ms"):
+            elif key not in ("case", "samples_ms", "check", "ms", "memory"):
                 flat[key] = value
         lines.append(flat)
     names = list(dict.fromkeys(name for line in lines for name in line))

@@ -51,7 +51,8 @@ def console():
 def _table(out, title, names, left=2):
     table = Table(title=title, box=box.SIMPLE_HEAD if out.is_terminal else box.ASCII2)
     for number, name in enumerate(names):
-        table.add_column(name, justify="left" if number < left else "right", no_wrap=number >= left)
+        side = "left" if number < left else "right"
+        table.add_column(name, justify=side, no_wrap=number > 0)
     return table
 
 
@@ -76,8 +77,9 @@ def show(record, old=None):
         if case["roof"]:
             roof = "copy {copy_gb_per_s:.1f} GB/s, zero {zero_gb_per_s:.1f} GB/s"
             out.print(f"roof of {_case(case)}: {roof.format(**case['roof'])}")
-    for title, reason in never.items():
-        out.print(f"not run: {title}: {reason}")
+    for reason in dict.fromkeys(never.values()):
+        titles = [title for title, why in never.items() if why == reason]
+        out.print(f"not run, {reason}: {'; '.join(titles)}")
 
 
 def _case(case):

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from .problem import attached
 
 FEWEST, MOST = 5, 25  # timings of a provider
-SHARDED = 7  # with collectives every rank must time as often as its peers, whatever it measures
-WARM = 2  # untimed runs after the check, more while they are short
+SHARDED = 5  # with collectives every rank must time as often as its peers, whatever it measures
+WARM = 1  # untimed runs after that of the check, more while they are short
 WARM_S = 0.05
 ROOF = ("copy", "zero")
 

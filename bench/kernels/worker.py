@@ -35,10 +35,15 @@ def measure_times(work, device_type, mode, budget):
 
 def measure_memory(work, device_type):
     """Record peaks, told as {"of": (index, name), "memory": ...}; of one provider in a process."""
-    for index, problem, providers in _problems(work, device_type):
+    warm = set()
+    for index, problem, providers in _problems(work, device_type, copies=1):
         for provider in providers:
             _tell({"at": (index, provider.name)})
-            usage, failure = _tried(lambda p=provider, q=problem: largest(footprint(p, q)), problem)
+            key = provider.name, problem.case.source
+            usage, failure = _tried(
+                lambda p=provider, q=problem, w=key in warm: largest(footprint(p, q, w)), problem
+            )
+            warm.add(key)
             _tell({"of": (index, provider.name), **(failure or {"memory": usage})})
 
 
@@ -75,7 +80,7 @@ def _right_ones(problem, providers, mode, tell):
     return contenders
 
 
-def _problems(work, device_type):
+def _problems(work, device_type, copies=2):
     """(index, Problem, providers); logits are drawn anew only where they differ."""
     warnings.filterwarnings("ignore")  # of peers, about what they could not import
     device = _device(device_type)
@@ -83,7 +88,7 @@ def _problems(work, device_type):
     for index, case, providers in work:
         if source is None or source.case != case.source:
             source = None  # before the next is drawn
-            source = Source(case.source, device)
+            source = Source(case.source, device, copies)
         yield index, Problem(case, source), providers
 
 
