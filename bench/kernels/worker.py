@@ -4,6 +4,7 @@ A process tells its caller about every row as it comes, so that nothing finished
 interrupted, runs out of memory or dies; what it was at is told before it is begun.
 """
 
+import ctypes
 import warnings
 from dataclasses import asdict
 
@@ -16,6 +17,8 @@ from .footprint import footprint, largest
 from .oracle import Oracle, run_once
 from .problem import Problem, Source
 
+#: glibc's mallopt(M_MMAP_THRESHOLD, bytes): smaller than what is measured, larger than our tiles.
+FRESH = -3, 2**23
 OOM = ("can't allocate memory", "not enough memory", "out of memory")
 
 
@@ -83,6 +86,7 @@ def _right_ones(problem, providers, mode, tell):
 def _problems(work, device_type, copies=2):
     """(index, Problem, providers); logits are drawn anew only where they differ."""
     warnings.filterwarnings("ignore")  # of peers, about what they could not import
+    _always_fresh_pages()
     device = _device(device_type)
     source = None
     for index, case, providers in work:
@@ -90,6 +94,18 @@ def _problems(work, device_type, copies=2):
             source = None  # before the next is drawn
             source = Source(case.source, device, copies)
         yield index, Problem(case, source), providers
+
+
+def _always_fresh_pages():
+    """Buffers come from the system every time, as those of a real batch always do.
+
+    Some tens of MiB glibc would now and then serve from memory that it kept, and the same work
+    would take three times as long one time as the next.
+    """
+    try:
+        ctypes.CDLL(None).mallopt(*FRESH)
+    except (AttributeError, OSError, TypeError):  # not glibc
+        pass
 
 
 def _device(device_type):
