@@ -154,16 +154,15 @@ def fit(make, wanted, free, needed):
     needed  predicted bytes of a case, everything included
     Raises UserError when not even FEWEST_ROWS fit.
     """
-    smallest = make(FEWEST_ROWS // BATCH)
-    a_row = smallest.logits_bytes / smallest.seq
-    seq = max(FEWEST_ROWS // BATCH, round(wanted / a_row))
+    fewest = FEWEST_ROWS // BATCH
+    smallest = make(fewest)
+    seq = max(fewest, round(wanted * smallest.seq / smallest.logits_bytes))
     if free is not None:
-        seq = min(seq, int(free / (needed(smallest) / smallest.seq)))
-    if seq < FEWEST_ROWS // BATCH:
+        seq = min(seq, _longest(smallest, free, needed))
+    if seq < fewest:
         raise UserError(
-            f"{smallest.title}: expected {needed(smallest) / 2**20:.0f} MiB free for "
-            f"{FEWEST_ROWS} rows, got {free / 2**20:.0f} MiB; choose a smaller model, fewer "
-            "providers or a larger --tp"
+            f"{smallest.title}: expected {needed(smallest) / 2**20:.0f} MiB free for {FEWEST_ROWS} "
+            f"rows, got {free / 2**20:.0f} MiB; choose a smaller model or fewer providers"
         )
     return make(seq)
 
@@ -173,10 +172,16 @@ def must_fit(case, free, needed):
     need = needed(case)
     if free is None or need <= free:
         return
-    seq = int(case.seq * free / need)
+    seq = _longest(case, free, needed)
     shape = f"{case.batch},{seq},{case.vocab}"
     advice = f"the largest that fits is --shape {shape}" if seq >= 2 else "not even two rows fit"
     raise UserError(
         f"{case.name}: expected {need / 2**20:.0f} MiB free for {case.rows} rows of {case.columns} "
         f"columns, got {free / 2**20:.0f} MiB; {advice}"
     )
+
+
+def _longest(case, free, needed):
+    """The longest sequence whose `needed` bytes, which grow linearly with it, are free."""
+    one, two = (needed(replace(case, seq=seq)) for seq in (1, 2))
+    return int((free - (one - (two - one))) / (two - one))

@@ -91,7 +91,22 @@ class Problem:
         return (losses.view(-1) * self.weight).sum() / self.total
 
 
+class _Model(torch.autograd.Function):
+    """Stands for the model that the logits come out of: tensors of their own, no leaf, no view."""
+
+    @staticmethod
+    def forward(ctx, parameter, buffer):
+        return buffer.new_empty(0).set_(buffer)  # the same memory
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return None, None
+
+
 def attached(buffer):
-    """`buffer` as logits that need a gradient: not a leaf, which in-place backward refuses."""
-    leaf = buffer.detach().requires_grad_()
-    return leaf.view_as(leaf)  # a view costs nothing
+    """`buffer` as logits that need a gradient, without a copy.
+
+    In-place backward refuses a leaf, and what Megatron does to fp32 logits in place would take a
+    view of one out of the graph.
+    """
+    return _Model.apply(torch.zeros((), requires_grad=True), buffer)

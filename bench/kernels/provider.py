@@ -17,7 +17,8 @@ class Provider:
     build      build(problem) -> loss(logits [b, s, columns]) -> 0-d, with a graph; a module-level
                function or a partial of one, so that it can be sent to another process
     predicted  peak per element of the logits beyond them, (forward, forward + backward), each as
-               (bytes, copies in the logits' dtype); for --dry-run and to choose a size
+               (bytes, copies in the logits' dtype, fp32 copies of logits that are not fp32); for
+               --dry-run and to choose a size
     scratch    bytes that do not grow with the logits, of the prediction
     reason     reason(case, device type) -> why it cannot run, or None; beyond what follows
     devices    device types it runs on
@@ -32,7 +33,7 @@ class Provider:
     name: str
     title: str
     build: Callable
-    predicted: tuple[tuple[int, int], tuple[int, int]]
+    predicted: tuple[tuple[int, int, int], tuple[int, int, int]]
     scratch: int = 0
     reason: Callable[[Case, str], str | None] | None = None
     devices: tuple[str, ...] = ("cpu", "cuda")
@@ -63,20 +64,21 @@ class Provider:
 
     def predicted_bytes(self, case):
         """(forward, forward + backward) peak of one process, beyond the logits: a prediction."""
-        capped = case.softcap and not self.softcap  # x / cap, its tanh and the product, all fp32
+        capped = case.softcap and not self.softcap  # the tanh and its product with cap, in fp32
         size, before = (4, _CAPPED) if capped else (case.element_size, 0)
         elements = case.rows * case.columns
         if self.gathers and case.nproc > 1:
             elements *= case.nproc
             before += size
         return tuple(
-            elements * (before + fixed + copies * size) + self.scratch
-            for fixed, copies in self.predicted
+            elements * (before + fixed + copies * size + casts * (4 if size < 4 else 0))
+            + self.scratch
+            for fixed, copies, casts in self.predicted
         )
 
 
 _DEVICES = {"cpu": "CPUs", "cuda": "GPUs"}
-_CAPPED = 12
+_CAPPED = 8
 
 
 def _found(module):

@@ -77,6 +77,10 @@ def show(record, old=None):
         if case["roof"]:
             roof = "copy {copy_gb_per_s:.1f} GB/s, zero {zero_gb_per_s:.1f} GB/s"
             out.print(f"roof of {_case(case)}: {roof.format(**case['roof'])}")
+    for row in record["rows"]:
+        if row["reason"] and row["title"] not in never:
+            name = f"{_case(record['cases'][row['case']])}: {row['title']}"
+            out.print(f"{row['status']}: {name}: {row['reason']}")
     for reason in dict.fromkeys(never.values()):
         titles = [title for title, why in never.items() if why == reason]
         out.print(f"not run, {reason}: {'; '.join(titles)}")
@@ -101,7 +105,7 @@ def _never_ran(record):
 def _cells(row, changed):
     name = row["title"]
     if not row["ms"]:
-        return [name, _check(row), f"{row['status']}: {row['reason'] or ''}"]
+        return [name, _check(row), row["status"]]
     ms = row["ms"]
     cells = [
         name,

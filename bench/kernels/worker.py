@@ -120,6 +120,8 @@ def _device(device_type):
         return device
     if dist.is_initialized():
         parallel_state.initialize_model_parallel(dist.get_world_size())
+    if device_type == "cpu":  # Megatron's gather makes its buffer on "the current CUDA device"
+        torch.cuda.current_device = lambda: device
     return device
 
 
