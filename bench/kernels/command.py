@@ -20,11 +20,12 @@ def add_arguments(parser):
     add("--model", nargs="+", default=None, metavar="NAME", help=f"{', '.join(MODELS)}, or all")
     add("--shape", action="append", metavar="B,S,V", help="logits of your own; may be repeated")
     add("--tp", nargs="+", type=int, default=[1], metavar="N", help="1, 2, 4 or 8")
-    add("--nproc", type=int, default=1, help="really shard cases with this --tp over processes")
+    add("--nproc", type=int, default=1, metavar="N", help=NPROC_HELP)
     add("--dtype", nargs="+", choices=DTYPES, default=["bf16"], help="of the logits")
     add("--scored", nargs="+", type=float, default=[1.0, 0.3], help="parts of rows under the mask")
     add("--mode", choices=MODES, default="full", help="what is timed; bwd alone after its fwd")
     add("--provider", nargs="+", default=[], metavar="NAME", help="default: all; see --list")
+    add("--without", nargs="+", default=[], metavar="NAME", help="leave these providers out")
     add("--device", choices=("cpu", "cuda"), default=None, help="default: a GPU if there is one")
     add("--seconds", type=float, default=0.4, help="of timing for each row; at least 5 timings")
     add("--seed", type=int, default=0)
@@ -37,13 +38,21 @@ def add_arguments(parser):
     add("--dry-run", action="store_true", help="print cases and predicted memory only")
 
 
+NPROC_HELP = (
+    "processes there are to shard over: cases of --tp up to it run on that many, others as the "
+    "shard of one rank; 0: as many as there are GPUs, or cores"
+)
+
+
 def run(args):
     need("rich")
     from . import providers as provider_table
     from . import record, table
 
     device = _device(args)
-    chosen = provider_table.select(args.provider)
+    left_out = provider_table.select(args.without) if args.without else []
+    chosen = [p for p in provider_table.select(args.provider) if p not in left_out]
+    _expect(chosen, "--without", "to leave a provider", " ".join(args.without))
     outputs = _outputs(args, device)
     old = record.read(args.compare) if args.compare else None
     cases = _cases(args, device, chosen)
@@ -74,15 +83,10 @@ def _device(args):
             "--device cuda: expected a GPU that torch can use, got none; see torch.cuda"
         )
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if args.nproc not in (1, *args.tp):
-        raise UserError(
-            f"--nproc: expected 1 or one of --tp {' '.join(map(str, args.tp))}, got {args.nproc}"
-        )
-    if device == "cuda" and args.nproc > torch.cuda.device_count():
-        raise UserError(
-            f"--nproc: expected at most {torch.cuda.device_count()}, the GPUs that are here, "
-            f"got {args.nproc}"
-        )
+    there = torch.cuda.device_count() if device == "cuda" else machine.usable_cores()
+    what = "GPUs" if device == "cuda" else "cores"
+    _expect(0 <= args.nproc <= there, "--nproc", f"0 to {there}, the {what} here", args.nproc)
+    args.nproc = args.nproc or there
     return device
 
 
@@ -116,7 +120,7 @@ def _cases(args, device, chosen):
     cases = []
     for model, shape in _models(args):
         for tp in args.tp:
-            nproc = tp if tp == args.nproc else 1
+            nproc = tp if tp <= args.nproc else 1
             for dtype in args.dtype:
                 batch = shape[0] if shape else BATCH
                 make = partial(_make, model, tp, nproc, dtype, args.seed, batch)
