@@ -52,7 +52,11 @@ def with_figures(text, folder):
 
 def section(measured, path):
     """The Markdown of one record."""
-    rows = [{**row, "of": measured["cases"][row["case"]]} for row in measured["rows"]]
+    rows = [
+        {**row, "of": measured["cases"][row["case"]]}
+        for row in measured["rows"]
+        if row["case"] is not None
+    ]
     models = list(dict.fromkeys(row["of"]["model"] for row in rows))
     model = SHOWN[0] if SHOWN[0] in models else models[0]
     mine = [row for row in rows if row["of"]["model"] == model and row["of"]["tp"] == 1]
@@ -60,7 +64,7 @@ def section(measured, path):
         [
             _where(measured),
             _providers(mine),
-            _reasons(mine),
+            _reasons(measured),
             _cases(rows),
             _memory(rows),
             f"![time, memory and roofline](bench/results/{path.stem}.svg)",
@@ -126,15 +130,10 @@ def _ms(row):
     return f"{row['ms']['p50']:.1f}" if row and row["ms"] else ""
 
 
-def _reasons(rows):
+def _reasons(measured):
     """Who was not run, and why: one line a reason."""
-    found = {}
-    for row in rows:
-        if row["status"] == "unavailable":
-            titles = found.setdefault(row["reason"], [])
-            if row["title"] not in titles:
-                titles.append(row["title"])
-    listed = "; ".join(f"{', '.join(titles)} ({reason})" for reason, titles in found.items())
+    found = record.never_ran(measured).items()
+    listed = "; ".join(f"{', '.join(titles)} ({reason})" for reason, titles in found)
     return f"Not run here: {listed}."
 
 

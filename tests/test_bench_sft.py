@@ -1,33 +1,15 @@
-"""`python -m bench sft` and `cpu` end to end, small, and how they end when something is wrong."""
+"""`python -m bench sft` end to end, small, and how it ends when something is wrong."""
 
 import json
-import os
-import signal
-import subprocess
 import sys
 import time
-import uuid
-from pathlib import Path
 
 import pytest
+from bench_processes import alive, interrupted, new_mark, start
 
 from bench.__main__ import main
 
-ROOT = Path(__file__).parent.parent
 SMALL = "--seq-length 32 --micro-batch-size 2 --layers 1 --hidden 64".split()
-MARK = "BENCH_TEST_MARK"
-
-
-def start(*arguments, mark=""):
-    return subprocess.Popen(
-        [sys.executable, "-m", "bench", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", MARK: mark},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,  # so that a signal to the group reaches what it started alone
-    )
 
 
 @pytest.fixture
@@ -87,33 +69,16 @@ def test_both_losses_train_alike_on_a_sharded_vocabulary(tmp_path, chat):
 
 
 def test_interrupt_is_one_line_and_leaves_nobody_behind(tmp_path, chat):
-    mark = uuid.uuid4().hex
+    mark = new_mark()
     options = ("--tp", "2", "--steps", "5000", "--data", str(chat), "--out", str(tmp_path))
     process = start("sft", *options, *SMALL, mark=mark)
     deadline = time.monotonic() + 240
-    while len(_alive(mark)) < 4:  # the command, the two ranks and the server they are forked from
+    while len(alive(mark)) < 4:  # the command, the two ranks and the server they are forked from
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.1)
     time.sleep(1)
-    os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    errors = interrupted(process, mark)
     assert "Traceback" not in errors and errors.rstrip().endswith("bench: interrupted")
-    while _alive(mark):
-        assert time.monotonic() < deadline + 30, _alive(mark)
-        time.sleep(0.1)
-
-
-def _alive(mark):
-    """Command lines of the processes that inherited the mark; forkserver's keeper aside."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            if f"{MARK}={mark}".encode() in (entry / "environ").read_bytes():
-                found.append((entry / "cmdline").read_bytes().replace(b"\0", b" "))
-        except OSError:
-            continue
-    return [line for line in found if line and b"resource_tracker" not in line]
 
 
 def blocked(tmp_path):
@@ -132,8 +97,6 @@ def test_wrong_use_is_one_line(tmp_path, capsys):
         "cannot write in": ["sft", "--out", blocked(tmp_path)],
         "--hidden: expected a multiple of 64": ["sft", *out, "--tp", "2", "--hidden", "96"],
         "--tp: expected 1, 2, 4 or 8": ["sft", *out, "--tp", "3"],
-        "--rows: expected a multiple of --batch 2": ["cpu", "--rows", "7"],
-        "cannot write ": ["cpu", "--json", blocked(tmp_path)],
     }
     for message, arguments in cases.items():
         assert main(arguments) == 1
@@ -146,24 +109,6 @@ def test_a_missing_library_is_named(monkeypatch, tmp_path, capsys):
     assert main(["sft", "--out", str(tmp_path)]) == 1
     errors = capsys.readouterr().err
     assert "matplotlib" in errors and 'pip install "fused_sft_loss[bench]"' in errors
-
-
-def test_cpu_benchmark_records_what_it_measured(tmp_path, capsys):
-    path = tmp_path / "cpu.json"
-    arguments = "cpu --rows 64 --vocab 20000 --rounds 2 --no-compile --json".split()
-    assert main([*arguments, str(path)]) == 0
-    record = json.loads(path.read_text())
-    assert record["logits_bytes"] == 64 * 20000 * 2
-    by_name = {row["name"]: row for row in record["contenders"]}
-    assert by_name["ours, in place"]["peak_x_logits"] < 0.01
-    assert by_name["ours, new gradient"]["peak_x_logits"] == pytest.approx(1, abs=0.01)
-    assert by_name["reference"]["peak_x_logits"] > 5
-    assert by_name["ours, in place, 30% scored"]["scored_rows"] == 2 * 10
-    for row in record["contenders"][1:]:
-        assert row["loss_relative_difference"] < 1e-5
-        assert row["gradient_relative_difference"] < 2**-7  # two roundings to bf16
-        assert len(row["samples_ms"]) == 2 and min(row["samples_ms"]) > 0
-    assert "ours, in place" in capsys.readouterr().out
 
 
 def test_losses_that_disagree_fail_the_command(capsys):

@@ -83,9 +83,12 @@ def _device(args):
             "--device cuda: expected a GPU that torch can use, got none; see torch.cuda"
         )
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    there = torch.cuda.device_count() if device == "cuda" else machine.usable_cores()
-    what = "GPUs" if device == "cuda" else "cores"
-    _expect(0 <= args.nproc <= there, "--nproc", f"0 to {there}, the {what} here", args.nproc)
+    _expect(args.nproc >= 0, "--nproc", "a number of processes, or 0", args.nproc)
+    if device == "cuda":
+        there = torch.cuda.device_count()
+        _expect(args.nproc <= there, "--nproc", f"at most {there}, the GPUs here", args.nproc)
+    else:
+        there = machine.usable_cores()
     args.nproc = args.nproc or there
     return device
 
@@ -180,9 +183,7 @@ def _measure(args, cases, chosen, device, outputs):
     from .session import Saver, Session
 
     rows = record.Rows(cases, args.mode)
-    for index, case in enumerate(cases):
-        for provider in chosen:
-            rows.add(index, provider, provider.reason_against(case, device))
+    rows.add_all(chosen, device)
     described = machine.describe("kernels", machine.arguments(), device)
     settings = {key: value for key, value in vars(args).items() if key != "command"}
     finished = False

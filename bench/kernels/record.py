@@ -5,6 +5,7 @@
                 "roof": {"copy_gb_per_s", "zero_gb_per_s"} or null}],
      "rows":  [{"case": index into cases, "provider", "title", "status", "reason", "check", ...}]}
 
+A provider that can run none of the cases has one row, with the reason and null for the case.
 status: "ok"; "wrong" (the check failed: not timed), "unavailable", "OOM", "failed", each with a
 reason; "pending" where a run was interrupted.
 """
@@ -42,6 +43,16 @@ class Rows:
         self.roofs = [{} for _ in cases]
         self.rows = {}  # (index, name) -> dict
 
+    def add_all(self, providers, device_type):
+        """Rows for all of them, pending where they can run."""
+        for provider in providers:
+            reasons = [provider.reason_against(case, device_type) for case in self.cases]
+            if all(reasons):
+                self.add(None, provider, reasons[0])
+                continue
+            for index, reason in enumerate(reasons):
+                self.add(index, provider, reason)
+
     def add(self, index, provider, reason):
         self.rows[index, provider.name] = {
             "case": index,
@@ -69,7 +80,12 @@ class Rows:
         return "check" not in what
 
     def pending(self, index, name):
-        return self.rows[index, name]["status"] == "pending"
+        return self.status(index, name) == "pending"
+
+    def status(self, index, name):
+        """None for a provider that can run no case."""
+        row = self.rows.get((index, name))
+        return row and row["status"]
 
 
 def build(rows, machine, settings, finished):
@@ -105,7 +121,7 @@ def roof_seconds(case, roof, mode):
 
 
 def _row(row, rows):
-    case = rows.cases[row["case"]]
+    case = None if row["case"] is None else rows.cases[row["case"]]
     out = {key: value for key, value in row.items() if key != "seconds"}
     out |= dict.fromkeys(TIMED) | dict.fromkeys(("forward_x_logits", "full_x_logits"))
     if row["memory"]:
@@ -180,9 +196,18 @@ def compare(record, old):
     """Add to each row of `record` its "change": p50 over that of the same row of `old`, less 1."""
     before = {_key(old, row): row["ms"]["p50"] for row in old["rows"] if row["ms"]}
     for row in record["rows"]:
-        was = before.get(_key(record, row))
-        row["change"] = row["ms"]["p50"] / was - 1 if row["ms"] and was else None
+        was = before.get(_key(record, row)) if row["ms"] else None
+        row["change"] = row["ms"]["p50"] / was - 1 if was else None
     return record
+
+
+def never_ran(record):
+    """Reason -> titles of the providers that no case could use."""
+    found = {}
+    for row in record["rows"]:
+        if row["case"] is None:
+            found.setdefault(row["reason"], []).append(row["title"])
+    return found
 
 
 def _key(record, row):
@@ -194,7 +219,8 @@ def write_csv(record, path):
     """One line a row, its case's fields first."""
     lines = []
     for row in record["rows"]:
-        case = {key: record["cases"][row["case"]][key] for key in (*CASE_KEY, "logits_bytes")}
+        of = {} if row["case"] is None else record["cases"][row["case"]]
+        case = {key: of.get(key) for key in (*CASE_KEY, "logits_bytes")}
         flat = {**case, "machine": record["machine"]["device"]}
         for key, value in row.items():
             if isinstance(value, dict):

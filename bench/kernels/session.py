@@ -71,8 +71,7 @@ class Session:
     def _todo(self, what, index, name):
         if what == "times":
             return self.rows.pending(index, name)
-        row = self.rows.rows[index, name]
-        return row["status"] == "ok" and (what, index, name) not in self._done
+        return self.rows.status(index, name) == "ok" and (what, index, name) not in self._done
 
     def _message(self, what, message):
         if "at" in message:

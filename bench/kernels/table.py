@@ -15,6 +15,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 
 from .provider import Provider
+from .record import never_ran
 
 MIB = 2**20
 WIDTH = 170  # of a table that goes to a file
@@ -48,11 +49,11 @@ def console():
     return out if out.is_terminal else Console(width=WIDTH, highlight=False)
 
 
-def _table(out, title, names, left=2):
+def _table(out, title, names, left=2, wraps=0):
     table = Table(title=title, box=box.SIMPLE_HEAD if out.is_terminal else box.ASCII2)
     for number, name in enumerate(names):
         side = "left" if number < left else "right"
-        table.add_column(name, justify=side, no_wrap=number > 0)
+        table.add_column(name, justify=side, no_wrap=number != wraps)
     return table
 
 
@@ -66,9 +67,8 @@ def show(record, old=None):
     mode = {"fwd": "forward", "bwd": "backward", "full": "forward + backward"}
     title = f"{mode[record['settings']['mode']]}, {record['machine']['device']}"
     table = _table(out, title, COLUMNS + (("change",) if old else ()))
-    never = _never_ran(record)
     for index, case in enumerate(record["cases"]):
-        rows = [r for r in record["rows"] if r["case"] == index and r["title"] not in never]
+        rows = [row for row in record["rows"] if row["case"] == index]
         for number, row in enumerate(rows):
             table.add_row(*([_case(case), ""][number > 0 :][:1]), *_cells(row, bool(old)))
         table.add_section()
@@ -78,11 +78,10 @@ def show(record, old=None):
             roof = "copy {copy_gb_per_s:.1f} GB/s, zero {zero_gb_per_s:.1f} GB/s"
             out.print(f"roof of {_case(case)}: {roof.format(**case['roof'])}")
     for row in record["rows"]:
-        if row["reason"] and row["title"] not in never:
+        if row["reason"] and row["case"] is not None:
             name = f"{_case(record['cases'][row['case']])}: {row['title']}"
             out.print(f"{row['status']}: {name}: {row['reason']}")
-    for reason in dict.fromkeys(never.values()):
-        titles = [title for title, why in never.items() if why == reason]
+    for reason, titles in never_ran(record).items():
         out.print(f"not run, {reason}: {'; '.join(titles)}")
 
 
@@ -90,16 +89,6 @@ def _case(case):
     kind = "" if case["tp"] == 1 else f" TP{case['tp']}" + ("" if case["nproc"] > 1 else " shard")
     size = f"{case['rows']}x{case['columns']}"
     return f"{case['model']}{kind} {size} {case['dtype']} {case['scored']:.0%}"
-
-
-def _never_ran(record):
-    """Title -> reason of providers that no case could use."""
-    reasons = {}
-    for row in record["rows"]:
-        reasons.setdefault(row["title"], []).append(
-            row["reason"] if row["status"] == "unavailable" else None
-        )
-    return {title: all_[0] for title, all_ in reasons.items() if None not in all_}
 
 
 def _cells(row, changed):
@@ -142,7 +131,7 @@ def show_list(models, providers, case, device):
     for model in models.values():
         table.add_row(model.name, str(model.vocab), str(model.padded), str(model.softcap or ""))
     out.print(table)
-    table = _table(out, f"providers: --provider, for {case.name}", ("name", "", "here"), 3)
+    table = _table(out, f"providers: --provider, for {case.name}", ("name", "", "here"), 3, 2)
     for provider in providers:
         table.add_row(provider.name, provider.title, _here(provider, case, device))
     out.print(table)
@@ -182,7 +171,7 @@ def verdict(record):
     """
     broken, slow = [], []
     for row in record["rows"]:
-        if not row["provider"].startswith("ours-"):
+        if row["case"] is None or not row["provider"].startswith("ours-"):
             continue
         name = f"{_case(record['cases'][row['case']])}: {row['title']}"
         if row["status"] not in ("ok", "unavailable"):

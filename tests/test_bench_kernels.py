@@ -1,0 +1,349 @@
+"""`python -m bench kernels`: what it counts, whom it refuses to time, and what it records."""
+
+import csv
+import json
+import statistics
+import time
+from functools import partial
+
+import bench_providers as made
+import pytest
+import torch
+from bench_processes import interrupted, new_mark, start
+
+from bench.__main__ import main
+from bench.kernels import cases, command, oracle, record, timing, worker
+from bench.kernels.cases import MODELS, model_case
+from bench.kernels.footprint import footprint
+from bench.kernels.problem import Problem, Source
+from bench.kernels.providers import PROVIDERS
+from bench.kernels.session import Session
+from bench.memory import peak_memory
+
+TINY = cases.Model("tiny", 1003, 1003)
+
+
+def case_of(model=TINY, tp=1, nproc=1, seq=16, dtype="bf16", scored=0.5):
+    return model_case(model, tp, nproc, 2, seq, dtype, scored, seed=3)
+
+
+def problem_of(case, copies=2):
+    return Problem(case, Source(case.source, "cpu", copies))
+
+
+def test_the_least_bytes_are_those_of_the_definition():
+    for dtype, size in (("bf16", 2), ("fp32", 4)):
+        for scored in cases.FRACTIONS:
+            case = case_of(dtype=dtype, seq=100, scored=scored)
+            f = case.scored_rows / case.rows
+            elements = case.rows * case.columns
+            least = {mode: sum(case.minimum_bytes(mode)) / elements for mode in cases.MODES}
+            assert least["fwd"] == pytest.approx(size * f)
+            assert least["bwd"] == pytest.approx(2 * size * f + size * (1 - f))
+            assert least["full"] == pytest.approx(least["fwd"] + least["bwd"])
+            if dtype == "bf16":
+                assert least["full"] == pytest.approx(2 * f + 4 * f + 2 * (1 - f))
+
+
+def test_scored_rows_are_those_that_the_mask_leaves():
+    for scored in (1.0, 0.7, 0.5, 0.3, 0.1):
+        case = case_of(seq=30, scored=scored)
+        problem = problem_of(case, copies=1)
+        rows = (problem.target >= 0).sum()
+        assert rows == problem.total == case.scored_rows
+        wanted = problem.mask[:, 1:].bool()
+        labels = problem.labels[:, 1:][wanted]
+        assert torch.equal(problem.target[problem.target >= 0], labels)
+
+
+def test_the_roof_is_the_time_that_copying_and_zeroing_take():
+    case = case_of(seq=100, scored=0.3)
+    moved, zeroed = case.minimum_bytes("full")
+    roof = {"copy_gb_per_s": 10.0, "zero_gb_per_s": 20.0}
+    seconds = record.roof_seconds(case, roof, "full")
+    assert seconds == pytest.approx(moved / 10e9 + zeroed / 20e9)
+    # Everything scored: three passes over the logits, of which a copy makes two.
+    rows = record.Rows([case], "full")
+    rows.roofs[0] = {"copy": [(0.5, 0.0)], "zero": [(0.25, 0.0)]}
+    made_of = record.build(rows, {}, {}, True)["cases"][0]["roof"]
+    assert made_of["copy_gb_per_s"] == pytest.approx(2 * case.logits_bytes / 0.5 / 1e9)
+    assert made_of["zero_gb_per_s"] == pytest.approx(case.logits_bytes / 0.25 / 1e9)
+
+
+def test_a_provider_that_copies_once_is_one():
+    problem = problem_of(case_of(seq=256), copies=1)
+    size = problem.case.logits_bytes
+    usage = footprint(made.provider(made.copying), problem)
+    assert usage.forward / size == pytest.approx(1, abs=0.02)
+    assert usage.full / size == pytest.approx(1, abs=0.02)
+    usage = footprint(made.provider(made.right), problem)
+    assert usage.forward / size < 0.02
+    assert usage.full / size == pytest.approx(1, abs=0.02)
+
+
+def test_the_logits_are_not_copied_on_the_way_to_a_provider():
+    problem = problem_of(case_of(seq=256), copies=1)
+    buffer = problem.source.take()
+    usage = peak_memory(lambda: oracle.attached(buffer))
+    assert usage.peak < 4096
+    logits = oracle.attached(buffer)
+    assert logits.data_ptr() == buffer.data_ptr() and not logits.is_leaf and logits.requires_grad
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """time_case on given providers: name -> what was told of it, and the calls that were made."""
+    monkeypatch.setattr(timing, "FEWEST", 3)
+    monkeypatch.setattr(timing, "WARM_S", 0.0)
+
+    def run(*providers, case=None):
+        made.calls.clear()
+        told = {}
+
+        def tell(name, **what):
+            told.setdefault(name, {}).update(what)
+
+        worker.time_case(problem_of(case or case_of()), providers, "full", 0.0, tell)
+        return told, list(made.calls)
+
+    return run
+
+
+@pytest.mark.parametrize("change", [made.scaled, made.leaking, made.nan, made.coarse])
+def test_a_wrong_provider_is_not_timed(timed, change):
+    wrong = made.provider(partial(made.changing, change=change), "wrong")
+    told, calls = timed(made.provider(made.right), wrong)
+    assert calls.count("wrong") == 1  # for the check
+    assert told["wrong"]["status"] == "wrong" and not told["wrong"]["check"]["ok"]
+    assert told["wrong"]["reason"].startswith("wrong: ") and "seconds" not in told["wrong"]
+    assert told["right"]["check"]["ok"] and len(told["right"]["seconds"]) == 3
+    assert len(told["copy"]["seconds"]) == 3
+
+
+def test_a_wrong_loss_is_not_timed(timed):
+    told, _ = timed(made.provider(made.biased))
+    assert told["biased"]["status"] == "wrong" and "seconds" not in told["biased"]
+
+
+def test_memory_that_is_not_there_is_a_row_and_the_others_go_on(timed):
+    told, _ = timed(*map(made.provider, (made.greedy, made.raising, made.right)))
+    assert told["greedy"]["status"] == "OOM"
+    assert told["raising"] == {"status": "failed", "reason": "RuntimeError: no such kernel"}
+    assert told["right"]["seconds"]
+
+
+def test_logits_are_restored_after_a_provider_that_writes(timed):
+    """Else the second timing of an in-place one is of other work, and the next one's too."""
+    problem = problem_of(case_of())
+    ours = PROVIDERS["ours-cpu-inplace"]
+    function = ours.function(problem)
+    contender = timing.provider_contender("ours", function, problem, "full", ours.writes)
+    list(timing.rounds([contender], problem.source.device, False, 0.0, worker.failed))
+    assert all(torch.equal(buffer, problem.source.logits) for buffer in problem.source.ring)
+
+
+def test_what_is_timed_in_turn_is_spread_over_the_rounds():
+    order = []
+
+    def contender(name):
+        def run(clock):
+            order.append(name)
+            clock.start()
+            clock.mark()
+            clock.mark()
+
+        return timing.Contender(name, run)
+
+    both = [contender("often"), contender("seldom")]
+    counts = iter((9, 3))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timing, "_count", lambda one, budget: next(counts))
+        patch.setattr(timing, "WARM_S", 0.0)
+        list(timing.rounds(both, torch.device("cpu"), False, 0.0, worker.failed))
+    order = order[2:]  # the warm-up
+    assert [len(c.seconds) for c in both] == [9, 3]
+    at = [place for place, name in enumerate(order) if name == "seldom"]
+    assert [later - sooner for sooner, later in zip(at, at[1:], strict=False)] == [4, 4]
+
+
+def session(providers, cases_, **options):
+    """The Rows of a Session over real processes."""
+    rows = record.Rows(cases_, "full")
+    for index in range(len(cases_)):
+        for provider in providers:
+            rows.add(index, provider, None)
+    run = Session(cases_, providers, rows, "cpu", 1, lambda now=False: None, lambda *a: None)
+    run.times("full", 0.0)
+    run.memory()
+    return rows.rows
+
+
+def test_a_process_that_is_killed_costs_its_row_alone():
+    providers = list(map(made.provider, (made.right, made.killed, made.copying)))
+    rows = session(providers, [case_of(), case_of(scored=0.1)])
+    for index in range(2):
+        assert rows[index, "killed"]["status"] == "OOM"
+        assert rows[index, "right"]["status"] == rows[index, "copying"]["status"] == "ok"
+        assert rows[index, "copying"]["memory"]["forward"] > case_of().logits_bytes
+
+
+def test_a_sharded_vocabulary_over_two_processes():
+    """Padded, so that the last shard ends in columns that are none; every provider's check is
+    against the softmax over both."""
+    model = cases.Model("odd", 1003, 1003)
+    case = case_of(model, tp=2, nproc=2)
+    assert case.columns * 2 > case.vocab == case.vocab_size
+    names = ("ours-cpu-inplace", "ours-eager-new", "reference", "torch", "megatron")
+    rows = session([PROVIDERS[name] for name in names], [case])
+    for name in names:
+        row = rows[0, name]
+        assert row["status"] == "ok", row["reason"]
+        assert row["check"]["ok"] and len(row["seconds"]) == timing.SHARDED and row["memory"]
+
+
+def test_predicted_memory_is_what_is_measured():
+    case = case_of(cases.Model("even", 4096, 4096), seq=128)
+    names = ("ours-cpu-inplace", "ours-cpu-new", "reference", "torch", "megatron")
+    rows = session([PROVIDERS[name] for name in names], [case])
+    for name in names:
+        measured = rows[0, name]["memory"]
+        assert measured, rows[0, name]["reason"]
+        for key, predicted in zip(
+            ("forward", "full"), PROVIDERS[name].predicted_bytes(case), strict=True
+        ):
+            assert measured[key] == pytest.approx(predicted, abs=0.05 * case.logits_bytes), name
+
+
+ROW = {"case", "provider", "title", "mode", "status", "reason", "check", "memory"}
+ROW |= {*record.TIMED, "forward_x_logits", "full_x_logits"}
+CHECK = {"loss_error", "gradient_error", "loss_tolerance", "gradient_tolerance"}
+CHECK |= {"unscored_is_zero", "ok"}
+MACHINE = {"command", "date", "commit", "device", "clocks_mhz", "processor", "cores", "versions"}
+
+
+def test_the_record(tmp_path, capsys):
+    paths = {name: tmp_path / f"out.{name}" for name in ("json", "csv", "png")}
+    shape = ["--shape", "2,64,4096", "--scored", "1", "0.5", "--seconds", "0"]
+    wanted = ["--provider", "ours-cpu", "reference", "liger"]
+    out = ["--json", str(paths["json"]), "--csv", str(paths["csv"]), "--plot", str(paths["png"])]
+    assert main(["kernels", *shape, *wanted, *out]) == 0
+    printed = capsys.readouterr().out
+    assert "ours (cpu), in place" in printed and "\x1b" not in printed  # plain when piped
+    assert paths["png"].read_bytes().startswith(b"\x89PNG")
+    data = record.read(paths["json"])
+    assert data["finished"] and data["schema"] == record.SCHEMA
+    assert data["machine"].keys() >= MACHINE and data["settings"]["seed"] == 0
+    assert [case["scored_rows"] for case in data["cases"]] == [2 * 63, 2 * 32]
+    reference = {r["case"]: r for r in data["rows"] if r["provider"] == "reference"}
+    for row in data["rows"]:
+        assert row.keys() == ROW and row["status"] in record.STATUSES
+        if row["status"] == "unavailable":
+            assert row["reason"] and not row["ms"] and not row["memory"] and row["case"] is None
+            continue
+        case = data["cases"][row["case"]]
+        assert row["status"] == "ok" and row["check"].keys() == CHECK and row["check"]["ok"]
+        ms, roof = row["ms"], case["roof"]
+        assert ms["p50"] == pytest.approx(statistics.median(row["samples_ms"]), abs=1e-3)
+        assert ms["p20"] <= ms["p50"] <= ms["p80"] and len(row["samples_ms"]) >= timing.FEWEST
+        assert row["tokens_per_s"] == pytest.approx(case["rows"] / ms["p50"] * 1e3)
+        per_element = 6 * case["scored_rows"] + 2 * (case["rows"] - case["scored_rows"])
+        moved = per_element * case["columns"]
+        assert row["gb_per_s"] == pytest.approx(moved / ms["p50"] / 1e6)
+        assert row["speedup"] == pytest.approx(reference[row["case"]]["ms"]["p50"] / ms["p50"])
+        assert row["full_x_logits"] == row["memory"]["full"] / case["logits_bytes"]
+        zeroed = 2 * (case["rows"] - case["scored_rows"]) * case["columns"]
+        seconds = (moved - zeroed) / roof["copy_gb_per_s"] + zeroed / roof["zero_gb_per_s"]
+        assert row["of_roof"] == pytest.approx(seconds / 1e6 / ms["p50"])
+    liger = [row for row in data["rows"] if row["provider"] == "liger"]
+    assert [row["status"] for row in liger] == ["unavailable"]
+    with open(paths["csv"], newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == len(data["rows"])
+    assert [float(line["ms_p50"] or 0) for line in lines] == [
+        row["ms"]["p50"] if row["ms"] else 0 for row in data["rows"]
+    ]
+    _compare(data, paths["json"])
+
+
+def _compare(data, path):
+    slower = json.loads(json.dumps(data))
+    for row in slower["rows"]:
+        if row["ms"]:
+            row["ms"]["p50"] *= 1.5
+    record.compare(slower, record.read(path))
+    changes = [row["change"] for row in slower["rows"] if row["ms"]]
+    assert changes and changes == pytest.approx([0.5] * len(changes))
+
+
+def test_an_interrupted_run_leaves_the_finished_rows(tmp_path):
+    mark, path = new_mark(), tmp_path / "out.json"
+    many = ["--shape", "2,64,4096", "--scored", "1", *[f"0.{n}" for n in range(1, 10)]]
+    quick = ["--provider", "ours-cpu", "--seconds", "1", "--json", str(path)]
+    process = start("kernels", *many, *quick, mark=mark)
+    deadline = time.monotonic() + 120
+    while not path.exists() or not _timed(path):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.2)
+    errors = interrupted(process, mark)
+    assert "Traceback" not in errors and errors.rstrip().endswith("bench: interrupted")
+    data = record.read(path)
+    assert not data["finished"]
+    assert 0 < len(_timed(path)) < len(data["rows"])
+    assert {row["status"] for row in data["rows"]} >= {"ok", "pending"}
+
+
+def _timed(path):
+    return [row for row in json.loads(path.read_text() or '{"rows": []}')["rows"] if row["ms"]]
+
+
+def test_models_are_cut_as_megatron_cuts_them():
+    gpt2 = MODELS["gpt2"]
+    assert gpt2.columns(1) == 50257 and gpt2.columns(2) * 2 == 50432  # a multiple of 128 * 2
+    assert MODELS["llama3-8b"].columns(8) * 8 == 128256
+    whole, shard = (case_of(gpt2, tp=2, nproc=nproc) for nproc in (2, 1))
+    assert whole.vocab == 50257 and shard.vocab == shard.columns and shard.vocab_size is None
+    qwen = case_of(MODELS["qwen2.5"])
+    assert (qwen.vocab, qwen.columns, qwen.vocab_size) == (151936, 152064, 151936)
+
+
+def test_wrong_use_is_one_line_and_says_what_is_right(tmp_path, capsys):
+    (tmp_path / "file").write_text("{}")
+    wrong = {
+        "--provider: expected one of ours-cpu-inplace": ["--provider", "luger"],
+        "did you mean liger?": ["--provider", "luger"],
+        "--model: expected some of llama3-8b, qwen2.5": ["--model", "llama4"],
+        "--tp: expected some of (1, 2, 4, 8), got 3": ["--tp", "3"],
+        "--scored: expected parts above 0": ["--scored", "1.5"],
+        "--shape: expected three positive numbers": ["--shape", "2,8"],
+        "--plot: expected a name in .svg or .png": ["--plot", str(tmp_path / "x.gif")],
+        "expected a record with schema 1": ["--compare", str(tmp_path / "file")],
+        "cannot write ": ["--json", str(tmp_path / "file" / "x.json")],
+    }
+    for message, arguments in wrong.items():
+        assert main(["kernels", *arguments]) == 1
+        errors = capsys.readouterr().err
+        assert errors.startswith("bench: ") and errors.count("\n") == 1 and message in errors
+
+
+def test_too_little_memory_names_the_largest_size(monkeypatch, capsys):
+    monkeypatch.setattr(command.machine, "free_memory", lambda: 2**30)
+    arguments = ["kernels", "--provider", "reference", "--dry-run", "--shape"]
+    assert main([*arguments, "2,4096,131072"]) == 1
+    errors = capsys.readouterr().err
+    largest = errors.split("the largest that fits is --shape ")[1].strip()
+    assert main([*arguments, largest]) == 0
+    batch, seq, vocab = largest.split(",")
+    assert main([*arguments, f"{batch},{int(seq) + 1},{vocab}"]) == 1
+    capsys.readouterr()
+    assert main(["kernels", "--provider", "reference", "--dry-run"]) == 0  # made to fit
+    assert "PREDICTED" in capsys.readouterr().out
+    monkeypatch.setattr(command.machine, "free_memory", lambda: 2**20)
+    assert main(["kernels", "--dry-run"]) == 1
+    assert "MiB free" in capsys.readouterr().err
+
+
+def test_the_list_says_why_a_provider_cannot_run(capsys):
+    assert main(["kernels", "--list"]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in (*PROVIDERS, *MODELS))
+    assert "runs on GPUs" in printed
