@@ -13,7 +13,6 @@ MODES = ("fwd", "bwd", "full")
 BATCH = 2  # sequences, where --shape does not say
 GPU_ROWS = 4096  # a micro-batch of SFT on one accelerator
 SMALLEST_CPU_LOGITS = 48 * 2**20
-CACHES = 1.5  # times the last-level cache: backward finds little of what forward has read
 FEWEST_ROWS = 8
 MEGATRON_MULTIPLE = 128  # Megatron's make-vocab-size-divisible-by
 
@@ -140,10 +139,10 @@ def model_case(model, tp, nproc, batch, seq, dtype, scored, seed):
 
 
 def wanted_bytes(device_type, cache, columns, element_size):
-    """Bytes of logits, of all processes together, that the caches do not help with."""
+    """Bytes of logits, of all processes together, that no cache holds along with a gradient."""
     if device_type == "cuda":
         return GPU_ROWS * columns * element_size
-    return max(SMALLEST_CPU_LOGITS, CACHES * (cache or 0))
+    return max(SMALLEST_CPU_LOGITS, cache or 0)
 
 
 def fit(make, wanted, free, needed):

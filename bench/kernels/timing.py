@@ -15,8 +15,7 @@ from .problem import attached
 
 FEWEST, MOST = 5, 25  # timings of a provider
 SHARDED = 5  # with collectives every rank must time as often as its peers, whatever it measures
-WARM = 1  # untimed runs after that of the check, more while they are short
-WARM_S = 0.05
+WARM_S = 0.05  # of untimed runs after that of the check; sharded: one
 ROOF = ("copy", "zero")
 
 
@@ -142,12 +141,10 @@ def _count(one, budget):
 
 def _warm(contender, clock, sharded):
     """Run to a steady state; seconds of the last run."""
-    started, runs = time.perf_counter(), 0
+    started = time.perf_counter()
     while True:
         seconds = sum(_once(contender, clock, sharded))
-        runs += 1
-        spent = time.perf_counter() - started
-        if runs >= WARM and (sharded or spent >= WARM_S):
+        if sharded or time.perf_counter() - started >= WARM_S:
             return seconds
 
 
