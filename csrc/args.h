@@ -56,6 +56,24 @@ struct GradArgs {
   float label_smoothing;  // eps
   float z_loss;
   int64_t vocab_size;  // global, for eps / V
+  // [N] or null. The gradient of a row whose scale is this one's, bit for bit, is in `grad` already: the row
+  // is neither read nor written.
+  const float* stored;
+};
+
+// Loss and gradient of each row from one read of it, where all of the vocabulary is here.
+struct StatsGradArgs {
+  GradArgs grad;        // its lse is the one below, which is written before it is read
+  const float* weight;  // [N] 0: the row is not read, its gradient is zeros
+  float* loss;          // [N]: weight * loss
+  float* lse;           // [N]
+};
+
+// Rows of a gradient that was stored for another scale than the real one, multiplied by their ratio.
+struct RescaleArgs {
+  Rows grad;
+  const float* scale;   // [N] the real one; 0: stored zeros, whatever is there. Padding keeps its zeros
+  const float* stored;  // [N] where it is the same bits the row is neither read nor written
 };
 
 struct TargetsArgs {

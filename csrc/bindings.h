@@ -40,7 +40,7 @@ inline StatsArgs stats_args(const Rows& logits, float logit_scale, float softcap
 
 inline GradArgs grad_args(const Rows& logits, const Rows& grad, float logit_scale, float softcap,
                           uintptr_t target, uintptr_t lse, uintptr_t scale, int64_t vocab_start,
-                          float label_smoothing, float z_loss, int64_t vocab_size) {
+                          float label_smoothing, float z_loss, int64_t vocab_size, uintptr_t stored) {
   return {logits,
           grad,
           {logit_scale, softcap},
@@ -50,7 +50,16 @@ inline GradArgs grad_args(const Rows& logits, const Rows& grad, float logit_scal
           vocab_start,
           label_smoothing,
           z_loss,
-          vocab_size};
+          vocab_size,
+          pointer<float>(stored)};
+}
+
+inline StatsGradArgs stats_grad_args(const GradArgs& grad, uintptr_t weight, uintptr_t loss, uintptr_t lse) {
+  return {grad, pointer<float>(weight), pointer<float>(loss), pointer<float>(lse)};
+}
+
+inline RescaleArgs rescale_args(const Rows& grad, uintptr_t scale, uintptr_t stored) {
+  return {grad, pointer<float>(scale), pointer<float>(stored)};
 }
 
 inline TargetsArgs targets_args(uintptr_t labels, uintptr_t mask, uintptr_t cu_seqlens, int64_t batch,
@@ -107,7 +116,12 @@ inline void bind_args(pybind11::module_& m) {
   py::class_<GradArgs>(m, "GradArgs", py::module_local())
       .def(py::init(&grad_args), py::kw_only(), py::arg("logits"), py::arg("grad"), py::arg("logit_scale"),
            py::arg("softcap"), py::arg("target"), py::arg("lse"), py::arg("scale"), py::arg("vocab_start"),
-           py::arg("label_smoothing"), py::arg("z_loss"), py::arg("vocab_size"));
+           py::arg("label_smoothing"), py::arg("z_loss"), py::arg("vocab_size"), py::arg("stored"));
+  py::class_<StatsGradArgs>(m, "StatsGradArgs", py::module_local())
+      .def(py::init(&stats_grad_args), py::kw_only(), py::arg("grad"), py::arg("weight"), py::arg("loss"),
+           py::arg("lse"));
+  py::class_<RescaleArgs>(m, "RescaleArgs", py::module_local())
+      .def(py::init(&rescale_args), py::kw_only(), py::arg("grad"), py::arg("scale"), py::arg("stored"));
   py::class_<TargetsArgs>(m, "TargetsArgs", py::module_local())
       .def(py::init(&targets_args), py::kw_only(), py::arg("labels"), py::arg("mask"), py::arg("cu_seqlens"),
            py::arg("batch"), py::arg("seq"), py::arg("boundaries"), py::arg("label_stride_b"),

@@ -26,6 +26,16 @@ PYBIND11_MODULE(_cpu, m) {
       "row_grad",
       [](const fsl::GradArgs& args, int threads) { fsl::cpu::row_grad(args, at_least_one(threads)); },
       py::arg("args"), py::kw_only(), py::arg("threads"), released());
+  m.def(
+      "row_stats_grad",
+      [](const fsl::StatsGradArgs& args, int threads) {
+        fsl::cpu::row_stats_grad(args, at_least_one(threads));
+      },
+      py::arg("args"), py::kw_only(), py::arg("threads"), released());
+  m.def(
+      "row_rescale",
+      [](const fsl::RescaleArgs& args, int threads) { fsl::cpu::row_rescale(args, at_least_one(threads)); },
+      py::arg("args"), py::kw_only(), py::arg("threads"), released());
   m.def("row_targets", &fsl::cpu::row_targets, py::arg("args"));
   m.def("merge", &fsl::cpu::merge, py::arg("args"));
   m.def("exp", [](uintptr_t in, uintptr_t out, int64_t n) {

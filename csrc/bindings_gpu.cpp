@@ -35,6 +35,18 @@ PYBIND11_MODULE(FSL_MODULE, m) {
       },
       py::arg("args"), py::kw_only(), py::arg("chip"), py::arg("stream"));
   m.def(
+      "row_stats_grad",
+      [](const StatsGradArgs& args, const gpu::Chip& chip, uintptr_t stream) {
+        gpu::row_stats_grad(args, chip, pointer<void>(stream));
+      },
+      py::arg("args"), py::kw_only(), py::arg("chip"), py::arg("stream"));
+  m.def(
+      "row_rescale",
+      [](const RescaleArgs& args, const gpu::Chip& chip, uintptr_t stream) {
+        gpu::row_rescale(args, chip, pointer<void>(stream));
+      },
+      py::arg("args"), py::kw_only(), py::arg("chip"), py::arg("stream"));
+  m.def(
       "row_targets",
       [](const TargetsArgs& args, uintptr_t stream) { gpu::row_targets(args, pointer<void>(stream)); },
       py::arg("args"), py::kw_only(), py::arg("stream"));

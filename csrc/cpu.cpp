@@ -94,6 +94,12 @@ void write_stats(const StatsArgs& a, const RowKernels& kernels, int64_t row, con
   }
 }
 
+void whole_row_stats(const StatsArgs& a, const RowKernels& kernels, int64_t row) {
+  Partial partial;
+  kernels.stats(a, at(a.logits, row), 0, a.logits.valid, &partial);
+  write_stats(a, kernels, row, partial);
+}
+
 float quiet(float x) { return std::isnan(x) ? std::nanf("") : x; }  // payloads would upset bf16 rounding
 
 RowGrad row_constants(const GradArgs& a, int64_t row) {
@@ -129,6 +135,19 @@ void zero(const Rows& rows, int64_t row, int64_t begin, int64_t end) {
   else std::memset(at(rows, row, begin), 0, bytes);
 }
 
+// Part `part` of a row's gradient, of parts of `width` columns.
+void write_grad(const GradArgs& a, const RowKernels& kernels, int64_t row, int64_t part, int64_t width) {
+  const int64_t columns = a.logits.columns, valid = a.logits.valid;
+  if (a.stored && a.stored[row] == a.scale[row]) return;
+  if (a.scale[row] == 0) {
+    if (part == 0) zero(a.grad, row, 0, columns);
+    return;
+  }
+  const int64_t begin = part * width, end = std::min(begin + width, valid);
+  kernels.grad(a, row_constants(a, row), at(a.logits, row), at(a.grad, row), begin, end);
+  if (end == valid) zero(a.grad, row, valid, columns);
+}
+
 }  // namespace
 
 namespace cpu {
@@ -140,10 +159,7 @@ void row_stats(const StatsArgs& a, int threads) {
   std::memset(a.stats, 0, sizeof(float) * static_cast<size_t>(rows) * static_cast<size_t>(a.want));
   if (!too_few(a.weight, rows, threads)) {
     parallel_for(rows, threads, [&](int64_t row) {
-      if (a.weight[row] == 0) return;
-      Partial partial;
-      kernels.stats(a, at(a.logits, row), 0, a.logits.valid, &partial);
-      write_stats(a, kernels, row, partial);
+      if (a.weight[row] != 0) whole_row_stats(a, kernels, row);
     });
     return;
   }
@@ -165,20 +181,48 @@ void row_stats(const StatsArgs& a, int threads) {
 
 void row_grad(const GradArgs& a, int threads) {
   const RowKernels& kernels = *chosen();
-  const int64_t rows = a.logits.count(), columns = a.logits.columns, valid = a.logits.valid;
+  const int64_t rows = a.logits.count(), valid = a.logits.valid;
   const bool split = too_few(a.scale, rows, threads) && valid > kChunk;
   const int64_t parts = split ? chunks_of(a.logits) : 1;
   const int64_t width = split ? kChunk : valid;
   parallel_for(rows * parts, threads, [&](int64_t item) {
     // Last row first: it is what forward left in the cache.
-    const int64_t row = rows - 1 - item / parts, part = item % parts;
-    if (a.scale[row] == 0) {
-      if (part == 0) zero(a.grad, row, 0, columns);
-      return;
-    }
-    const int64_t begin = part * width, end = std::min(begin + width, valid);
-    kernels.grad(a, row_constants(a, row), at(a.logits, row), at(a.grad, row), begin, end);
-    if (end == valid) zero(a.grad, row, valid, columns);
+    write_grad(a, kernels, rows - 1 - item / parts, item % parts, width);
+  });
+}
+
+// Each row while it is in the core's own cache: the second pass over it moves nothing from memory. Few rows
+// are shared out instead, and their second pass reads the last-level cache.
+void row_stats_grad(const StatsGradArgs& a, int threads) {
+  const RowKernels& kernels = *chosen();
+  const GradArgs& g = a.grad;
+  const int64_t rows = g.logits.count();
+  const Want want = g.label_smoothing > 0 ? Want::smoothing : Want::loss;
+  const int64_t columns = static_cast<int64_t>(want);
+  std::vector<float> scratch(static_cast<size_t>(rows * columns));
+  const StatsArgs stats{g.logits, g.transform, g.target, a.weight, g.vocab_start, want, scratch.data()};
+  const MergeArgs loss{scratch.data(),    1,        rows,         columns, 0,    g.target, a.weight,
+                       g.label_smoothing, g.z_loss, g.vocab_size, a.loss,  a.lse};
+  if (too_few(a.weight, rows, threads)) {
+    row_stats(stats, threads);
+    merge(loss);
+    row_grad(g, threads);
+    return;
+  }
+  parallel_for(rows, threads, [&](int64_t row) {
+    if (a.weight[row] != 0) whole_row_stats(stats, kernels, row);
+    merge_row(loss, row);
+    write_grad(g, kernels, row, 0, g.logits.valid);
+  });
+}
+
+void row_rescale(const RescaleArgs& a, int threads) {
+  const RowKernels& kernels = *chosen();
+  parallel_for(a.grad.count(), threads, [&](int64_t row) {
+    const float scale = a.scale[row], stored = a.stored[row];
+    if (scale == stored) return;
+    if (scale == 0) zero(a.grad, row, 0, a.grad.columns);
+    else kernels.rescale(a.grad.dtype, at(a.grad, row), a.grad.valid, scale / stored);
   });
 }
 

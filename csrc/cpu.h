@@ -10,8 +10,11 @@ namespace fsl::cpu {
 
 void row_stats(const StatsArgs& args, int threads);
 void row_grad(const GradArgs& args, int threads);
+void row_stats_grad(const StatsGradArgs& args, int threads);
+void row_rescale(const RescaleArgs& args, int threads);
 void row_targets(const TargetsArgs& args);
 void merge(const MergeArgs& args);
+void merge_row(const MergeArgs& args, int64_t row);
 void exp(const float* in, float* out, int64_t n);
 
 std::vector<std::string> isas();       // what this processor runs, fastest first

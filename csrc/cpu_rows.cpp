@@ -270,6 +270,25 @@ void grad(const GradArgs& a, const RowGrad& g, const void* row, void* out, int64
   });
 }
 
+template <class T>
+void rescale_row(void* row, int64_t columns, float factor) {
+  auto* w = const_cast<Word<T>*>(words<T>(row, 0));
+  const int64_t n = columns / 2;
+  const auto scaled = [factor](float x) { return canonical(x * factor); };
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    prefetch_ahead<T>(w + i);
+#pragma omp simd
+    for (int l = 0; l < kLanes; ++l) w[i + l] = T::pack(scaled(T::lo(w[i + l])), scaled(T::hi(w[i + l])));
+  }
+  auto* elements = static_cast<Element<T>*>(row);
+  for (int64_t c = i * 2; c < columns; ++c) elements[c] = T::round(scaled(T::lo(elements[c])));
+}
+
+void rescale(Dtype dtype, void* row, int64_t columns, float factor) {
+  with_types(dtype, {1, 0}, [&](auto tag, auto) { rescale_row<decltype(tag)>(row, columns, factor); });
+}
+
 float target_logit(const StatsArgs& a, const void* row, int64_t column) {
   float value = 0;
   with_types(a.logits.dtype, a.transform,
@@ -290,6 +309,7 @@ void exp_all(const float* in, float* out, int64_t n) {
 #define FSL_STRING(isa) FSL_QUOTE(isa)
 
 extern const RowKernels FSL_EXPAND(FSL_ISA);
-const RowKernels FSL_EXPAND(FSL_ISA) = {FSL_STRING(FSL_ISA), stats, grad, merge, target_logit, exp_all};
+const RowKernels FSL_EXPAND(FSL_ISA) = {FSL_STRING(FSL_ISA), stats,  grad, rescale, merge,
+                                        target_logit,        exp_all};
 
 }  // namespace fsl

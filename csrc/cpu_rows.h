@@ -31,6 +31,7 @@ struct RowKernels {
   // Columns [begin, end) of a row, begin a multiple of kChunk, merged in order into `partial`.
   void (*stats)(const StatsArgs&, const void* row, int64_t begin, int64_t end, Partial* partial);
   void (*grad)(const GradArgs&, const RowGrad&, const void* row, void* out, int64_t begin, int64_t end);
+  void (*rescale)(Dtype dtype, void* row, int64_t columns, float factor);
   void (*merge)(Partial* into, const Partial& next);
   float (*target_logit)(const StatsArgs&, const void* row, int64_t column);
   void (*exp)(const float* in, float* out, int64_t n);  // for the tests of the polynomial

@@ -48,28 +48,33 @@ void row_targets(const TargetsArgs& a) {
 
 // The arithmetic of fused_sft_loss.shards.merge, which says why; ranks in order, so every rank has the same
 // bits.
-void merge(const MergeArgs& a) {
-  const float vocabulary = static_cast<float>(a.vocab_size), eps = a.label_smoothing;
-  for (int64_t row = 0; row < a.rows; ++row) {
-    a.loss[row] = a.lse[row] = 0;
-    if (a.weight[row] == 0) continue;
-    const float* first = a.stats + row * a.columns;
-    float maximum = first[kMax], denominator = 0, z_target = 0, sum = 0;
-    for (int64_t r = 1; r < a.ranks; ++r) maximum = max_or_nan(maximum, first[r * a.rank_stride + kMax]);
-    for (int64_t r = 0; r < a.ranks; ++r) {
-      const float* part = first + r * a.rank_stride;
-      denominator += part[kDenominator] * rescale(part[kMax], maximum);
-      z_target += part[kTarget];
-      if (a.columns > kSum) sum += part[kSum];
-    }
-    const float log_denominator = std::log(denominator), lse = maximum + log_denominator;
-    float loss = (maximum - z_target) + log_denominator;
-    if (eps != 0) loss = (1 - eps) * loss + eps * ((maximum - sum / vocabulary) + log_denominator);
-    if (a.z_loss != 0) loss += a.z_loss * lse * lse;
-    const bool poisoned = a.target[row] == kOutOfVocabulary;
-    a.loss[row] = poisoned ? std::nanf("") : a.weight[row] * loss;
-    a.lse[row] = poisoned ? std::nanf("") : lse;
+void merge_row(const MergeArgs& a, int64_t row) {
+  const float eps = a.label_smoothing;
+  a.loss[row] = a.lse[row] = 0;
+  if (a.weight[row] == 0) return;
+  const float* first = a.stats + row * a.columns;
+  float maximum = first[kMax], denominator = 0, z_target = 0, sum = 0;
+  for (int64_t r = 1; r < a.ranks; ++r) maximum = max_or_nan(maximum, first[r * a.rank_stride + kMax]);
+  for (int64_t r = 0; r < a.ranks; ++r) {
+    const float* part = first + r * a.rank_stride;
+    denominator += part[kDenominator] * rescale(part[kMax], maximum);
+    z_target += part[kTarget];
+    if (a.columns > kSum) sum += part[kSum];
   }
+  const float log_denominator = std::log(denominator), lse = maximum + log_denominator;
+  float loss = (maximum - z_target) + log_denominator;
+  if (eps != 0) {
+    const float mean = sum / static_cast<float>(a.vocab_size);
+    loss = (1 - eps) * loss + eps * ((maximum - mean) + log_denominator);
+  }
+  if (a.z_loss != 0) loss += a.z_loss * lse * lse;
+  const bool poisoned = a.target[row] == kOutOfVocabulary;
+  a.loss[row] = poisoned ? std::nanf("") : a.weight[row] * loss;
+  a.lse[row] = poisoned ? std::nanf("") : lse;
+}
+
+void merge(const MergeArgs& a) {
+  for (int64_t row = 0; row < a.rows; ++row) merge_row(a, row);
 }
 
 }  // namespace fsl::cpu

@@ -55,7 +55,8 @@ constexpr int kWarp = 32;
 constexpr int kMaxThreads = 1024;
 constexpr int kMaxWarps = kMaxThreads / 32;
 
-// Whether 16 bytes may be loaded from any address. NVIDIA's must be aligned; AMD's need not be.
+// Whether 16 bytes may be loaded from, and stored to, any address. NVIDIA's must be aligned; AMD's need not
+// be.
 #if defined(__HIP__) || (defined(FSL_SIMT) && FSL_SIMT == 64)
 constexpr bool kLoadsAnywhere = true;
 #else
@@ -65,6 +66,14 @@ constexpr bool kLoadsAnywhere = false;
 struct alignas(16) Chunk {
   uint32_t word[4];
 };
+
+// The bound of a kernel whose blocks are as large as a chip allows: FSL_KERNEL(FSL_VENDOR(NVIDIA's, AMD's),
+// ...).
+#if defined(__HIP__)
+#define FSL_VENDOR(nvidia, amd) amd
+#else
+#define FSL_VENDOR(nvidia, amd) nvidia
+#endif
 
 // --- what a thread knows and how threads meet -----------------------------------------------------------
 
@@ -76,6 +85,10 @@ FSL_DEVICE uint32_t block_id() { return simt::block_id(); }
 FSL_DEVICE uint32_t grid_blocks() { return simt::grid_blocks(); }
 FSL_DEVICE void barrier(simt::Site site = simt::here()) { simt::barrier(site); }
 FSL_DEVICE void keep_order() {}
+FSL_DEVICE void forget(uint32_t&) {}
+FSL_DEVICE void forget_common(int&) {}
+FSL_DEVICE void settle(float&) {}
+FSL_DEVICE float common(float x) { return x; }
 template <class T>
 FSL_DEVICE T lane_xor(T value, int mask, simt::Site site = simt::here()) {
   return simt::lane_xor(value, mask, site);
@@ -105,6 +118,16 @@ template <class T>
 FSL_DEVICE void store(char* at, const T& value) {
   *reinterpret_cast<T*>(at) = value;
 }
+FSL_DEVICE void store_chunk_anywhere(char* at, const Chunk& chunk) {
+  __builtin_memcpy(at, &chunk, sizeof chunk);
+}
+FSL_DEVICE char* dynamic_shared() { return static_cast<char*>(simt::dynamic_shared()); }
+FSL_DEVICE void copy_chunk(char* shared, const char* global) { simt::copy_later(shared, global); }
+FSL_DEVICE void copies_done() { simt::copies_done(); }
+FSL_DEVICE void cluster_barrier(simt::Site site = simt::here()) { simt::cluster_barrier(site); }
+FSL_DEVICE float cluster_read(float* mine, int rank, simt::Site site = simt::here()) {
+  return *simt::cluster_map(mine, rank, site);
+}
 
 #elif defined(__HIP__)
 
@@ -121,6 +144,15 @@ FSL_DEVICE void barrier() {
 }
 // Nothing is moved across: the compiler would trade registers for more instructions in flight than it needs.
 FSL_DEVICE void keep_order() { __builtin_amdgcn_sched_barrier(0); }
+// What was computed from the word is computed again: it would rather be kept, in registers there are not.
+FSL_DEVICE void forget(uint32_t& word) { asm volatile("" : "+v"(word)); }
+FSL_DEVICE void forget_common(int& number) { asm volatile("" : "+s"(number)); }  // the same in all lanes
+// What the sum is made of is computed here, not later, when all of it would have to be kept.
+FSL_DEVICE void settle(float& sum) { asm volatile("" : "+v"(sum)); }
+// A number that is the same in all lanes, in a register of the wave.
+FSL_DEVICE float common(float x) {
+  return __builtin_bit_cast(float, __builtin_amdgcn_readfirstlane(__builtin_bit_cast(int, x)));
+}
 template <class T>
 FSL_DEVICE T lane_xor(T value, int mask) {
   static_assert(sizeof(T) == 4);
@@ -168,6 +200,15 @@ FSL_DEVICE void store(char* at, T value) {
 FSL_DEVICE void store(char* at, const Chunk& c) {
   *(Global<Words>*)at = Words{c.word[0], c.word[1], c.word[2], c.word[3]};
 }
+FSL_DEVICE void store_chunk_anywhere(char* at, const Chunk& c) {
+  *(Global<WordsAnywhere>*)at = Words{c.word[0], c.word[1], c.word[2], c.word[3]};
+}
+// Never called: rows are held in registers, by one block each.
+FSL_DEVICE char* dynamic_shared() { return nullptr; }
+FSL_DEVICE void copy_chunk(char*, const char*) {}
+FSL_DEVICE void copies_done() {}
+FSL_DEVICE void cluster_barrier() {}
+FSL_DEVICE float cluster_read(float* mine, int) { return *mine; }
 
 #else
 
@@ -177,6 +218,10 @@ FSL_DEVICE uint32_t block_id() { return blockIdx.x; }
 FSL_DEVICE uint32_t grid_blocks() { return gridDim.x; }
 FSL_DEVICE void barrier() { __syncthreads(); }
 FSL_DEVICE void keep_order() {}
+FSL_DEVICE void forget(uint32_t&) {}
+FSL_DEVICE void forget_common(int&) {}
+FSL_DEVICE void settle(float&) {}
+FSL_DEVICE float common(float x) { return x; }
 template <class T>
 FSL_DEVICE T lane_xor(T value, int mask) {
   return __shfl_xor_sync(~0u, value, mask);
@@ -231,6 +276,40 @@ template <class T>
 FSL_DEVICE void store(char* at, const T& value) {
   *reinterpret_cast<T*>(at) = value;
 }
+FSL_DEVICE void store_chunk_anywhere(char* at, const Chunk& chunk) { store(at, chunk); }  // never called
+
+// The launch's shared_bytes, from a multiple of 16 on.
+FSL_DEVICE char* dynamic_shared() {
+  extern __shared__ Chunk dynamic[];
+  return reinterpret_cast<char*>(dynamic);
+}
+// 16 aligned bytes, past registers and the L1 cache. They are there after copies_done, for this thread.
+FSL_DEVICE void copy_chunk(char* shared, const char* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
+               :
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+                 "l"(__cvta_generic_to_global(global))
+               : "memory");
+}
+FSL_DEVICE void copies_done() { asm volatile("cp.async.wait_all;" : : : "memory"); }
+// Before compute capability 9.0 a cluster is one block, which calls neither.
+FSL_DEVICE void cluster_barrier() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;"
+               :
+               :
+               : "memory");
+#endif
+}
+FSL_DEVICE float cluster_read(float* mine, int rank) {
+  float value = *mine;
+#if __CUDA_ARCH__ >= 900
+  uint32_t there = static_cast<uint32_t>(__cvta_generic_to_shared(mine));
+  asm volatile("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(there) : "r"(rank));
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(there) : "memory");
+#endif
+  return value;
+}
 
 #endif
 
@@ -241,8 +320,8 @@ FSL_DEVICE int block_warps() { return block_threads() / kWarp; }
 // --- runtime ---------------------------------------------------------------------------------------------
 
 struct Grid {
-  int64_t blocks;
-  int threads;
+  int64_t blocks = 0;
+  int threads = 0;
   int shared_bytes = 0;  // dynamic
   int cluster = 1;       // blocks that see each other's shared memory
 };
@@ -267,6 +346,21 @@ inline void check(Error error, const char* kernel, const Grid& grid) {
                            std::to_string(grid.blocks) + " blocks of " + std::to_string(grid.threads) +
                            " threads, clusters of " + std::to_string(grid.cluster) + ", " +
                            std::to_string(grid.shared_bytes) + " bytes of shared memory)");
+}
+
+// What a block may have, static and dynamic together, on the current device.
+inline int most_shared_bytes() {
+#if defined(FSL_SIMT)
+  return FSL_SIMT == 64 ? 64 << 10 : 227 << 10;
+#elif defined(__HIP__)
+  return 64 << 10;
+#else
+  int device = 0, bytes = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice", {});
+  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+        "cudaDeviceGetAttribute", {});
+  return bytes;
+#endif
 }
 
 template <class... Params, class... Args>
@@ -294,6 +388,9 @@ void launch(const char* name, void (*kernel)(Params...), const Grid& grid, void*
 #if defined(__HIP__)
   const Error error = hipLaunchKernel(function, blocks, threads, pointers, grid.shared_bytes, stream);
 #else
+  if (grid.shared_bytes > 48 << 10)  // more must be asked for
+    check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, grid.shared_bytes),
+          name, grid);
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim = {static_cast<unsigned>(grid.cluster), 1, 1};

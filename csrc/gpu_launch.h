@@ -30,6 +30,8 @@ Shares row_stats_shares(const StatsArgs& args, const Chip& chip);
 // `parts`: [N, segments, want] fp32, when there is more than one split; null otherwise.
 void row_stats(const StatsArgs& args, float* parts, const Chip& chip, void* stream);
 void row_grad(const GradArgs& args, const Chip& chip, void* stream);
+void row_stats_grad(const StatsGradArgs& args, const Chip& chip, void* stream);
+void row_rescale(const RescaleArgs& args, const Chip& chip, void* stream);
 void row_targets(const TargetsArgs& args, void* stream);
 void merge(const MergeArgs& args, const Metrics& metrics, void* stream);
 

@@ -26,12 +26,12 @@ FSL_DEVICE Row row_at(const Rows& rows, uint32_t n) {
 // The kWords words at `at`, which lies `skew` bytes past a multiple of 16: of the chunks that hold them,
 // shifted into place. The shift is the same for a whole row, and second loads of a chunk are served by the L1
 // cache.
-template <class T>
-FSL_DEVICE void load_shifted(uint32_t* words, const char* at, int skew) {
+template <class T, class Load>
+FSL_DEVICE void load_shifted(uint32_t* words, const char* at, int skew, const Load& load) {
   constexpr int kChunks = T::kWords / 4;
   uint32_t from[4 * kChunks + 4];
   FSL_UNROLL for (int c = 0; c <= kChunks; ++c) {
-    const Chunk chunk = load_chunk_whole(at - skew + 16 * c);
+    const Chunk chunk = load(at - skew + 16 * c);
     FSL_UNROLL for (int i = 0; i < 4; ++i) from[4 * c + i] = chunk.word[i];
   }
   FSL_UNROLL for (int i = 0; i < 4 * kChunks + 2; ++i) from[i] = skew & 8 ? from[i + 2] : from[i];
@@ -44,7 +44,7 @@ FSL_DEVICE void load_shifted(uint32_t* words, const char* at, int skew) {
 template <class T, bool kShifted>
 FSL_DEVICE void load_eight(uint32_t* words, const char* at, int skew) {
   if constexpr (kShifted && !kLoadsAnywhere) {
-    load_shifted<T>(words, at, skew);
+    load_shifted<T>(words, at, skew, load_chunk_whole);
   } else {
     FSL_UNROLL for (int c = 0; c < T::kWords / 4; ++c) {
       const Chunk chunk = kShifted ? load_chunk_anywhere(at + 16 * c) : load_chunk(at + 16 * c);
@@ -53,10 +53,14 @@ FSL_DEVICE void load_eight(uint32_t* words, const char* at, int skew) {
   }
 }
 
-template <class T>
+// kAnywhere: see kLoadsAnywhere.
+template <class T, bool kAnywhere = false>
 FSL_DEVICE void store_eight(char* at, const uint32_t* words) {
-  FSL_UNROLL for (int c = 0; c < T::kWords / 4; ++c)
-      store(at + 16 * c, Chunk{{words[4 * c], words[4 * c + 1], words[4 * c + 2], words[4 * c + 3]}});
+  FSL_UNROLL for (int c = 0; c < T::kWords / 4; ++c) {
+    const Chunk chunk{{words[4 * c], words[4 * c + 1], words[4 * c + 2], words[4 * c + 3]}};
+    if (kAnywhere) store_chunk_anywhere(at + 16 * c, chunk);
+    else store(at + 16 * c, chunk);
+  }
 }
 
 // Whether the chunks that load_eight takes for logits [column, column + count) all lie in the row.
@@ -70,6 +74,13 @@ FSL_DEVICE bool chunks_inside(const Row& row, int64_t column, int64_t count, int
 FSL_DEVICE int own_column(int64_t target, int64_t vocab_start, const Rows& rows) {
   const int64_t own = target - vocab_start;
   return target >= 0 && own >= 0 && own < rows.valid ? static_cast<int>(own) : -1;
+}
+
+// The first column from `column` on at a multiple of 16 bytes.
+template <class T>
+FSL_DEVICE int aligned_column(const Row& row, int column) {
+  const int past = (row.skew + column % 16 * T::kBytes) % 16;
+  return column + (16 - past) % 16 / T::kBytes;
 }
 
 // fp32 of one logit.

@@ -11,7 +11,7 @@
 
 namespace fsl::gpu {
 
-enum class Kernel { row_stats, row_grad };
+enum class Kernel { row_stats, row_grad, row_stats_grad };
 
 // Threads, not warps: the 32 warps that fill an NVIDIA block would be 2048 threads on AMD, which no launch
 // can have.
@@ -20,11 +20,12 @@ struct Line {
   Kernel kernel;
   int64_t columns;  // for V_local up to this
   int threads;
-  int segment;  // columns; whole tiles of 32 logits a thread
+  int segment;  // columns; whole tiles of 32 logits a thread. Of row_stats_grad those that a block takes
   const char* why;
 };
 
 constexpr int64_t kAny = INT64_MAX;
+constexpr int kWholeRow = 1 << 30;
 
 // Registers are those of the plain kernel for bf16 (fp32), as nvcc 13 and clang 19 compile it; in flight is
 // what the resident threads of a multiprocessor load at once. Bandwidth times 800 ns asks for 15 KiB (A100),
@@ -43,19 +44,37 @@ constexpr Line kTable[] = {
     {100, Kernel::row_stats, kAny, 128, 16384, "72 registers: 896 threads, 56 KiB in flight"},
     {100, Kernel::row_grad, 4096, 64, 4096, "two tiles at most, few columns idle"},
     {100, Kernel::row_grad, kAny, 128, 16384, "64 registers: 1024 threads, 64 KiB in flight"},
+    {80, Kernel::row_stats_grad, 8192, 128, kWholeRow, "two tiles at most, 16 KiB of a block's 163"},
+    {80, Kernel::row_stats_grad, kAny, 512, kWholeRow,
+     "no clusters: 83 000 of a row's bf16 logits fit, the rest is L2's"},
+    {90, Kernel::row_stats_grad, 8192, 128, kWholeRow, "two tiles at most"},
+    {90, Kernel::row_stats_grad, kAny, 256, 40960,
+     "at most 80 KiB of bf16 a block: two or three per multiprocessor"},
+    {100, Kernel::row_stats_grad, 8192, 128, kWholeRow, "two tiles at most"},
+    {100, Kernel::row_stats_grad, kAny, 256, 40960,
+     "at most 80 KiB of bf16 a block: two or three per multiprocessor"},
     {0x90a, Kernel::row_stats, 4096, 128, 4096, "a tile at most"},
     {0x90a, Kernel::row_stats, kAny, 256, 32768, "55 registers: all 8 waves, 128 KiB in flight"},
     {0x90a, Kernel::row_grad, 4096, 128, 4096, "a tile at most"},
     {0x90a, Kernel::row_grad, kAny, 256, 32768, "44 (62) registers: all 8 waves, 128 KiB in flight"},
+    {0x90a, Kernel::row_stats_grad, 32768, 256, kWholeRow, "a row of bf16 in 64 registers a lane"},
+    {0x90a, Kernel::row_stats_grad, 65536, 512, kWholeRow, "a row of bf16 in 64 registers a lane"},
+    {0x90a, Kernel::row_stats_grad, kAny, 1024, kWholeRow, "131072 bf16 logits in 64 registers a lane"},
     // 256 threads were measured best for a cross-entropy on MI308X (ROCm/aiter).
     {0x942, Kernel::row_stats, 4096, 128, 4096, "a tile at most"},
     {0x942, Kernel::row_stats, kAny, 256, 32768, "57 registers: all 8 waves, 128 KiB in flight"},
     {0x942, Kernel::row_grad, 4096, 128, 4096, "a tile at most"},
     {0x942, Kernel::row_grad, kAny, 256, 32768, "44 (62) registers: all 8 waves, 128 KiB in flight"},
+    {0x942, Kernel::row_stats_grad, 32768, 256, kWholeRow, "a row of bf16 in 64 registers a lane"},
+    {0x942, Kernel::row_stats_grad, 65536, 512, kWholeRow, "a row of bf16 in 64 registers a lane"},
+    {0x942, Kernel::row_stats_grad, kAny, 1024, kWholeRow, "131072 bf16 logits in 64 registers a lane"},
     {0x950, Kernel::row_stats, 4096, 128, 4096, "a tile at most"},
     {0x950, Kernel::row_stats, kAny, 256, 32768, "as gfx942: clang 19 does not know gfx950"},
     {0x950, Kernel::row_grad, 4096, 128, 4096, "a tile at most"},
     {0x950, Kernel::row_grad, kAny, 256, 32768, "as gfx942: clang 19 does not know gfx950"},
+    {0x950, Kernel::row_stats_grad, 32768, 256, kWholeRow, "as gfx942: clang 19 does not know gfx950"},
+    {0x950, Kernel::row_stats_grad, 65536, 512, kWholeRow, "as gfx942: clang 19 does not know gfx950"},
+    {0x950, Kernel::row_stats_grad, kAny, 1024, kWholeRow, "as gfx942: clang 19 does not know gfx950"},
 };
 
 // Blocks per multiprocessor that `splits` asks for, about three times what is resident: with one row in three

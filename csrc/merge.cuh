@@ -1,10 +1,29 @@
-// Loss, or metrics, of each row from the statistics of all shards, folded in rank order; a row a thread.
+// Loss of a row from its statistics, and a kernel that gives the loss, or metrics, of each row from the
+// statistics of all shards, folded in rank order; a row a thread.
 #pragma once
 
 #include "gpu_block.cuh"
 #include "gpu_launch.h"
 
 namespace fsl::gpu {
+
+struct RowLoss {
+  float loss, lse;  // not weighted; NaN where the label is no vocabulary id
+};
+
+FSL_DEVICE RowLoss row_loss(const Stats& all, float z_target, int64_t target, float label_smoothing,
+                            float z_loss, int64_t vocab_size) {
+  const float log_total = log(all.total), poison = target == kOutOfVocabulary ? nan() : 0.0f;
+  const float lse = all.top + log_total;
+  // (maximum - z_y) first: both are logits, so their difference is exact when it matters.
+  float loss = (all.top - z_target) + log_total;
+  if (label_smoothing > 0) {
+    const float smooth = (all.top - all.z_sum / static_cast<float>(vocab_size)) + log_total;
+    loss = fma(loss, 1.0f - label_smoothing, label_smoothing * smooth);
+  }
+  if (z_loss > 0) loss = fma(lse * lse, z_loss, loss);
+  return {loss + poison, lse + poison};
+}
 
 template <int kColumns>
 FSL_KERNEL(256, 4)
@@ -21,19 +40,11 @@ merge_kernel(MergeArgs a, Metrics metrics) {
     z_target += at[kTarget];
   }
   const bool scored = weight != 0;
-  const float log_total = log(all.total), poison = target == kOutOfVocabulary ? nan() : 0.0f;
-  const float lse = all.top + log_total;
-  // (maximum - z_y) first: both are logits, so their difference is exact when it matters.
-  float loss = (all.top - z_target) + log_total;
-  if (a.label_smoothing > 0) {
-    const float smooth = (all.top - all.z_sum / static_cast<float>(a.vocab_size)) + log_total;
-    loss = fma(loss, 1.0f - a.label_smoothing, a.label_smoothing * smooth);
-  }
-  if (a.z_loss > 0) loss = fma(lse * lse, a.z_loss, loss);
-  if (!metrics.log_prob) loss *= weight;
-  a.loss[n] = scored ? loss + poison : 0.0f;
-  a.lse[n] = scored ? lse + poison : 0.0f;
+  const RowLoss row = row_loss(all, z_target, target, a.label_smoothing, a.z_loss, a.vocab_size);
+  a.loss[n] = scored ? row.loss * (metrics.log_prob ? 1.0f : weight) : 0.0f;
+  a.lse[n] = scored ? row.lse : 0.0f;
   if (!metrics.log_prob) return;
+  const float log_total = log(all.total), poison = target == kOutOfVocabulary ? nan() : 0.0f;
   metrics.log_prob[n] = scored ? (z_target - all.top) - log_total + poison : 0.0f;
   metrics.entropy[n] = scored ? log_total - all.moment / all.total + poison : 0.0f;
   metrics.correct[n] = scored && all.top_id == static_cast<float>(target);

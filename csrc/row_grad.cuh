@@ -22,8 +22,8 @@ struct GradRow {
 };
 
 template <bool kSoftcap>
-FSL_DEVICE GradRow grad_row(const GradArgs& a, const Scales& z, uint32_t n) {
-  const float factor = a.scale[n], lse = a.lse[n], slope = kSoftcap ? 1.0f : z.slope;
+FSL_DEVICE GradRow grad_row(const GradArgs& a, const Scales& z, uint32_t n, float lse) {
+  const float factor = a.scale[n], slope = kSoftcap ? 1.0f : z.slope;
   // lse / unit is what x is compared with; what the two roundings lose is one factor of the row.
   const float lse_x = lse * reciprocal(z.unit);
   const Reference reference = reference_of(lse_x, z.log2);
@@ -95,6 +95,20 @@ struct RowGrad {
     }
     zeros(out, padding, end);
   }
+
+  // The same two from any column on. All columns are vocabulary.
+  static FSL_DEVICE void zero_columns(const Row& out, int begin, int end) {
+    const int first = aligned_column<T>(out, begin), odd = begin + thread_id();
+    if (odd < first && odd < end) T::put(out.start + int64_t{odd} * T::kBytes, 0.0f);
+    zeros(out, first, end);
+  }
+
+  static FSL_DEVICE void any_columns(const Row& in, const Row& out, const GradRow& g, const Scales& z,
+                                     int begin, int end) {
+    const int first = aligned_column<T>(out, begin), odd = begin + thread_id();
+    if (odd < first && odd < end) each(in, out, g, z, odd, odd + 1, end);
+    if (first < end) columns(in, out, g, z, first, end, end, (in.skew + first % 16 * T::kBytes) % 16);
+  }
 };
 
 template <class T, bool kSoftcap, bool kShifted>
@@ -103,9 +117,10 @@ row_grad_kernel(GradArgs a, Scales z, int splits, int segment) {
   using Kernel = RowGrad<T, kSoftcap, kShifted>;
   const uint32_t program = kLastRowFirst ? grid_blocks() - 1 - block_id() : block_id();
   const uint32_t n = program / splits, part = program % splits;
+  if (a.stored && a.stored[n] == a.scale[n]) return;
   const int width = static_cast<int>(a.grad.columns), valid = static_cast<int>(a.logits.valid);
   const Row out = row_at<T>(a.grad, n), in = row_at<T>(a.logits, n);
-  const int before = (16 - out.skew) % 16 / T::kBytes, head = before < width ? before : width;
+  const int before = aligned_column<T>(out, 0), head = before < width ? before : width;
   const int segments = (width + segment - 1) / segment, per_part = (segments + splits - 1) / splits * segment;
   const int begin = head + part * per_part, end = width - begin < per_part ? width : begin + per_part;
   const bool in_head = part == 0 && thread_id() < head;
@@ -114,7 +129,7 @@ row_grad_kernel(GradArgs a, Scales z, int splits, int segment) {
     Kernel::zeros(out, begin, end);
     return;
   }
-  const GradRow g = grad_row<kSoftcap>(a, z, n);
+  const GradRow g = grad_row<kSoftcap>(a, z, n, a.lse[n]);
   // The target's own logit is done again by the thread that writes it, which spares all others a comparison.
   // In place, it must be read before it is written.
   const bool owner =

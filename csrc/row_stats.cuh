@@ -35,14 +35,16 @@ FSL_DEVICE float sum_eight(const float* x) {
 }
 
 // Take the kRuns vectors that a thread has of a tile: `eight(x, r)` gives the fp32 logits of vector r, which
-// starts at column first + r * stride, -inf from column `end` on. kUnroll 1 asks for each vector twice
-// instead of keeping them all: at the ends of a row.
-template <int kColumns, int kUnroll, class Eight>
-FSL_DEVICE void accumulate(Running& s, const Eight& eight, int first, int stride, int end, const Scales& z) {
+// starts at column first + r * stride, and -inf for those that are not there; `sum(x, r)` adds up those that
+// are. kUnroll 1 asks for each vector twice instead of keeping them all: at the ends of a row.
+template <int kColumns, int kUnroll, class Eight, class Sum>
+FSL_DEVICE void accumulate(Running& s, const Eight& eight, const Sum& sum, int first, int stride,
+                           const Scales& z) {
   float top = s.top, x[8];
   FSL_UNROLL_BY(kUnroll) for (int r = 0; r < kRuns; ++r) {
     eight(x, r);
     FSL_UNROLL for (int i = 0; i < 8; ++i) top = max(top, x[i]);
+    settle(top);
   }
   if (kColumns > kArgmax && top > s.top) {
     FSL_UNROLL_BY(kUnroll) for (int r = kRuns - 1; r >= 0; --r) {
@@ -65,10 +67,10 @@ FSL_DEVICE void accumulate(Running& s, const Eight& eight, int first, int stride
       moment += sum_eight(u);
     }
     if (kColumns > kSum) {
-      if (kUnroll == 1)
-        FSL_UNROLL for (int i = 0; i < 8; ++i) x[i] = first + r * stride + i < end ? x[i] : 0.0f;
-      x_sum += sum_eight(x);
+      x_sum += sum(x, r);
+      settle(x_sum);
     }
+    settle(total);
   }
   if (kColumns > kArgmax) s.moment = fma(shrink == 0 ? 0.0f : delta, s.total, s.moment) * shrink + moment;
   if (kColumns > kSum) s.x_sum += x_sum;
@@ -87,7 +89,7 @@ struct RowStats {
     const auto eight = [&](float* x, int r) {
       FSL_UNROLL for (int i = 0; i < 8; ++i) x[i] = capped<kSoftcap>(T::element(words[r], i), z);
     };
-    accumulate<kColumns, kRuns>(s, eight, first, stride, 0x7fffffff, z);
+    accumulate<kColumns, kRuns>(s, eight, [](const float* x, int) { return sum_eight(x); }, first, stride, z);
   }
 
   // The tile at either end of a row, logit by logit.
@@ -100,12 +102,16 @@ struct RowStats {
         x[i] = column < end ? there : -kInfinity;
       }
     };
-    accumulate<kColumns, 1>(s, eight, first, stride, end, z);
+    const auto sum = [&](float* x, int r) {
+      FSL_UNROLL for (int i = 0; i < 8; ++i) x[i] = first + r * stride + i < end ? x[i] : 0.0f;
+      return sum_eight(x);
+    };
+    accumulate<kColumns, 1>(s, eight, sum, first, stride, z);
   }
 
-  static FSL_DEVICE Running columns(const Row& row, int begin, int end, const Scales& z) {
+  // Columns [begin, end) on top of those in `s`.
+  static FSL_DEVICE Running columns(const Row& row, int begin, int end, const Scales& z, Running s = {}) {
     const int tile = 8 * kRuns * block_threads(), mine = 8 * thread_id();
-    Running s;
     for (int first = begin; first < end; first += tile) {
       for (; first + tile <= end && chunks_inside<T, kShifted>(row, first, tile, row.skew); first += tile)
         whole_tile(s, row, first + mine, z);

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import autograd as _operators  # noqa: F401  (registers them)
-from . import checks
+from . import checks, onepass
 from .backends import choose
 from .rowmath import RowMath
 from .targets import Targets
@@ -32,6 +32,7 @@ class Options:
     tp_group: Any = None
     vocab_start: int | None = None
     inplace_backward: bool = False
+    grad_in_forward: bool | float | Tensor = False
     backend: str | None = None
 
     def validate(self) -> None:
@@ -55,6 +56,20 @@ class Options:
                 "expected no cu_seqlens with shift=False, where labels are taken as they are and "
                 "there is no neighbour to look at; pass it to shift_targets, or use shift=True"
             )
+        expected = self.grad_in_forward
+        if isinstance(expected, Tensor):
+            good = expected.dim() == 0 and expected.is_floating_point()
+        else:
+            good = isinstance(expected, (bool, int, float)) and abs(expected) < float("inf")
+        _expect(
+            good, "grad_in_forward False, True, a finite number or a 0-d float tensor", expected
+        )
+
+    @property
+    def one_read(self) -> bool:
+        """Whether forward is asked to compute the gradient too."""
+        expected = self.grad_in_forward
+        return isinstance(expected, Tensor) or (expected is not False and expected != 0)
 
 
 class LossTerms(NamedTuple):
@@ -98,6 +113,7 @@ def sft_loss(
     tp_group: "dist.ProcessGroup | None" = None,
     vocab_start: int | None = None,
     inplace_backward: bool = False,
+    grad_in_forward: bool | float | Tensor = False,
     backend: str | None = None,
 ) -> Tensor:
     """Masked next-token cross-entropy, read straight from the logits.
@@ -129,6 +145,16 @@ def sft_loss(
         vocab_start: first global id on this rank, for uneven shards (needs vocab_size); None: equal
             shards in rank order.
         inplace_backward: the gradient overwrites the logits' memory; a second backward raises.
+        grad_in_forward: compute the gradient in forward, from the same read of the logits, for the
+            gradient that the result will be given by backward: True means 1, another one is a
+            number or a 0-d tensor (a loss scale, 1 / micro-batches). Bytes per bf16 element: 4, not
+            6. Any other gradient in backward is still right: rows stored for another one are
+            computed again, on the device and without a synchronisation. With inplace_backward the
+            logits are gone when forward returns, and such rows are multiplied by the ratio, which
+            rounds 16-bit gradients a second time (not when it is a power of two). Worth it where
+            the gradient is known and rows are many; needs the whole vocabulary (no tp_group) and
+            backend "cpu", "cuda" or "hip"; backward runs once. Without it, or where no gradient is
+            asked for (no_grad, logits that do not require it), forward reads and writes nothing.
         backend: "cpu", "eager", "triton", "cuda", "hip", or None for the best there is (see
             ``python -m fused_sft_loss env``).
 
@@ -152,9 +178,10 @@ def sft_loss(
         tp_group=tp_group,
         vocab_start=vocab_start,
         inplace_backward=inplace_backward,
+        grad_in_forward=grad_in_forward,
         backend=backend,
     )
-    terms = loss_terms(logits, labels, loss_mask, options)
+    terms = loss_terms(logits, labels, loss_mask, options, mean=reduction == "mean")
     if reduction == "none":
         return terms.losses
     total = terms.losses.sum()
@@ -162,14 +189,34 @@ def sft_loss(
 
 
 def loss_terms(
-    logits: Tensor, labels: Tensor, loss_mask: Tensor | None, options: Options
+    logits: Tensor,
+    labels: Tensor,
+    loss_mask: Tensor | None,
+    options: Options,
+    *,
+    mean: bool = False,
 ) -> LossTerms:
-    """Per-token losses and what normalises them; the losses carry the graph."""
+    """Per-token losses and what normalises them; the losses carry the graph.
+
+    `mean`: the caller divides by weight_sum, so the gradient that grad_in_forward expects for the
+    quotient is divided by it, too.
+    """
     if options.inplace_backward:
         checks.inplace(logits)
     targets, call = _prepare(logits, labels, loss_mask, options)
-    losses, _ = torch.ops.fused_sft_loss.token_losses(*call, options.inplace_backward)
+    if options.one_read and logits.requires_grad and torch.is_grad_enabled():
+        expected = _expected_gradient(options.grad_in_forward, targets.weight_sum, mean)
+        losses = onepass.token_losses(*call, expected, options.inplace_backward)
+    else:
+        losses, _ = torch.ops.fused_sft_loss.token_losses(*call, options.inplace_backward)
     return LossTerms(losses.view(labels.shape), targets.weight_sum, targets.count)
+
+
+def _expected_gradient(expected: bool | float | Tensor, weight_sum: Tensor, mean: bool) -> Tensor:
+    """0-d, of every token's loss; as autograd will compute it, so that the bits are the same."""
+    if not isinstance(expected, Tensor):
+        expected = weight_sum.new_full((), float(expected))  # filled on the device: no copy to it
+    return weighted_mean(expected.detach(), weight_sum) if mean else expected.detach()
 
 
 def weighted_mean(total: Tensor, weight_sum: Tensor) -> Tensor:
@@ -225,7 +272,19 @@ def _prepare(logits: Tensor, labels: Tensor, loss_mask: Tensor | None, options: 
         vocab_start=start,
         vocab_size=size,
     )
-    backend = choose.resolve(options.backend, logits.device.type)
+    if options.one_read and group_name:
+        raise ValueError(
+            "expected no grad_in_forward with a vocabulary sharded over tp_group: a row's gradient "
+            "needs the other shards' statistics, so its logits are read again in any case. Drop "
+            "grad_in_forward"
+        )
+    device = logits.device.type
+    # A constant to torch.compile, which a number given as grad_in_forward is not.
+    backend = (
+        choose.resolve(options.backend, device, one_read=True)
+        if options.one_read
+        else choose.resolve(options.backend, device)
+    )
     targets = Targets(
         *torch.ops.fused_sft_loss.row_targets(
             labels,

@@ -104,10 +104,15 @@ def row_grad_(grad, logits, target, weight, lse, *rest):
 
 def _write_grad(grad, logits, target, weight, lse, rest, out):
     math, backend = RowMath(*rest[:-1]), rest[-1]
-    # Upstream times weight in fp32, before anything is rounded. A row with weight 0 stays out even
-    # when the upstream gradient is not finite.
-    scale = torch.where(weight != 0, grad.float() * weight, 0.0)
-    choose.load(backend).row_grad(logits, lse, target, scale, math, out)
+    choose.load(backend).row_grad(logits, lse, target, rows_scale(grad, weight), math, out)
+
+
+def rows_scale(grad: Tensor, weight: Tensor) -> Tensor:
+    """Upstream gradient times weight `[N]`, in fp32: before anything is rounded.
+
+    A row with weight 0 stays out even when the upstream gradient is not finite.
+    """
+    return torch.where(weight != 0, grad.float() * weight, 0.0)
 
 
 def _save(ctx, inputs, output):

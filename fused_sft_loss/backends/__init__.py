@@ -16,4 +16,13 @@ of them may synchronise with the host on an accelerator.
 ``row_grad(logits, lse, target, scale, math, out)``
     writes the gradient of scale * loss to `out`, which may be `logits` itself, in fp32 rounded
     once. Rows with scale 0 are zeros and are not read.
+
+Those of ``choose.ONE_READ`` also have what grad_in_forward needs:
+
+``row_stats_grad(logits, target, weight, scale, math, out) -> (loss, lse)``
+    row_stats, merge and row_grad, from one read of each row, for an unsharded vocabulary.
+``row_grad(..., stored)``
+    leaves rows alone whose `scale` is that in `stored`, bit for bit.
+``row_rescale(grad, scale, stored, math)``
+    multiplies the other rows of a gradient by scale / stored instead.
 """

@@ -126,6 +126,7 @@ def grad_args(
     scale: Tensor,
     math: RowMath,
     out: Tensor,
+    stored: Tensor | None = None,
 ):
     return module.GradArgs(
         logits=rows(module, logits, math),
@@ -133,8 +134,34 @@ def grad_args(
         target=target.data_ptr(),
         lse=lse.data_ptr(),
         scale=scale.data_ptr(),
+        stored=address(stored),
         **_of_a_shard(math),
         **_of_the_loss(math),
+    )
+
+
+def stats_grad_args(
+    module: ModuleType,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    math: RowMath,
+    out: Tensor,
+    loss: Tensor,
+    lse: Tensor,
+):
+    return module.StatsGradArgs(
+        grad=grad_args(module, logits, lse, target, scale, math, out),
+        weight=weight.data_ptr(),
+        loss=loss.data_ptr(),
+        lse=lse.data_ptr(),
+    )
+
+
+def rescale_args(module: ModuleType, grad: Tensor, scale: Tensor, stored: Tensor, math: RowMath):
+    return module.RescaleArgs(
+        grad=rows(module, grad, math), scale=scale.data_ptr(), stored=stored.data_ptr()
     )
 
 

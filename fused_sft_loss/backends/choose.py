@@ -16,6 +16,9 @@ MODULES = {"cpu": "native", "cuda": "gpu", "hip": "gpu", "triton": "triton", "ea
 #: What ``backend=None`` tries on a device, best first. ROCm's torch calls its devices "cuda" too.
 PREFERENCE = {"cpu": ("cpu", "eager"), "cuda": ("cuda", "hip", "triton", "eager")}
 
+#: Backends with the kernels of grad_in_forward.
+ONE_READ = ("cpu", "cuda", "hip")
+
 VARIABLE = "FUSED_SFT_LOSS_BACKEND"
 
 
@@ -88,8 +91,10 @@ def best(device_type: str) -> str:
 
 
 @torch.compiler.assume_constant_result
-def resolve(name: str | None, device_type: str) -> str:
+def resolve(name: str | None, device_type: str, one_read: bool = False) -> str:
     """The backend asked for, else that of ``FUSED_SFT_LOSS_BACKEND``, else the best there is.
+
+    `one_read`: it must have the kernels of grad_in_forward.
 
     Raises:
         ValueError: the name is not a backend's.
@@ -100,7 +105,7 @@ def resolve(name: str | None, device_type: str) -> str:
     if name is None and (name := os.environ.get(VARIABLE) or None) is not None:
         asked_by = f"{VARIABLE}={name}"
     if name is None:
-        return best(device_type)
+        name, asked_by = best(device_type), f"the best backend here, {best(device_type)!r},"
     if name not in MODULES:
         raise ValueError(f"expected one of {', '.join(MODULES)}, got {asked_by}")
     if reason := reason_against(name, device_type):
@@ -108,4 +113,18 @@ def resolve(name: str | None, device_type: str) -> str:
             f"{asked_by} cannot run on {device_type}: {reason}. Here "
             f"backend={best(device_type)!r} can."
         )
+    if one_read and name not in ONE_READ:
+        raise NotImplementedError(
+            f"{asked_by} has no kernel for grad_in_forward; {', '.join(ONE_READ)} have. On "
+            f"{device_type}: {_one_read_on(device_type)}"
+        )
     return name
+
+
+def _one_read_on(device_type: str) -> str:
+    """Which of ONE_READ can run there, or what keeps each from it."""
+    reasons = {name: reason_against(name, device_type) for name in ONE_READ}
+    able = [repr(name) for name, reason in reasons.items() if reason is None]
+    if able:
+        return f"backend={' or '.join(able)} can."
+    return "; ".join(f"{name}: {reason}" for name, reason in reasons.items())

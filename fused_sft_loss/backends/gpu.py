@@ -94,12 +94,41 @@ class Gpu:
         return loss, log_prob, lse, correct, entropy
 
     def row_grad(
-        self, logits: Tensor, lse: Tensor, target: Tensor, scale: Tensor, math: RowMath, out: Tensor
+        self,
+        logits: Tensor,
+        lse: Tensor,
+        target: Tensor,
+        scale: Tensor,
+        math: RowMath,
+        out: Tensor,
+        stored: Tensor | None = None,
     ) -> None:
-        args = addresses.grad_args(self.module, logits, lse, target, scale, math, out)
-        chip = self._chip(logits.device)
-        with _on(logits.device):
-            self.module.row_grad(args, chip=chip, stream=_stream(logits.device))
+        args = addresses.grad_args(self.module, logits, lse, target, scale, math, out, stored)
+        self._launch(self.module.row_grad, args, logits.device)
+
+    def row_stats_grad(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        math: RowMath,
+        out: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        results = torch.empty_like(weight), torch.empty_like(weight)
+        args = addresses.stats_grad_args(
+            self.module, logits, target, weight, scale, math, out, *results
+        )
+        self._launch(self.module.row_stats_grad, args, logits.device)
+        return results
+
+    def row_rescale(self, grad: Tensor, scale: Tensor, stored: Tensor, math: RowMath) -> None:
+        args = addresses.rescale_args(self.module, grad, scale, stored, math)
+        self._launch(self.module.row_rescale, args, grad.device)
+
+    def _launch(self, function: Callable, args, device: torch.device) -> None:
+        with _on(device):
+            function(args, chip=self._chip(device), stream=_stream(device))
 
     def _merge(
         self, gathered, target, weight, math, loss, lse, log_prob=None, correct=None, entropy=None

@@ -18,7 +18,9 @@ __all__ = [
     "merge",
     "merge_metrics",
     "row_grad",
+    "row_rescale",
     "row_stats",
+    "row_stats_grad",
     "row_targets",
     "use_isa",
 ]
@@ -57,7 +59,27 @@ def merge(gathered: Tensor, target: Tensor, weight: Tensor, math: RowMath) -> tu
 
 
 def row_grad(
-    logits: Tensor, lse: Tensor, target: Tensor, scale: Tensor, math: RowMath, out: Tensor
+    logits: Tensor,
+    lse: Tensor,
+    target: Tensor,
+    scale: Tensor,
+    math: RowMath,
+    out: Tensor,
+    stored: Tensor | None = None,
 ) -> None:
-    args = addresses.grad_args(_cpu, logits, lse, target, scale, math, out)
+    args = addresses.grad_args(_cpu, logits, lse, target, scale, math, out, stored)
     _cpu.row_grad(args, threads=torch.get_num_threads())
+
+
+def row_stats_grad(
+    logits: Tensor, target: Tensor, weight: Tensor, scale: Tensor, math: RowMath, out: Tensor
+) -> tuple[Tensor, Tensor]:
+    results = torch.empty_like(weight), torch.empty_like(weight)
+    args = addresses.stats_grad_args(_cpu, logits, target, weight, scale, math, out, *results)
+    _cpu.row_stats_grad(args, threads=torch.get_num_threads())
+    return results
+
+
+def row_rescale(grad: Tensor, scale: Tensor, stored: Tensor, math: RowMath) -> None:
+    args = addresses.rescale_args(_cpu, grad, scale, stored, math)
+    _cpu.row_rescale(args, threads=torch.get_num_threads())

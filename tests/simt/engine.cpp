@@ -56,6 +56,7 @@ void exit_from(Meeting& meeting) {
 void exit_thread() {
   Thread& me = *engine.running;
   Block& home = *me.home;
+  if (!me.copies.empty()) fail("thread " + std::to_string(me.thread) + " exits before copies_done");
   me.exited = true;
   exit_from(*me.warp);
   exit_from(home.all);

@@ -34,6 +34,7 @@ struct Thread : Place {
   Fiber* fiber = nullptr;  // null before it has started and after it has exited
   Meeting* waits = nullptr;
   bool exited = false;
+  std::vector<Copy> copies = {};  // under way
   void* tsan = nullptr;
 };
 

@@ -67,6 +67,25 @@ void* shared(const Variable* variable, size_t bytes) {
 
 void* dynamic_shared() { return engine.running->home->shared.dynamic(); }
 
+void copy_later(void* shared, const void* global, Site site) {
+  const tsan::Unseen unseen;
+  SharedMemory& mine = engine.running->home->shared;
+  if (!mine.corresponding(mine, shared))
+    fail("copy_chunk: no shared memory of this block, at " + words(site));
+  if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16)
+    fail("copy_chunk: an address that is no multiple of 16, at " + words(site));
+  engine.running->copies.push_back({static_cast<Sixteen*>(shared), static_cast<const Sixteen*>(global)});
+}
+
+bool next_copy(Copy* copy) {
+  const tsan::Unseen unseen;
+  std::vector<Copy>& copies = engine.running->copies;
+  if (copies.empty()) return false;
+  *copy = copies.back();
+  copies.pop_back();
+  return true;
+}
+
 void* cluster_map(void* local, int rank, Site site) {
   SharedMemory& mine = engine.running->home->shared;
   if (rank < 0 || rank >= engine.grid.cluster)

@@ -72,6 +72,23 @@ T* shared(size_t count, const Variable* variable) {
 // The launch's shared_bytes, aligned to 16; null for none.
 void* dynamic_shared();
 
+// An asynchronous copy of 16 aligned bytes into shared memory of this block. It is made when this thread
+// calls copies_done, and not before: whoever does not wait reads 0xff. A thread may not exit with one under
+// way.
+struct alignas(16) Sixteen {
+  unsigned char bytes[16];
+};
+struct Copy {
+  Sixteen* to;
+  const Sixteen* from;
+};
+void copy_later(void* shared, const void* global, Site site = here());
+bool next_copy(Copy* copy);
+// Inlined into the kernel, so that sanitizers see what it reads and writes.
+inline void copies_done() {
+  for (Copy copy; next_copy(&copy);) *copy.to = *copy.from;
+}
+
 // The same variable in another block of the cluster. An error when `local` is no shared memory of this block,
 // or when that block has exited.
 void* cluster_map(void* local, int rank, Site site);

@@ -1,0 +1,40 @@
+// A gradient that was stored for another scale, times the ratio: those rows alone whose scale differs. What
+// backward does under grad_in_forward where the logits are gone.
+#pragma once
+
+#include "row_grad.cuh"
+
+namespace fsl::gpu {
+
+template <class T>
+FSL_KERNEL(512, 8)
+row_rescale_kernel(RescaleArgs a, int splits, int segment) {
+  const uint32_t n = block_id() / splits, part = block_id() % splits;
+  const float scale = a.scale[n], stored = a.stored[n];
+  if (scale == stored) return;
+  const int valid = static_cast<int>(a.grad.valid), segments = (valid + segment - 1) / segment;
+  const int per_part = (segments + splits - 1) / splits * segment;
+  const Row row = row_at<T>(a.grad, n);
+  const int head = part == 0 ? 0 : aligned_column<T>(row, 0), begin = head + part * per_part;
+  const int next = aligned_column<T>(row, 0) + (part + 1) * per_part, end = next < valid ? next : valid;
+  if (scale == 0) return RowGrad<T, false, false>::zero_columns(row, begin, end);
+  const float ratio = scale / stored;
+  const auto one = [&](int column) {
+    T::put(row.start + int64_t{column} * T::kBytes, load_one<T>(row, column) * ratio);
+  };
+  const int first = aligned_column<T>(row, begin), odd = begin + thread_id();
+  if (odd < first && odd < end) one(odd);
+  int column = first + 8 * thread_id();
+  for (; column + 8 <= end; column += 8 * block_threads()) {
+    char* at = row.start + int64_t{column} * T::kBytes;
+    uint32_t words[T::kWords];
+    float x[8];
+    load_eight<T, false>(words, at, 0);
+    FSL_UNROLL for (int i = 0; i < 8; ++i) x[i] = T::element(words, i) * ratio;
+    T::put(words, x);
+    store_eight<T>(at, words);
+  }
+  FSL_UNROLL_BY(1) for (; column < end; ++column) one(column);
+}
+
+}  // namespace fsl::gpu

@@ -1,0 +1,244 @@
+// Loss and gradient of a row from one read of it: the row stays on chip between its statistics and its
+// gradient. For a vocabulary that is whole here, and an upstream gradient that forward knows.
+//
+// NVIDIA: in shared memory, that of a cluster where one block's is too small, by asynchronous copies; blocks
+// of a cluster read each other's statistics there. AMD: in registers, of up to 1024 lanes. What fits neither
+// is read twice, the second time out of a cache one hopes. Which columns a thread takes, and in which order,
+// depends on neither dtype nor address, so neither do the bits of the loss.
+#pragma once
+
+#include <type_traits>
+
+#include "merge.cuh"
+#include "row_grad.cuh"
+#include "row_stats.cuh"
+
+namespace fsl::gpu {
+
+// How a row is shared out and kept.
+struct Holding {
+  int cluster;  // blocks per row
+  int columns;  // of its part that a block keeps in shared memory: all, or whole tiles
+};
+
+// Registers of a lane that hold logits; half as many with a softcap, whose arithmetic needs more itself.
+constexpr int kHeldWords = 64;
+
+// Statistics of kRuns vectors that are held, those that are there whole: `there(r)`.
+template <bool kSoftcap, class T, class There>
+FSL_DEVICE void held_tile(Running& s, uint32_t (&words)[kRuns][T::kWords], T, const There& there,
+                          const Scales& z) {
+  const auto eight = [&](float* x, int r) {
+    FSL_UNROLL for (int i = 0; i < T::kWords; ++i) forget(words[r][i]);
+    FSL_UNROLL for (int i = 0; i < 8; ++i) x[i] = capped<kSoftcap>(T::element(words[r], i), z);
+  };
+  const auto sum = [&](const float* x, int r) { return there(r) ? sum_eight(x) : 0.0f; };
+  accumulate<4, kRuns>(s, eight, sum, 0, 0, z);
+}
+
+template <class T>
+FSL_DEVICE void nothing(uint32_t* words) {
+  float x[8];
+  FSL_UNROLL for (int i = 0; i < 8; ++i) x[i] = -kInfinity;
+  T::put(words, x);
+}
+
+// Columns [begin, end) of a row, whole vectors, in shared memory, one after the other.
+template <class T, bool kSoftcap, bool kShifted>
+struct HeldInShared {
+  char* memory;
+  int begin, end;
+
+  FSL_DEVICE char* at(int column) const { return memory + (column - begin) * T::kBytes; }
+
+  // A thread brings in those vectors that it takes statistics of: it waits for no other's.
+  FSL_DEVICE HeldInShared(const Row& row, int begin, int end, int columns)
+      : memory(dynamic_shared()), begin(begin), end(end - begin < columns ? end : begin + columns) {
+    for (int column = begin + 8 * thread_id(); column < this->end; column += 8 * block_threads())
+      bring_eight(row, column);
+    copies_done();
+  }
+
+  FSL_DEVICE void bring_eight(const Row& row, int column) const {
+    const char* from = row.start + int64_t{column} * T::kBytes;
+    if (!kShifted) {
+      FSL_UNROLL for (int c = 0; c < T::kWords / 4; ++c) copy_chunk(at(column) + 16 * c, from + 16 * c);
+    } else if (chunks_inside<T, kShifted>(row, column, 8, row.skew)) {
+      uint32_t words[T::kWords];
+      load_eight<T, kShifted>(words, from, row.skew);
+      store_eight<T>(at(column), words);
+    } else {
+      FSL_UNROLL_BY(1) for (int i = column; i < column + 8; ++i) T::put(at(i), load_one<T>(row, i));
+    }
+  }
+
+  FSL_DEVICE void statistics(Running& s, const Scales& z) const {
+    const int stride = 8 * block_threads();
+    for (int first = begin + 8 * thread_id(); first < end; first += kRuns * stride) {
+      const auto there = [&](int r) { return first + r * stride < end; };
+      uint32_t words[kRuns][T::kWords];
+      FSL_UNROLL for (int r = 0; r < kRuns; ++r) {
+        if (there(r)) load_eight<T, false>(words[r], at(first + r * stride), 0);
+        else nothing<T>(words[r]);
+      }
+      held_tile<kSoftcap>(s, words, T{}, there, z);
+    }
+  }
+
+  FSL_DEVICE float one(int column) const {
+    const uint32_t word = T::load(at(column));
+    return T::element(&word, 0);
+  }
+
+  // The gradient's vectors begin where its memory is a multiple of 16 bytes, the logits' at `begin`: a thread
+  // may need what others brought. It is there, since the block has met for its statistics.
+  FSL_DEVICE void gradient_to(const Row& out, const GradRow& g, const Scales& z) const {
+    const int aligned = kShifted ? aligned_column<T>(out, begin) : begin,
+              first = aligned < end ? aligned : end;
+    const int skew = (first - begin) * T::kBytes % 16, last = first + (end - first) / 8 * 8;
+    for (int column = first + 8 * thread_id(); column < last; column += 8 * block_threads()) {
+      uint32_t words[T::kWords];
+      if (kShifted) load_shifted<T>(words, at(column), skew, load_chunk);
+      else load_eight<T, false>(words, at(column), 0);
+      float x[8];
+      FSL_UNROLL for (int i = 0; i < 8; ++i) x[i] = gradient<kSoftcap>(T::element(words, i), g, z, false);
+      T::put(words, x);
+      store_eight<T>(out.start + int64_t{column} * T::kBytes, words);
+    }
+    if (!kShifted) return;
+    // Fewer than eight before those and fewer than eight after them, a thread each.
+    const int before = begin + thread_id(), odd = before < first ? before : last + before - first;
+    if (odd < end) T::put(out.start + int64_t{odd} * T::kBytes, gradient<kSoftcap>(one(odd), g, z, false));
+  }
+};
+
+// Columns [begin, end) of a row, whole vectors, in the registers of the lanes that take statistics and
+// gradient of them. The compiler must be kept from holding on to what it can have again: see forget.
+template <class T, bool kSoftcap>
+struct HeldInRegisters {
+  static constexpr int kTiles = (kSoftcap ? kHeldWords / 2 : kHeldWords) / T::kWords / kRuns;
+  uint32_t words[kTiles][kRuns][T::kWords];
+  int begin, end;
+  uint32_t lane;  // its column in the first vectors
+
+  // The column of thread 0's vector. The same for all, hence in scalar registers.
+  FSL_DEVICE int first(int tile, int r) const { return begin + (tile * kRuns + r) * block_threads() * 8; }
+  FSL_DEVICE bool there(int tile, int r) const { return static_cast<int>(lane) < end - first(tile, r); }
+  FSL_DEVICE char* at(const Row& row, int tile, int r) const {
+    return row.start + int64_t{first(tile, r)} * T::kBytes + uint64_t{lane * T::kBytes};
+  }
+
+  FSL_DEVICE void forget_all() {
+    forget(lane);
+    forget_common(begin);
+  }
+
+  FSL_DEVICE HeldInRegisters(const Row& row, int begin, int end, int)
+      : begin(begin), end(end), lane(8 * thread_id()) {
+    const int most = first(kTiles, 0);
+    if (most < end) this->end = most;
+    FSL_UNROLL for (int tile = 0; tile < kTiles; ++tile) FSL_UNROLL for (int r = 0; r < kRuns; ++r) {
+      if (there(tile, r)) load_eight<T, true>(words[tile][r], at(row, tile, r), row.skew);
+      else nothing<T>(words[tile][r]);
+    }
+  }
+
+  FSL_DEVICE void statistics(Running& s, const Scales& z) {
+    FSL_UNROLL for (int tile = 0; tile < kTiles; ++tile) {
+      keep_order();
+      forget_all();
+      held_tile<kSoftcap>(s, words[tile], T{}, [&](int r) { return there(tile, r); }, z);
+    }
+  }
+
+  FSL_DEVICE void gradient_to(const Row& out, const GradRow& g, const Scales& z) {
+    FSL_UNROLL for (int tile = 0; tile < kTiles; ++tile) FSL_UNROLL for (int r = 0; r < kRuns; ++r) {
+      float x[8];
+      keep_order();
+      forget_all();
+      FSL_UNROLL for (int i = 0; i < T::kWords; ++i) forget(words[tile][r][i]);
+      FSL_UNROLL for (int i = 0; i < 8; ++i) x[i] =
+          gradient<kSoftcap>(T::element(words[tile][r], i), g, z, false);
+      T::put(words[tile][r], x);
+      if (there(tile, r)) store_eight<T, true>(at(out, tile, r), words[tile][r]);
+    }
+  }
+};
+
+// One logit, -inf for none, on top of those in `s`.
+FSL_DEVICE void add_one(Running& s, float x, bool there, const Scales& z) {
+  const float top = max(s.top, x), reference = not_minus_infinity(top) * z.log2;
+  s.total = fma(s.total, exp2(s.top * z.log2 - reference), exp2(fma(x, z.log2, -reference)));
+  s.x_sum += there ? x : 0.0f;
+  s.top = top;
+}
+
+// Statistics of all blocks of the cluster, in the order of their parts.
+FSL_DEVICE Stats over_cluster(const Stats& mine, int cluster) {
+  FSL_SHARED(float, part, 4);
+  if (thread_id() == 0) store_stats<4>(part, mine);
+  cluster_barrier();
+  Stats all;
+  for (int rank = 0; rank < cluster; ++rank) {
+    float read[4];
+    FSL_UNROLL for (int i = 0; i < 4; ++i) read[i] = i == kTarget ? 0.0f : cluster_read(part + i, rank);
+    all = fold(all, load_stats<4>(read));
+  }
+  return all;
+}
+
+template <class T, bool kSoftcap, bool kShifted>
+FSL_KERNEL(FSL_VENDOR(512, 1024), 4)
+row_stats_grad_kernel(StatsGradArgs a, Scales z, Holding holding) {
+  using Held =
+      std::conditional_t<kLoadsAnywhere, HeldInRegisters<T, kSoftcap>, HeldInShared<T, kSoftcap, kShifted>>;
+  using Statistics = RowStats<T, 4, kSoftcap, kShifted>;
+  using Gradient = RowGrad<T, kSoftcap, kShifted>;
+  const GradArgs& grad = a.grad;
+  const uint32_t n = block_id() / holding.cluster;
+  const int part = block_id() % holding.cluster, valid = static_cast<int>(grad.logits.valid);
+  const int each = ((valid + 7) / 8 + holding.cluster - 1) / holding.cluster * 8;
+  const int begin = part * each < valid ? part * each : valid,
+            end = valid - begin < each ? valid : begin + each;
+  // Padding is the last block's.
+  const int until = part == holding.cluster - 1 ? static_cast<int>(grad.grad.columns) : end;
+  const Row in = row_at<T>(grad.logits, n), out = row_at<T>(grad.grad, n);
+  const bool first = part == 0 && thread_id() == 0;
+  if (a.weight[n] == 0) {
+    Gradient::zero_columns(out, begin, until);
+    if (first) a.loss[n] = a.lse[n] = 0.0f;
+    return;
+  }
+  // In place, what is read here would be gone later.
+  const int own = own_column(grad.target[n], grad.vocab_start, grad.logits);
+  const float x_own = common(own < 0 ? 0.0f : load_one<T>(in, own));
+  const int whole = begin + (end - begin) / 8 * 8, odd = whole + thread_id();
+  Running running;
+  add_one(running, odd < end ? capped<kSoftcap>(load_one<T>(in, odd), z) : -kInfinity, odd < end, z);
+  Held held(in, begin, whole, holding.columns);
+  held.statistics(running, z);
+  running = Statistics::columns(in, held.end, whole, z, running);
+  Stats all = Statistics::met(running, z, grad.vocab_start);
+  if (holding.cluster > 1) all = over_cluster(all, holding.cluster);
+  const float z_own = own < 0 ? 0.0f : capped<kSoftcap>(x_own, z) * z.unit;
+  const RowLoss row =
+      row_loss(all, z_own, grad.target[n], grad.label_smoothing, grad.z_loss, grad.vocab_size);
+  if (first) {
+    a.loss[n] = row.loss * a.weight[n];
+    a.lse[n] = row.lse;
+  }
+  if (grad.scale[n] == 0) {
+    Gradient::zero_columns(out, begin, until);
+  } else {
+    const GradRow g = grad_row<kSoftcap>(grad, z, n, row.lse);
+    Gradient::any_columns(in, out, g, z, held.end, end);
+    held.gradient_to(out, g, z);
+    Gradient::zero_columns(out, end, until);
+    barrier();  // its own logit is written over what was written there
+    if (thread_id() == 0 && own >= begin && own < end)
+      T::put(out.start + int64_t{own} * T::kBytes, gradient<kSoftcap>(x_own, g, z, true));
+  }
+  if (holding.cluster > 1) cluster_barrier();  // others may still read this block's statistics
+}
+
+}  // namespace fsl::gpu
