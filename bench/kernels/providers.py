@@ -1,8 +1,8 @@
 """All providers: ours per backend and mode, what PyTorch gives, and the peers."""
 
 import difflib
-import inspect
 from functools import cache, partial
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,8 @@ MODES = (
 
 def ours(problem, backend, options):
     case = problem.case
+    if "grad_in_forward" in options:  # the gradient that backward will be called with
+        options = {**options, "grad_in_forward": problem.upstream}
 
     def loss(logits):
         return sft_loss(
@@ -50,17 +52,14 @@ def ours(problem, backend, options):
 def _reason_against_ours(backend, options, case, device_type):
     if reason := choose.reason_against(backend, device_type):
         return reason
-    missing = set(options) - set(inspect.signature(sft_loss).parameters)
-    if missing:
-        return f"this version's sft_loss has no {', '.join(sorted(missing))}"
     if "grad_in_forward" in options and case.nproc > 1:
         return "needs the whole vocabulary on one process"
     return None
 
 
 def _our_providers():
-    for backend in BACKENDS:
-        for name, title, options, predicted in MODES:
+    for backend, (name, title, options, predicted) in product(BACKENDS, MODES):
+        if "grad_in_forward" not in options or backend in choose.ONE_READ:
             yield Provider(
                 name=f"ours-{backend}-{name}",
                 title=f"ours ({backend}), {title}",
