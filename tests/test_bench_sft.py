@@ -21,9 +21,10 @@ def chat(tmp_path):
     return path
 
 
-def finished(folder, *arguments):
+def finished(folder, *arguments, size=SMALL, launcher=()):
     """The record of `python -m bench sft`, run to its end, and what it printed."""
-    process = start("sft", *arguments, "--steps", "3", "--out", str(folder), *SMALL)
+    command = ["sft", *arguments, "--steps", "3", "--out", str(folder), *size]
+    process = start(*command, launcher=launcher)
     output, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     assert (folder / "result.png").read_bytes().startswith(b"\x89PNG")
@@ -68,6 +69,43 @@ def test_both_losses_train_alike_on_a_sharded_vocabulary(tmp_path, chat):
     assert used["forward_peak"] < 0.01 and used["held"] < 0.01
 
 
+def test_torchrun_starts_the_processes_of_a_real_shape(tmp_path, chat):
+    """Two of tensor and none of data parallelism, gpt2's shape but for the number of layers."""
+    arguments = ("--model", "gpt2", "--tp", "2", "--data", str(chat))
+    size = "--seq-length 32 --layers 1".split()
+    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
+    record, output = finished(tmp_path, *arguments, size=size, launcher=torchrun)
+    assert output.count("loss per step") == 1  # one process reports
+    settings = record["settings"]
+    assert (settings["tp"], settings["dp"], settings["hidden"]) == (2, 1, 768)
+    assert record["logits_of_a_rank"]["shape"] == [2, 32, 50432 // 2]
+    reference, ours = record["losses"]["reference"], record["losses"]["ours"]
+    assert ours[0] == pytest.approx(reference[0], rel=1e-5)
+    for run in record["runs"].values():
+        assert 0 < run["loss_share"] < 1
+        assert run["tokens_per_s"] == pytest.approx(2 * 32 / run["step_ms"] * 1e3)
+        assert run["memory_bytes"]["step_peak"] >= run["memory_bytes"]["backward_peak"]
+
+
+def test_data_parallel_ranks_train_as_one_process_on_all_their_batches(tmp_path):
+    """Two conversations of as many tokens: the mean of the ranks' means is the mean of both."""
+    data = tmp_path / "two.jsonl"
+    pairs = [("one", "two three four"), ("six", "ten five nine")]
+    lines = [json.dumps({"prompt": p, "response": r}) for p, r in pairs]
+    data.write_text("\n".join(lines))
+    losses = []
+    for dp, batch in (("1", "2"), ("2", "1")):
+        size = f"--seq-length 16 --micro-batch-size {batch} --layers 1 --hidden 64".split()
+        arguments = ("--loss", "ours", "--dp", dp, "--data", str(data), "--learning-rate", "0.1")
+        record, output = finished(tmp_path / dp, *arguments, size=size)
+        assert set(record["losses"]) == set(record["runs"]) == {"ours"}
+        assert "reference" not in output and record["first_difference"] is None
+        assert len(set(record["tokens_per_step"])) == 1
+        losses.append(record["losses"]["ours"])
+    assert losses[0] == pytest.approx(losses[1], rel=5e-3)  # gradients are rounded to bf16
+    assert losses[0][2] < 0.9 * losses[0][0]
+
+
 def test_interrupt_is_one_line_and_leaves_nobody_behind(tmp_path, chat):
     mark = new_mark()
     options = ("--tp", "2", "--steps", "5000", "--data", str(chat), "--out", str(tmp_path))
@@ -97,6 +135,8 @@ def test_wrong_use_is_one_line(tmp_path, capsys):
         "cannot write in": ["sft", "--out", blocked(tmp_path)],
         "--hidden: expected a multiple of 64": ["sft", *out, "--tp", "2", "--hidden", "96"],
         "--tp: expected 1, 2, 4 or 8": ["sft", *out, "--tp", "3"],
+        "--hidden: expected none with --model": ["sft", "--model", "gpt2", "--hidden", "64"],
+        "--tp: expected a divisor of qwen2.5's 4 key": ["sft", "--model", "qwen2.5", "--tp", "8"],
     }
     for message, arguments in cases.items():
         assert main(arguments) == 1

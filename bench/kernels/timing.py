@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
+from ..clock import Clock
 from .problem import attached
 
 FEWEST, MOST = 5, 25  # timings of a provider
@@ -27,36 +28,6 @@ class Contender:
     run: object
     undo: object = None
     seconds: list = field(default_factory=list)  # (forward, backward)
-
-
-class Clock:
-    """Marks in time, on the device's own clock where it has one: no synchronisation in between."""
-
-    def __init__(self, device):
-        self.cuda = device.type == "cuda"
-        self.marks = []
-
-    def start(self):
-        """Wait for what came before, then mark."""
-        self.marks = []
-        if self.cuda:
-            torch.cuda.synchronize()
-        self.mark()
-
-    def mark(self):
-        if self.cuda:
-            self.marks.append(torch.cuda.Event(enable_timing=True))
-            self.marks[-1].record()
-        else:
-            self.marks.append(time.perf_counter())
-
-    def intervals(self):
-        """Seconds between marks."""
-        pairs = list(zip(self.marks, self.marks[1:], strict=False))
-        if not self.cuda:
-            return [b - a for a, b in pairs]
-        torch.cuda.synchronize()
-        return [a.elapsed_time(b) / 1e3 for a, b in pairs]
 
 
 def provider_contender(name, function, problem, mode, writes):
