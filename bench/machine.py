@@ -106,6 +106,13 @@ def last_level_cache():
     return max(sizes) or None
 
 
+def cache(device):
+    """Bytes of the last-level cache of a torch device, or None."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    return last_level_cache()
+
+
 def free_memory():
     """Bytes that a process may still take, of the machine and of its control group, or None."""
     try:

@@ -46,7 +46,7 @@ def run_ranks(
 
     Raises RankError with every rank's traceback when any rank fails, dies or is late.
     """
-    context = _context()
+    context = _context(gpus="cuda" in backend)
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         job = pickle.dumps((fn, args, kwargs))
         group = _Group(world_size, on_message)
@@ -172,9 +172,12 @@ def _die_with_parent():
     os._exit(1)
 
 
-def _context():
-    """The forkserver where there is one, with the slow imports done once in the server."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
+def _context(gpus):
+    """The forkserver where there is one, with the slow imports done once in the server.
+
+    Not with GPUs: some libraries start CUDA when they are imported, and it does not survive a fork.
+    """
+    if gpus or "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     preload = ["torch", "torch.distributed"]

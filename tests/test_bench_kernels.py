@@ -166,6 +166,18 @@ def test_what_is_timed_in_turn_is_spread_over_the_rounds():
     assert [later - sooner for sooner, later in zip(at, at[1:], strict=False)] == [4, 4]
 
 
+def test_more_than_a_cache_lies_between_two_uses_of_a_buffer():
+    cache = 2**25
+    for seq in (2, 16, 1000, 20000):
+        case = case_of(seq=seq)
+        count = cases.copies(case, cache)
+        assert count >= 2
+        assert (count - 1) * case.logits_bytes >= cache or count == cases.MOST_COPIES
+    source = Source(case_of().source, "cpu", 3)
+    taken = [source.take().data_ptr() for _ in range(6)]
+    assert len(set(taken[:3])) == 3 and taken[:3] == taken[3:]
+
+
 def session(providers, cases_, **options):
     """The Rows of a Session over real processes."""
     rows = record.Rows(cases_, "full")

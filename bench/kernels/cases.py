@@ -14,6 +14,7 @@ BATCH = 2  # sequences, where --shape does not say
 GPU_ROWS = 4096  # a micro-batch of SFT on one accelerator
 SMALLEST_CPU_LOGITS = 48 * 2**20
 FEWEST_ROWS = 8
+MOST_COPIES = 64  # of logits so small that nobody asks how fast they are
 MEGATRON_MULTIPLE = 128  # Megatron's make-vocab-size-divisible-by
 
 
@@ -117,6 +118,11 @@ class Case:
         unscored = self.rows - self.scored_rows
         reads = {"fwd": 1, "bwd": 2, "full": 3}[mode]
         return reads * self.scored_rows * row, 0 if mode == "fwd" else unscored * row
+
+
+def copies(case, cache):
+    """Buffers that must take turns so that more than the last-level cache lies between two uses."""
+    return min(MOST_COPIES, 1 + max(1, -(-(cache or 0) // case.logits_bytes)))
 
 
 def model_case(model, tp, nproc, batch, seq, dtype, scored, seed):

@@ -132,7 +132,7 @@ def _cases(args, device, chosen):
                     must_fit(sized, free, needed)
                 else:
                     one = make(2)
-                    cache = machine.last_level_cache()
+                    cache = machine.cache(device)
                     wanted = case_table.wanted_bytes(device, cache, one.columns, one.element_size)
                     sized = fit(make, wanted / (nproc if device == "cpu" else 1), free, needed)
                 cases += [make(sized.seq, scored) for scored in args.scored]
@@ -166,7 +166,9 @@ def needed_bytes(case, device, providers):
 
     On a CPU of all its processes together.
     """
-    logits, answer = 5 * case.logits_bytes, 4 * case.rows * case.columns  # source, ring, roof, grad
+    # The source, its ring of copies, the roof's target and a gradient; then the answer in fp32.
+    ring = 2 * case.logits_bytes + (machine.cache(device) or 0)
+    logits, answer = 3 * case.logits_bytes + ring, 4 * case.rows * case.columns
     able = [p for p in providers if p.reason_against(case, device) is None]
     peak = max((max(p.predicted_bytes(case)) for p in able), default=0)
     return (logits + answer + peak + SCRATCH) * (case.nproc if device == "cpu" else 1)

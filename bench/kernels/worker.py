@@ -11,8 +11,10 @@ from dataclasses import asdict
 import torch
 import torch.distributed as dist
 
+from .. import machine
 from ..ranks import send_to_parent
 from . import timing
+from .cases import copies as ring
 from .footprint import footprint, largest
 from .oracle import Oracle, run_once
 from .problem import Problem, Source
@@ -83,8 +85,11 @@ def _right_ones(problem, providers, mode, tell):
     return contenders
 
 
-def _problems(work, device_type, copies=2):
-    """(index, Problem, providers); logits are drawn anew only where they differ."""
+def _problems(work, device_type, copies=None):
+    """(index, Problem, providers); logits are drawn anew only where they differ.
+
+    copies  buffers to work on in turn; None: as many as no cache holds
+    """
     warnings.filterwarnings("ignore")  # of peers, about what they could not import
     _always_fresh_pages()
     device = _device(device_type)
@@ -92,7 +97,7 @@ def _problems(work, device_type, copies=2):
     for index, case, providers in work:
         if source is None or source.case != case.source:
             source = None  # before the next is drawn
-            source = Source(case.source, device, copies)
+            source = Source(case.source, device, copies or ring(case, machine.cache(device)))
         yield index, Problem(case, source), providers
 
 
