@@ -3,6 +3,7 @@
 import csv
 import json
 import statistics
+import sys
 import time
 from functools import partial
 
@@ -178,6 +179,17 @@ def test_more_than_a_cache_lies_between_two_uses_of_a_buffer():
     assert len(set(taken[:3])) == 3 and taken[:3] == taken[3:]
 
 
+def test_a_forward_that_computes_the_gradient_says_so_beside_those_that_do_not():
+    early, plain = PROVIDERS["ours-cpu-oneread-new"], PROVIDERS["ours-cpu-new"]
+    for mode, told in (("fwd", True), ("bwd", True), ("full", False)):
+        rows = record.Rows([case_of()], mode)
+        rows.add_all([early, plain, PROVIDERS["liger"]], "cuda")
+        titles = {row["provider"]: row["title"] for row in rows.rows.values()}
+        assert titles[plain.name] == plain.title
+        for provider in (early, PROVIDERS["liger"]):
+            assert ("gradient in forward" in titles[provider.name]) == told
+
+
 def session(providers, cases_, **options):
     """The Rows of a Session over real processes."""
     rows = record.Rows(cases_, "full")
@@ -335,6 +347,15 @@ def test_wrong_use_is_one_line_and_says_what_is_right(tmp_path, capsys):
         assert main(["kernels", *arguments]) == 1
         errors = capsys.readouterr().err
         assert errors.startswith("bench: ") and errors.count("\n") == 1 and message in errors
+
+
+def test_a_missing_library_is_named(monkeypatch, capsys):
+    for library, arguments in {"rich": [], "matplotlib": ["--plot", "out.png"]}.items():
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, library, None)
+            assert main(["kernels", "--dry-run", *arguments]) == 1
+        errors = capsys.readouterr().err
+        assert library in errors and 'pip install "fused_sft_loss[bench]"' in errors
 
 
 def test_too_little_memory_names_the_largest_size(monkeypatch, capsys):

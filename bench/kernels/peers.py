@@ -154,6 +154,7 @@ PEERS = (
         install="liger-kernel",
         sharded=False,
         softcap=True,
+        early=True,
         **ON_GPU,
     ),
     Provider(

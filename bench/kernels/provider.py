@@ -27,6 +27,7 @@ class Provider:
     writes     True: it may overwrite the logits, so they are restored after every timing
     precision  "fp32", or "logits" when it rounds on the way to the logits' dtype
     softcap    has softcapping of its own; else it is done before, in fp32, as a model would
+    early      computes the gradient in forward already: its fwd and bwd are no one else's
     gathers    collects the whole vocabulary on every process first
     """
 
@@ -43,6 +44,7 @@ class Provider:
     writes: bool = False
     precision: str = "fp32"
     softcap: bool = False
+    early: bool = False
     gathers: bool = False
 
     def reason_against(self, case, device_type):

@@ -69,6 +69,7 @@ def _our_providers():
                 reason=partial(_reason_against_ours, backend, options),
                 writes="inplace_backward" in options,
                 softcap=True,
+                early="grad_in_forward" in options,
             )
 
 

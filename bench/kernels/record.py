@@ -54,10 +54,11 @@ class Rows:
                 self.add(index, provider, reason)
 
     def add(self, index, provider, reason):
+        different = self.mode != "full" and provider.early
         self.rows[index, provider.name] = {
             "case": index,
             "provider": provider.name,
-            "title": provider.title,
+            "title": provider.title + (" (gradient in forward)" if different else ""),
             "mode": self.mode,
             "status": "unavailable" if reason else "pending",
             "reason": reason,

@@ -11,22 +11,16 @@ from .. import megatron_cpu
 from ..clock import Clock
 from ..ranks import send_to_parent
 from ..reference import make_reference_forward_step
+from .shapes import Shape
 from .stage import LossStage
 
 
-@dataclass(frozen=True)
-class Settings:
+@dataclass(frozen=True, kw_only=True)
+class Settings(Shape):
     losses: tuple  # of "reference" and "ours"
     device: str  # its type
     tp: int
     dp: int
-    layers: int
-    hidden: int
-    ffn: int
-    heads: int
-    groups: int  # key and value heads
-    head_dim: int
-    gated: bool  # SwiGLU, RMSNorm, rotary positions and no biases, as in today's models
     vocab: int
     seq_length: int
     learning_rate: float
