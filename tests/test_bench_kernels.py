@@ -13,6 +13,7 @@ import torch
 from bench_processes import interrupted, new_mark, start
 
 from bench.__main__ import main
+from bench.errors import UserError
 from bench.kernels import cases, command, oracle, record, timing, worker
 from bench.kernels.cases import MODELS, model_case
 from bench.kernels.footprint import footprint
@@ -20,6 +21,7 @@ from bench.kernels.problem import Problem, Source
 from bench.kernels.providers import PROVIDERS
 from bench.kernels.session import Session
 from bench.memory import peak_memory
+from bench.ranks import RankError
 
 TINY = cases.Model("tiny", 1003, 1003)
 
@@ -209,6 +211,26 @@ def test_a_process_that_is_killed_costs_its_row_alone():
         assert rows[index, "killed"]["status"] == "OOM"
         assert rows[index, "right"]["status"] == rows[index, "copying"]["status"] == "ok"
         assert rows[index, "copying"]["memory"]["forward"] > case_of().logits_bytes
+
+
+@pytest.mark.parametrize("at", [(0, "logits"), (0, "timing"), None])
+def test_a_process_that_dies_between_rows_does_not_start_for_ever(monkeypatch, at):
+    starts = []
+
+    def dies(nproc, fn, work, *args, on_message, **options):
+        starts.append(len(work))
+        if at:
+            on_message(0, {"at": at})
+        raise RankError("rank 0:\ndied with exit code -9")
+
+    monkeypatch.setattr("bench.kernels.session.run_ranks", dies)
+    if at is None:
+        with pytest.raises(UserError, match="exit code -9"):
+            session([made.provider(made.right)], [case_of()])
+    else:
+        rows = session([made.provider(made.right)], [case_of()])
+        assert rows[0, "right"]["status"] == "OOM"
+    assert starts == [1]
 
 
 def test_a_sharded_vocabulary_over_two_processes():

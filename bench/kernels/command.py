@@ -10,6 +10,7 @@ from .. import interrupts, machine
 from ..errors import UserError, need, writable_file, writable_folder
 from . import cases as case_table
 from .cases import BATCH, DEGREES, DTYPES, MODELS, MODES, Model, fit, model_case, must_fit
+from .timing import FEWEST
 
 SCRATCH = 2**28  # the oracle's tiles, the interpreter, the libraries
 KEPT_FREE = 0.15  # part of the free memory that predictions leave alone
@@ -27,7 +28,7 @@ def add_arguments(parser):
     add("--provider", nargs="+", default=[], metavar="NAME", help="default: all; see --list")
     add("--without", nargs="+", default=[], metavar="NAME", help="leave these providers out")
     add("--device", choices=("cpu", "cuda"), default=None, help="default: a GPU if there is one")
-    add("--seconds", type=float, default=0.4, help="of timing for each row; at least 5 timings")
+    add("--seconds", type=float, default=0.4, help=f"to time a row, {FEWEST} times at least")
     add("--seed", type=int, default=0)
     add("--json", metavar="PATH", help="write the record there, row by row")
     add("--csv", metavar="PATH", help="write the rows there")

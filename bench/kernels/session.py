@@ -29,8 +29,7 @@ class Session:
 
     def times(self, mode, budget):
         for nproc in sorted({case.nproc for case in self.cases}):
-            names = [name for name in self.providers]
-            self._drive("times", nproc, names, worker.measure_times, mode, budget)
+            self._drive("times", nproc, list(self.providers), worker.measure_times, mode, budget)
 
     def memory(self):
         for name in self.providers:
@@ -56,7 +55,9 @@ class Session:
                 )
                 return
             except RankError as error:
-                self._blame(what, error)
+                self._blame(what, names, error)
+                if self._work(what, nproc, names) == work:  # nobody to blame: it would go on so
+                    raise UserError(f"the measuring processes failed\n{error}") from error
 
     def _work(self, what, nproc, names):
         """[(index, case, providers)] of what is still to do."""
@@ -85,10 +86,10 @@ class Session:
         elif name in ROOF:
             self.progress(f"{self.cases[index].name}: {name}", 0)
 
-    def _blame(self, what, error):
+    def _blame(self, what, names, error):
         """A process died or raised: its row says so, and all others go on."""
         if self._at is None:
-            raise UserError(f"the measuring processes failed\n{error}") from error
+            return
         index, name = self._at
         text = str(error)
         if KILLED in text or any(sign in text for sign in worker.OOM):
@@ -97,16 +98,13 @@ class Session:
             last = text.strip().splitlines()[-1]
             named = next(iter(error.exceptions.values()), None)
             status, reason = "failed", (": ".join(named) if named else last)[:LAST]
-        # While all are timed in turn, nobody says whose turn it was.
-        names = [name] if name in self.providers else self._timed_with(index)
-        for name in names:
-            if self.rows.tell(index, name, {"status": status, "reason": reason}):
-                self._done.add((what, index, name))
-                self.progress(f"{self.cases[index].name}: {name}", 1)
+        # While logits are drawn, or all are timed in turn, it was nobody in particular.
+        todo = [n for n in names if self._todo(what, index, n)]
+        for blamed in [name] if name in self.providers else todo:
+            if self.rows.tell(index, blamed, {"status": status, "reason": reason}):
+                self._done.add((what, index, blamed))
+                self.progress(f"{self.cases[index].name}: {blamed}", 1)
         self.save()
-
-    def _timed_with(self, index):
-        return [name for name in self.providers if self.rows.pending(index, name)]
 
 
 class Saver:

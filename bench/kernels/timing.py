@@ -14,8 +14,8 @@ import torch.distributed as dist
 from ..clock import Clock
 from .problem import attached
 
-FEWEST, MOST = 5, 25  # timings of a provider
-SHARDED = 5  # with collectives every rank must time as often as its peers, whatever it measures
+FEWEST, MOST = 4, 25  # timings of a provider
+SHARDED = 4  # with collectives every rank must time as often as its peers, whatever it measures
 WARM_S = 0.05  # of untimed runs after that of the check; sharded: one
 ROOF = ("copy", "zero")
 

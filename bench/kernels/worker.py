@@ -97,6 +97,7 @@ def _problems(work, device_type, copies=None):
     for index, case, providers in work:
         if source is None or source.case != case.source:
             source = None  # before the next is drawn
+            _tell({"at": (index, "logits")})
             source = Source(case.source, device, copies or ring(case, machine.cache(device)))
         yield index, Problem(case, source), providers
 
@@ -144,13 +145,12 @@ def _checked(provider, problem, oracle):
 
 def _tried(work, problem):
     """(result, None), or (None, why not). Alone only: with peers it would leave them waiting."""
-    if problem.group is not None:
-        return work(), None
     try:
         return work(), None
     except Exception as error:
-        failure = failed(error)
-    return None, failure
+        if problem.group is not None:
+            raise
+        return None, failed(error)
 
 
 def failed(error):
