@@ -133,7 +133,8 @@ def _ms(row):
 def _reasons(measured):
     """Who was not run, and why: one line a reason."""
     found = record.never_ran(measured).items()
-    listed = "; ".join(f"{', '.join(titles)} ({reason})" for reason, titles in found)
+    names = {why: dict.fromkeys(title.split(",")[0] for title in titles) for why, titles in found}
+    listed = "; ".join(f"{', '.join(titles)} ({reason})" for reason, titles in names.items())
     return f"Not run here: {listed}."
 
 

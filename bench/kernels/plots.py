@@ -8,26 +8,32 @@ matplotlib.rcParams["svg.hashsalt"] = "bench"  # the same record draws the same 
 
 from matplotlib import pyplot as plt  # noqa: E402
 
+from ..errors import UserError  # noqa: E402
+
 COLORS = plt.get_cmap("tab10").colors
 MIB = 2**20
-WIDE = 3  # panels of times in a row
+MODELS = 5  # panels of times in a row, at most
 
 
 def draw(record, path):
-    """Write the picture; the ending of `path` chooses SVG or PNG."""
+    """Write the picture; the ending of `path` chooses SVG or PNG. UserError with nothing timed."""
     groups = _groups(record)
+    if not groups:
+        raise UserError("there is nothing to draw: no provider was timed; see --list")
     titles = list(dict.fromkeys(row["title"] for row in record["rows"] if row["ms"]))
     colors = {title: COLORS[number % len(COLORS)] for number, title in enumerate(titles)}
-    lines = -(-len(groups) // WIDE) + 1
-    figure = plt.figure(figsize=(4.6 * WIDE, 3.3 * lines), layout="constrained")
-    grid = figure.add_gridspec(lines, WIDE)
+    # A grid of five places for each panel of times, which three wide ones below share.
+    wide = max(3, min(MODELS, len(groups)))
+    lines = -(-len(groups) // wide) + 1
+    figure = plt.figure(figsize=(3.5 * wide, 3.2 * lines), layout="constrained")
+    grid = figure.add_gridspec(lines, 5 * wide)
     for number, (name, cases) in enumerate(groups.items()):
-        axes = figure.add_subplot(grid[number // WIDE, number % WIDE])
-        _times(axes, name, cases, record, colors)
+        at = 5 * (number % wide)
+        _times(figure.add_subplot(grid[number // wide, at : at + 5]), name, cases, record, colors)
     largest = max(groups.values(), key=len)
-    _memory(figure.add_subplot(grid[-1, 0]), largest, record, colors)
-    _roofline(figure.add_subplot(grid[-1, 1]), largest, record, colors)
-    _legend(figure.add_subplot(grid[-1, 2]), colors)
+    _memory(figure.add_subplot(grid[-1, : 2 * wide]), largest, record, colors)
+    _roofline(figure.add_subplot(grid[-1, 2 * wide : 4 * wide]), largest, record, colors)
+    _legend(figure.add_subplot(grid[-1, 4 * wide :]), colors)
     mode = {"fwd": "forward", "bwd": "backward", "full": "forward + backward"}
     machine = record["machine"]
     figure.suptitle(
@@ -40,9 +46,11 @@ def draw(record, path):
 
 
 def _groups(record):
-    """Name -> indices of cases that differ in the scored fraction alone, largest fraction first."""
-    groups = {}
-    for index, case in enumerate(record["cases"]):
+    """Name -> indices of timed cases that differ in the scored fraction alone, largest first."""
+    groups, timed = {}, {row["case"] for row in record["rows"] if row["ms"]}
+    for index, case in sorted(enumerate(record["cases"]), key=lambda pair: pair[1]["tp"]):
+        if index not in timed:
+            continue
         kind = "" if case["tp"] == 1 else f" TP {case['tp']}"
         kind += ", one shard" if case["tp"] > case["nproc"] else ""
         name = f"{case['model']}{kind}: {case['rows']} x {case['columns']} {case['dtype']}"

@@ -15,6 +15,7 @@ import json
 import os
 import statistics
 from dataclasses import asdict
+from pathlib import Path
 
 from ..errors import UserError
 from .timing import ROOF
@@ -182,7 +183,7 @@ def write(record, path):
 def read(path):
     """A record written by `write`. UserError when it is not one."""
     try:
-        record = json.loads(open(path, encoding="utf-8").read())
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
