@@ -28,6 +28,7 @@ def describe(command, argv, device="cpu"):
         "commit": commit(),
         "device": device_name(device),
         "clocks_mhz": clocks(device),
+        "load_average": os.getloadavg()[0],  # what else is running shows in every time
         "processor": processor(),
         "cores": usable_cores(),
         "threads": torch.get_num_threads(),

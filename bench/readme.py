@@ -78,10 +78,13 @@ def _where(measured):
     copies = sorted(case["roof"]["copy_gb_per_s"] for case in measured["cases"] if case["roof"])
     alone = [c["roof"]["copy_gb_per_s"] for c in measured["cases"] if c["roof"] and c["nproc"] == 1]
     fastest = f"{min(alone):.0f} to {max(alone):.0f} GB/s" if alone else f"{copies[-1]:.0f} GB/s"
+    busy = (
+        f"; load average {machine['load_average']:.1f} before" if "load_average" in machine else ""
+    )
     return (
         f"**{machine['device']}**, {machine['threads']} threads, {machine['date'][:10]}, commit "
         f"{machine['commit']}, torch {versions['torch']}, megatron-core "
-        f"{versions['megatron-core']}, seed {settings['seed']}; it copies {fastest}.\n"
+        f"{versions['megatron-core']}, seed {settings['seed']}; it copies {fastest}{busy}.\n"
         f"`{machine['command']}`"
     )
 

@@ -265,6 +265,7 @@ ROW |= {*record.TIMED, "forward_x_logits", "full_x_logits"}
 CHECK = {"loss_error", "gradient_error", "loss_tolerance", "gradient_tolerance"}
 CHECK |= {"unscored_is_zero", "ok"}
 MACHINE = {"command", "date", "commit", "device", "clocks_mhz", "processor", "cores", "versions"}
+MACHINE |= {"load_average", "threads", "last_level_cache_bytes"}
 
 
 def test_the_record(tmp_path, capsys):

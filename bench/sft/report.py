@@ -208,7 +208,8 @@ STYLES = {"reference": {"lw": 5, "alpha": 0.4}, "ours": {"lw": 1.5}}
 
 def _bars(axes, names, values, title, unit, form):
     """Two groups, forward and backward; `values` are (forward, backward) of each name."""
-    for offset, name, pair in zip((-0.2, 0.2), names, values, strict=False):
+    offsets = (-0.2, 0.2) if len(values) > 1 else (0.0,)
+    for offset, name, pair in zip(offsets, names, values, strict=True):
         drawn = axes.bar([offset, 1 + offset], pair, width=0.38, label=name)
         axes.bar_label(drawn, [form.format(value) for value in pair], fontsize=8)
     axes.set_xticks([0, 1], ["forward", "backward"])
