@@ -5,9 +5,15 @@ import sys
 import time
 
 import pytest
+import torch
 from bench_processes import alive, interrupted, new_mark, start
 
 from bench.__main__ import main
+from bench.ranks import run_ranks
+from bench.sft import report, train
+from bench.sft.shapes import Shape
+from bench.sft.tokenizer import Batch
+from bench.sft.train import Settings
 
 SMALL = "--seq-length 32 --micro-batch-size 2 --layers 1 --hidden 64".split()
 
@@ -87,23 +93,35 @@ def test_torchrun_starts_the_processes_of_a_real_shape(tmp_path, chat):
         assert run["memory_bytes"]["step_peak"] >= run["memory_bytes"]["backward_peak"]
 
 
-def test_data_parallel_ranks_train_as_one_process_on_all_their_batches(tmp_path):
-    """Two conversations of as many tokens: the mean of the ranks' means is the mean of both."""
-    data = tmp_path / "two.jsonl"
-    pairs = [("one", "two three four"), ("six", "ten five nine")]
-    lines = [json.dumps({"prompt": p, "response": r}) for p, r in pairs]
-    data.write_text("\n".join(lines))
+def test_data_parallel_ranks_train_as_one_process_on_all_their_batches(capsys):
+    """Of as many scored tokens each: the mean of the ranks' means is the mean of both."""
+    rows = [_row(seed) for seed in (1, 2)]
+    whole = Batch(*(torch.cat(parts) for parts in zip(*rows, strict=True)), 32)
+    apart = [Batch(*row, 16) for row in rows]
     losses = []
-    for dp, batch in (("1", "2"), ("2", "1")):
-        size = f"--seq-length 16 --micro-batch-size {batch} --layers 1 --hidden 64".split()
-        arguments = ("--loss", "ours", "--dp", dp, "--data", str(data), "--learning-rate", "0.1")
-        record, output = finished(tmp_path / dp, *arguments, size=size)
+    for dp, step in ((1, [whole]), (2, apart)):
+        settings = Settings(**vars(SMALL_SHAPE), **OURS_ALONE, dp=dp)
+        ranks = run_ranks(dp, train.run, settings, [step] * 3, on_message=lambda *told: None)
+        record = report.build(ranks, [step] * 3, settings, {"source": "two rows"}, [])
+        report.show(record)
+        assert "reference" not in capsys.readouterr().out
         assert set(record["losses"]) == set(record["runs"]) == {"ours"}
-        assert "reference" not in output and record["first_difference"] is None
-        assert len(set(record["tokens_per_step"])) == 1
+        assert record["first_difference"] is None and report.verdict(record) == 0
+        assert record["tokens_per_step"] == [32] * 3 and record["positions"] == 96
         losses.append(record["losses"]["ours"])
     assert losses[0] == pytest.approx(losses[1], rel=5e-3)  # gradients are rounded to bf16
     assert losses[0][2] < 0.9 * losses[0][0]
+
+
+SMALL_SHAPE = Shape(1, 64, 256, 2, 2, 32, gated=False)
+OURS_ALONE = {"losses": ("ours",), "device": "cpu", "tp": 1, "vocab": 512, "seq_length": 16}
+OURS_ALONE |= {"learning_rate": 0.01, "warmup": 1, "inplace": True, "seed": 0, "threads": 1}
+
+
+def _row(seed):
+    """(tokens, loss_mask) [1, 16]."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 512, (1, 16), generator=generator), (torch.arange(16)[None] > 7).float()
 
 
 def test_interrupt_is_one_line_and_leaves_nobody_behind(tmp_path, chat):
