@@ -75,6 +75,10 @@ struct alignas(16) Chunk {
 #define FSL_VENDOR(nvidia, amd) nvidia
 #endif
 
+// Two floats rounded to bf16, to nearest even, where there is no instruction for it. A NaN stays one only if
+// its low half is clear, as it is in those that arithmetic makes of bf16 logits and of quiet row constants.
+FSL_DEVICE uint32_t pack_bf16_bits(float low, float high);
+
 // --- what a thread knows and how threads meet -----------------------------------------------------------
 
 #if defined(FSL_SIMT)
@@ -105,7 +109,9 @@ FSL_DEVICE uint32_t funnel_right(uint32_t high, uint32_t low, int right) {
 }
 FSL_DEVICE float widen_half(uint32_t half) { return simt::widen_half(half); }
 FSL_DEVICE uint32_t pack_half(float low, float high) { return simt::pack_half(low, high); }
-FSL_DEVICE uint32_t pack_bf16(float low, float high) { return simt::pack_bf16(low, high); }
+FSL_DEVICE uint32_t pack_bf16(float low, float high) {
+  return FSL_SIMT == 64 ? pack_bf16_bits(low, high) : simt::pack_bf16(low, high);
+}
 
 FSL_DEVICE Chunk load_chunk(const char* at) { return *reinterpret_cast<const Chunk*>(at); }
 FSL_DEVICE Chunk load_chunk_anywhere(const char* at) {
@@ -172,7 +178,6 @@ FSL_DEVICE uint32_t funnel_right(uint32_t high, uint32_t low, int right) {
   return __builtin_amdgcn_alignbit(high, low, right);
 }
 FSL_DEVICE uint16_t bits16(_Float16 x) { return __builtin_bit_cast(uint16_t, x); }
-FSL_DEVICE uint16_t bits16(__bf16 x) { return __builtin_bit_cast(uint16_t, x); }
 FSL_DEVICE float widen_half(uint32_t half) {
   return static_cast<float>(__builtin_bit_cast(_Float16, static_cast<uint16_t>(half)));
 }
@@ -181,7 +186,7 @@ FSL_DEVICE uint32_t pack(float low, float high) {
   return bits16(static_cast<T>(low)) | static_cast<uint32_t>(bits16(static_cast<T>(high))) << 16;
 }
 FSL_DEVICE uint32_t pack_half(float low, float high) { return pack<_Float16>(low, high); }
-FSL_DEVICE uint32_t pack_bf16(float low, float high) { return pack<__bf16>(low, high); }
+FSL_DEVICE uint32_t pack_bf16(float low, float high) { return pack_bf16_bits(low, high); }
 
 // Global memory, said aloud: of a pointer inside a kernel's argument the compiler only assumes that it is
 // generic, and a generic access counts as one of LDS too.
@@ -312,6 +317,11 @@ FSL_DEVICE float cluster_read(float* mine, int rank) {
 }
 
 #endif
+
+FSL_DEVICE uint32_t upper_half_rounded(uint32_t bits) { return bits + 0x7fffu + (bits >> 16 & 1u); }
+FSL_DEVICE uint32_t pack_bf16_bits(float low, float high) {
+  return upper_half_rounded(bits(low)) >> 16 | (upper_half_rounded(bits(high)) & 0xffff0000u);
+}
 
 FSL_DEVICE int lane_id() { return thread_id() % kWarp; }
 FSL_DEVICE int warp_id() { return thread_id() / kWarp; }

@@ -12,6 +12,8 @@ constexpr float kInfinity = __builtin_huge_valf();
 
 FSL_DEVICE float magnitude(float x) { return from_bits(bits(x) & 0x7fffffffu); }
 FSL_DEVICE float nan() { return from_bits(0x7fc00000u); }
+// A NaN without a payload, which would upset the rounding to bf16.
+FSL_DEVICE float quiet(float x) { return x == x ? x : nan(); }
 
 // e^u; 0 for -inf, NaN for NaN.
 FSL_DEVICE float exp(float u) { return exp2(u * kLog2e); }

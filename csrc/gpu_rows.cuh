@@ -76,6 +76,12 @@ FSL_DEVICE int own_column(int64_t target, int64_t vocab_start, const Rows& rows)
   return target >= 0 && own >= 0 && own < rows.valid ? static_cast<int>(own) : -1;
 }
 
+// Column `column`, the same for all threads, + `mine`: base and offset apart, as instructions take them.
+template <class T>
+FSL_DEVICE char* vector_at(const Row& row, int column, uint32_t mine) {
+  return row.start + int64_t{column} * T::kBytes + uint64_t{mine * T::kBytes};
+}
+
 // The first column from `column` on at a multiple of 16 bytes.
 template <class T>
 FSL_DEVICE int aligned_column(const Row& row, int column) {

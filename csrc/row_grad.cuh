@@ -22,8 +22,9 @@ struct GradRow {
 };
 
 template <bool kSoftcap>
-FSL_DEVICE GradRow grad_row(const GradArgs& a, const Scales& z, uint32_t n, float lse) {
-  const float factor = a.scale[n], slope = kSoftcap ? 1.0f : z.slope;
+FSL_DEVICE GradRow grad_row(const GradArgs& a, const Scales& z, uint32_t n, float any_lse) {
+  const float lse = quiet(any_lse);
+  const float factor = quiet(a.scale[n]), slope = kSoftcap ? 1.0f : z.slope;
   // lse / unit is what x is compared with; what the two roundings lose is one factor of the row.
   const float lse_x = lse * reciprocal(z.unit);
   const Reference reference = reference_of(lse_x, z.log2);

@@ -116,6 +116,7 @@ struct RowStats {
       for (; first + tile <= end && chunks_inside<T, kShifted>(row, first, tile, row.skew); first += tile)
         whole_tile(s, row, first + mine, z);
       if (first < end) edge_tile(s, row, first + mine, end, z);
+      if (!kShifted || kLoadsAnywhere) break;  // only the last tile is not whole
     }
     return s;
   }

@@ -50,9 +50,8 @@ void row_stats_grad(const StatsGradArgs& a, const Chip& chip, void* stream) {
       grid.shared_bytes = room.bytes;
     }
     with_bool(a.grad.transform.softcap > 0, [&](auto softcap) {
-      with_bool(shifted && !kLoadsAnywhere, [&](auto moved) {
-        // Registers serve any address: a kernel less each.
-        constexpr bool kShifted = kLoadsAnywhere || decltype(moved)::value;
+      with_bool(shifted, [&](auto moved) {
+        constexpr bool kShifted = decltype(moved)::value && !kLoadsAnywhere;
         launch("row_stats_grad", row_stats_grad_kernel<T, softcap(), kShifted>, grid, stream, a,
                scales_of(a.grad.transform), holding);
       });

@@ -55,20 +55,29 @@ struct HeldInShared {
   FSL_DEVICE HeldInShared(const Row& row, int begin, int end, int columns)
       : memory(dynamic_shared()), begin(begin), end(end - begin < columns ? end : begin + columns) {
     for (int column = begin + 8 * thread_id(); column < this->end; column += 8 * block_threads())
-      bring_eight(row, column);
+      if (!kShifted || chunks_inside<T, kShifted>(row, column, 8, row.skew)) bring_eight(row, column);
+    if (kShifted) {
+      bring_by_ones(row, begin);
+      if (this->end - begin > 8) bring_by_ones(row, this->end - 8);
+    }
     copies_done();
+  }
+
+  // The first or the last vector, by the thread whose it is, when a chunk of it reaches out of the row.
+  FSL_DEVICE void bring_by_ones(const Row& row, int column) const {
+    if (chunks_inside<T, kShifted>(row, column, 8, row.skew)) return;
+    if (column < end && (column - begin) / 8 % block_threads() == thread_id())
+      FSL_UNROLL_BY(1) for (int i = column; i < column + 8; ++i) T::put(at(i), load_one<T>(row, i));
   }
 
   FSL_DEVICE void bring_eight(const Row& row, int column) const {
     const char* from = row.start + int64_t{column} * T::kBytes;
-    if (!kShifted) {
-      FSL_UNROLL for (int c = 0; c < T::kWords / 4; ++c) copy_chunk(at(column) + 16 * c, from + 16 * c);
-    } else if (chunks_inside<T, kShifted>(row, column, 8, row.skew)) {
+    if (kShifted) {
       uint32_t words[T::kWords];
       load_eight<T, kShifted>(words, from, row.skew);
       store_eight<T>(at(column), words);
     } else {
-      FSL_UNROLL_BY(1) for (int i = column; i < column + 8; ++i) T::put(at(i), load_one<T>(row, i));
+      FSL_UNROLL for (int c = 0; c < T::kWords / 4; ++c) copy_chunk(at(column) + 16 * c, from + 16 * c);
     }
   }
 
@@ -83,6 +92,11 @@ struct HeldInShared {
       }
       held_tile<kSoftcap>(s, words, T{}, there, z);
     }
+  }
+
+  // Columns [end, whole), which did not fit.
+  FSL_DEVICE void rest(Running& s, const Row& row, int whole, const Scales& z) const {
+    s = RowStats<T, 4, kSoftcap, kShifted>::columns(row, end, whole, z, s);
   }
 
   FSL_DEVICE float one(int column) const {
@@ -123,31 +137,52 @@ struct HeldInRegisters {
 
   // The column of thread 0's vector. The same for all, hence in scalar registers.
   FSL_DEVICE int first(int tile, int r) const { return begin + (tile * kRuns + r) * block_threads() * 8; }
-  FSL_DEVICE bool there(int tile, int r) const { return static_cast<int>(lane) < end - first(tile, r); }
-  FSL_DEVICE char* at(const Row& row, int tile, int r) const {
-    return row.start + int64_t{first(tile, r)} * T::kBytes + uint64_t{lane * T::kBytes};
-  }
 
   FSL_DEVICE void forget_all() {
     forget(lane);
     forget_common(begin);
   }
 
+  // The vectors of a tile that ends at `last` at the latest, of which there is at least one. Lanes load what
+  // is not theirs rather than nothing: a branch would wait for each load.
+  FSL_DEVICE void load_tile(uint32_t (&to)[kRuns][T::kWords], const Row& row, int tile, int last) const {
+    FSL_UNROLL for (int r = 0; r < kRuns; ++r) {
+      const int mine = first(tile, r) + static_cast<int>(lane), column = mine < last - 8 ? mine : last - 8;
+      load_eight<T, true>(to[r], row.start + int64_t{column} * T::kBytes, row.skew);
+    }
+  }
+
+  FSL_DEVICE void tile_statistics(Running& s, uint32_t (&tile_words)[kRuns][T::kWords], int tile, int last,
+                                  const Scales& z) const {
+    const auto there = [&](int r) { return static_cast<int>(lane) < last - first(tile, r); };
+    if (first(tile + 1, 0) > last) {
+      FSL_UNROLL for (int r = 0; r < kRuns; ++r) if (!there(r)) nothing<T>(tile_words[r]);
+    }
+    held_tile<kSoftcap>(s, tile_words, T{}, there, z);
+  }
+
   FSL_DEVICE HeldInRegisters(const Row& row, int begin, int end, int)
       : begin(begin), end(end), lane(8 * thread_id()) {
     const int most = first(kTiles, 0);
     if (most < end) this->end = most;
-    FSL_UNROLL for (int tile = 0; tile < kTiles; ++tile) FSL_UNROLL for (int r = 0; r < kRuns; ++r) {
-      if (there(tile, r)) load_eight<T, true>(words[tile][r], at(row, tile, r), row.skew);
-      else nothing<T>(words[tile][r]);
-    }
+    if (begin == end) return;
+    FSL_UNROLL for (int tile = 0; tile < kTiles; ++tile) load_tile(words[tile], row, tile, this->end);
   }
 
   FSL_DEVICE void statistics(Running& s, const Scales& z) {
     FSL_UNROLL for (int tile = 0; tile < kTiles; ++tile) {
       keep_order();
       forget_all();
-      held_tile<kSoftcap>(s, words[tile], T{}, [&](int r) { return there(tile, r); }, z);
+      tile_statistics(s, words[tile], tile, end, z);
+    }
+  }
+
+  // Columns [end, whole), for which there were no registers.
+  FSL_DEVICE void rest(Running& s, const Row& row, int whole, const Scales& z) const {
+    for (int tile = kTiles; first(tile, 0) < whole; ++tile) {
+      uint32_t more[kRuns][T::kWords];
+      load_tile(more, row, tile, whole);
+      tile_statistics(s, more, tile, whole, z);
     }
   }
 
@@ -160,7 +195,8 @@ struct HeldInRegisters {
       FSL_UNROLL for (int i = 0; i < 8; ++i) x[i] =
           gradient<kSoftcap>(T::element(words[tile][r], i), g, z, false);
       T::put(words[tile][r], x);
-      if (there(tile, r)) store_eight<T, true>(at(out, tile, r), words[tile][r]);
+      if (static_cast<int>(lane) < end - first(tile, r))
+        store_eight<T, true>(vector_at<T>(out, first(tile, r), lane), words[tile][r]);
     }
   }
 };
@@ -192,8 +228,10 @@ FSL_KERNEL(FSL_VENDOR(512, 1024), 4)
 row_stats_grad_kernel(StatsGradArgs a, Scales z, Holding holding) {
   using Held =
       std::conditional_t<kLoadsAnywhere, HeldInRegisters<T, kSoftcap>, HeldInShared<T, kSoftcap, kShifted>>;
-  using Statistics = RowStats<T, 4, kSoftcap, kShifted>;
-  using Gradient = RowGrad<T, kSoftcap, kShifted>;
+  // Where any address will do, one kernel serves all rows.
+  constexpr bool kAnyAddress = kShifted || kLoadsAnywhere;
+  using Statistics = RowStats<T, 4, kSoftcap, kAnyAddress>;
+  using Gradient = RowGrad<T, kSoftcap, kAnyAddress>;
   const GradArgs& grad = a.grad;
   const uint32_t n = block_id() / holding.cluster;
   const int part = block_id() % holding.cluster, valid = static_cast<int>(grad.logits.valid);
@@ -217,7 +255,7 @@ row_stats_grad_kernel(StatsGradArgs a, Scales z, Holding holding) {
   add_one(running, odd < end ? capped<kSoftcap>(load_one<T>(in, odd), z) : -kInfinity, odd < end, z);
   Held held(in, begin, whole, holding.columns);
   held.statistics(running, z);
-  running = Statistics::columns(in, held.end, whole, z, running);
+  held.rest(running, in, whole, z);
   Stats all = Statistics::met(running, z, grad.vocab_start);
   if (holding.cluster > 1) all = over_cluster(all, holding.cluster);
   const float z_own = own < 0 ? 0.0f : capped<kSoftcap>(x_own, z) * z.unit;

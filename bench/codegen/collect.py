@@ -12,7 +12,12 @@ from ..errors import UserError
 from . import kept, record
 
 #: What a record is called in the pass it belongs to, by the kernel that makes it.
-PASSES = {"row_stats_kernel": "statistics", "row_grad_kernel": "gradient"}
+PASSES = {
+    "row_stats_kernel": "statistics",
+    "row_grad_kernel": "gradient",
+    "row_stats_grad_kernel": "one read",
+    "row_rescale_kernel": "scaling",
+}
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ FOLDER = Path(__file__).parent.parent.parent / "csrc"
 TEMPLATES = {
     "row_stats": ("dtype", "columns", "softcap", "shifted"),
     "row_grad": ("dtype", "softcap", "shifted"),
+    "row_stats_grad": ("dtype", "softcap", "shifted"),
+    "row_rescale": ("dtype",),
     "fold_segments": ("columns",),
     "merge": ("columns",),
     "row_targets": (),
@@ -20,9 +22,10 @@ TEMPLATES = {
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 _LINE = re.compile(
-    r'^\s*\{(\w+), Kernel::(\w+), (\w+), (\d+), (\d+),\s+"((?:[^"\\]|\\.)*)"\},$', re.M
+    r'^\s*\{(\w+), Kernel::(\w+), (\w+), (\d+), (\w+),\s+"((?:[^"\\]|\\.)*)"\},$', re.M
 )
-_BOUND = re.compile(r"^FSL_KERNEL\((\d+)\b.*\)\n(\w+)_kernel\(", re.M)
+_BOUND = re.compile(r"^FSL_KERNEL\((?:FSL_VENDOR\((\d+), (\d+)\)|(\d+)),.*\)\n(\w+)_kernel\(", re.M)
+WHOLE_ROW = 1 << 30  # kWholeRow of gpu_table.h
 # _ZN 3fsl 3gpu 16row_stats_kernel I NS0_4BF16E Li3E Lb0E Lb0E E ...
 _MANGLED = re.compile(r"_ZN3fsl3gpu\d+(\w+?)_kernel(?:I((?:NS0_\d+[A-Z0-9]+E|L[ib]\d+E)+)E)?E")
 _ARGUMENT = re.compile(r"NS0_\d([A-Z0-9]+)E|L[ib](\d+)E")
@@ -50,7 +53,7 @@ def launch_table() -> tuple[Line, ...]:
             kernel,
             None if columns == "kAny" else int(columns),
             int(threads),
-            int(segment),
+            WHOLE_ROW if segment == "kWholeRow" else int(segment),
             why,
         )
         for generation, kernel, columns, threads, segment, why in _LINE.findall(table)
@@ -58,10 +61,13 @@ def launch_table() -> tuple[Line, ...]:
 
 
 @cache
-def launch_bounds() -> dict[str, int]:
-    """Most threads that a block of a kernel may have, as it is compiled."""
+def launch_bounds(target: str) -> dict[str, int]:
+    """Most threads that a block of a kernel may have, as it is compiled for a target."""
     text = "".join(path.read_text() for path in sorted(FOLDER.glob("*.cu*")))
-    return {kernel: int(threads) for threads, kernel in _BOUND.findall(text)}
+    return {
+        kernel: int(every or (amd if target.startswith("gfx") else nvidia))
+        for nvidia, amd, every, kernel in _BOUND.findall(text)
+    }
 
 
 @dataclass(frozen=True)

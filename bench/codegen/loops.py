@@ -1,15 +1,21 @@
 """The hot loops of a row kernel: what one element of the logits costs in each."""
 
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
-from .machine_code import Code, Instruction, innermost_loops
+from .machine_code import Code, Instruction, innermost_loops, outside_loops
 
 #: What a loop is for, by what it does to global memory and whether it takes exponentials.
 STATISTICS = "statistics"  # loads, exp
 GRADIENT = "gradient"  # loads, exp, stores
 ZEROS = "zeros"  # stores
 SCALING = "scaling"  # loads, stores
+
+#: And where a row is held on chip between its statistics and its gradient: from global memory to
+#: shared memory; shared loads and exp; shared loads, exp and stores. All of them together, or what
+#: runs once where registers hold the row: ONE_READ.
+BRINGING, HELD_STATISTICS, HELD_GRADIENT = HELD = ("bringing", "held stats", "held grad")
+ONE_READ = "one read"
 
 CHUNK = 16  # bytes of a wide load
 VECTOR = 8  # logits that a shifted kernel takes in at once
@@ -52,7 +58,7 @@ class HotLoop:
 
 
 def hot_loops(code: Code, element_bytes: int, shifted: Shifted | None = None) -> list[HotLoop]:
-    """The main loop of each purpose.
+    """The main loop of each purpose, and of a row that is held what all takes together.
 
     Beside it lie the loop over the rest of a row (at most one tile) and, where a compiler unrolled,
     a loop over what is left: the one that takes in most per iteration is the main one, and of two
@@ -69,26 +75,63 @@ def hot_loops(code: Code, element_bytes: int, shifted: Shifted | None = None) ->
             -best.instructions,
         ):
             main[loop.purpose] = loop
+    if all(purpose in main for purpose in HELD):
+        main[ONE_READ] = _together([main[purpose] for purpose in HELD])
     return list(main.values())
+
+
+def one_read_from_registers(code: Code, element_bytes: int) -> HotLoop | None:
+    """What a row costs that is held in registers, where all is unrolled: whatever runs once, of
+    which a little is not for the sake of its elements. None when there is no such row."""
+    body = outside_loops(code)
+    wide = [i for i in body if not i.access or i.access.bytes == CHUNK]
+    loop = count(wide, element_bytes)
+    if not loop or loop.purpose != GRADIENT:
+        return None
+    return replace(loop, purpose=ONE_READ, instructions=len(body) / loop.elements)
+
+
+def _together(loops: list[HotLoop]) -> HotLoop:
+    def total(key):
+        return sum(getattr(loop, key) for loop in loops)
+
+    def either(key):
+        return sorted(set().union(*(getattr(loop, key) for loop in loops)))
+
+    work = Counter()
+    for loop in loops:
+        work.update(loop.work)
+    return HotLoop(
+        ONE_READ,
+        min(loop.elements for loop in loops),
+        *map(total, ("instructions", "exps")),
+        dict(sorted(work.items())),
+        max(loop.loads_at_once for loop in loops),
+        *map(total, ("requested", "loaded", "stored")),
+        *map(either, ("load_bytes", "store_bytes")),
+        *map(total, ("local_accesses", "generic_accesses")),
+    )
 
 
 def count(
     body: list[Instruction], element_bytes: int, shifted: Shifted | None = None
 ) -> HotLoop | None:
-    """Counts of a loop over logits of `element_bytes`; None when it moves no global memory."""
+    """Counts of a loop over logits of `element_bytes`; None when it is over something else."""
     accesses = [i.access for i in body if i.access]
-    loads = [a.bytes for a in accesses if a.space == "global" and not a.store]
-    stores = [a.bytes for a in accesses if a.space == "global" and a.store]
     exps = sum(i.exp for i in body)
-    if loads and exps:
-        purpose = GRADIENT if stores else STATISTICS
-    elif stores:
-        purpose = SCALING if loads else ZEROS
-    else:
+    loads, stores, read, kept = (
+        [a.bytes for a in accesses if (a.space, a.store) == kind]
+        for kind in (("global", False), ("global", True), ("shared", False), ("shared", True))
+    )
+    to_shared = kept or any(i.name.startswith("LDGSTS") for i in body)
+    wide = [n for n in read if n == CHUNK]
+    purpose = _purpose(bool(loads), bool(stores), bool(exps), bool(to_shared), bool(wide))
+    if purpose is None:
         return None
-    elements, overlap = (sum(loads) or sum(stores)) // element_bytes, 0.0
+    moved = wide if purpose == HELD_STATISTICS else loads or stores
+    elements, overlap = sum(moved) // element_bytes, 0.0
     if shifted and loads:
-        elements = shifted.elements(exps, sum(stores), element_bytes)
+        elements = shifted.elements(exps, sum(stores) + sum(kept), element_bytes)
         overlap = CHUNK / VECTOR  # bytes per element
     if not elements:
         return None
@@ -109,12 +152,24 @@ def count(
     )
 
 
+def _purpose(loads: bool, stores: bool, exps: bool, to_shared: bool, wide: bool) -> str | None:
+    if loads and exps:
+        return GRADIENT if stores else STATISTICS
+    if stores:
+        return SCALING if loads else HELD_GRADIENT if exps else ZEROS
+    if loads and to_shared:
+        return BRINGING
+    return HELD_STATISTICS if wide and exps else None
+
+
 def loads_at_once(body: list[Instruction]) -> int:
     """Loads of global memory that no instruction has waited for yet, at most.
 
     One waits for a load by naming a register that it fills. Twice round, for a loop whose loads are
-    for its next iteration.
+    for its next iteration. Those to shared memory are waited for after the loop: at least one.
     """
+    if asynchronous := sum(i.name.startswith("LDGSTS") for i in body):
+        return asynchronous
     pending: list[frozenset[int]] = []
     most = 0
     for instruction in 2 * body:

@@ -55,6 +55,19 @@ def innermost_loops(code: Code) -> list[list[Instruction]]:
     ]
 
 
+def outside_loops(code: Code) -> list[Instruction]:
+    """What runs once, in program order."""
+    starts, successors = _blocks(code)
+    inside = frozenset().union(*_natural_loops(successors))
+    ends = [*starts[1:], len(code.instructions)]
+    return [
+        i
+        for block in range(len(starts))
+        if block not in inside
+        for i in code.instructions[starts[block] : ends[block]]
+    ]
+
+
 def _blocks(code: Code) -> tuple[list[int], list[set[int]]]:
     """First instruction of each basic block, and the blocks that may follow it."""
     count = len(code.instructions)

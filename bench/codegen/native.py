@@ -42,20 +42,23 @@ def records(
 def _described(target: str, code: bytes, keep, folder: Path):
     def make():
         return {
-            mangled: [
-                record.make(kernel, target, line.threads, one.element_bytes, _shifted(target, one))
-                for line in _lines(target, one.kernel)
-            ]
+            mangled: [_record(kernel, target, line, one) for line in _lines(target, one.kernel)]
             for mangled, kernel in record.kernels(code, target).items()
             for one in [instance(mangled)]
         }
 
-    launches = kept.described(folder, code, (target, launch_table(), launch_bounds()), make)
+    launches = kept.described(folder, code, (target, launch_table(), launch_bounds(target)), make)
     for mangled, made in launches.items():
         one = instance(mangled)
         if keep(one):
             for line, launch in zip(_lines(target, one.kernel), made, strict=True):
-                yield _about(one, line, kept.digest(code, mangled.encode())), launch
+                yield _about(target, one, line, kept.digest(code, mangled.encode())), launch
+
+
+def _record(kernel, target: str, line: Line, one: Instance) -> dict:
+    in_registers = one.kernel == "row_stats_grad" and target.startswith("gfx")
+    shifted = _shifted(target, one)
+    return record.make(kernel, target, line.threads, one.element_bytes, shifted, in_registers)
 
 
 def _shifted(target: str, one: Instance) -> Shifted | None:
@@ -66,10 +69,10 @@ def _shifted(target: str, one: Instance) -> Shifted | None:
 def _lines(target: str, kernel: str) -> list[Line]:
     """Lines of the launch table; of a kernel that has none, the launch its bound allows."""
     found = [line for line in launch_table() if (line.target, line.kernel) == (target, kernel)]
-    return found or [Line(target, None, None, launch_bounds()[kernel], 0, "")]
+    return found or [Line(target, None, None, launch_bounds(target)[kernel], 0, "")]
 
 
-def _about(one: Instance, line: Line, digest: str) -> dict:
+def _about(target: str, one: Instance, line: Line, digest: str) -> dict:
     return {
         "kernel": one.kernel,
         "name": one.name,
@@ -80,7 +83,7 @@ def _about(one: Instance, line: Line, digest: str) -> dict:
         "pass": PASSES.get(f"{one.kernel}_kernel"),
         "aligned": not one.shifted,
         "wide": True,  # what is not aligned is shifted into place
-        "threads_limit": launch_bounds()[one.kernel],
+        "threads_limit": launch_bounds(target)[one.kernel],
         "hash": digest,
         "launches": 1,
     }

@@ -4,7 +4,8 @@ from .chips import Limits
 
 
 def predict(limits: Limits, loop: dict) -> dict:
-    """Bytes per second of a loop (see loops.HotLoop) on all units, and the pipe that bounds it.
+    """Bytes per second of a loop (see loops.HotLoop) on all units, and the pipe that bounds it; of
+    a loop that moves none, how long each pipe is busy is unknown.
 
     Each pipe alone, fully used: no latency, no tail, no cache. What a device reaches is below it.
     """
@@ -25,5 +26,7 @@ def predict(limits: Limits, loop: dict) -> dict:
         "bound": bound,
         "bytes_per_second": moved / seconds[bound],
         "of_bandwidth": moved / seconds[bound] / limits.bandwidth,
-        "busy": {pipe: s / seconds["memory"] for pipe, s in seconds.items() if pipe != "memory"},
+        "busy": {
+            pipe: s / seconds["memory"] for pipe, s in seconds.items() if moved and pipe != "memory"
+        },
     }

@@ -2,7 +2,7 @@
 
 from . import amdgcn, sass
 from .chips import CHIPS, resident_threads
-from .loops import Shifted, hot_loops
+from .loops import Shifted, hot_loops, one_read_from_registers
 from .machine_code import Compiled
 from .predict import predict
 
@@ -21,10 +21,12 @@ def make(
     threads: int,
     element_bytes: int | None,
     shifted: Shifted | None = None,
+    in_registers: bool = False,
 ) -> dict:
     """Resources and hot loops of a kernel launched with blocks of `threads`.
 
-    `element_bytes` is the size of a logit; None for kernels that read none.
+    `element_bytes` is the size of a logit; None for kernels that read none. `in_registers`: a row
+    is held there, and what is done with it is no loop.
     """
     limits = CHIPS[target]
     code, resources = compiled.code, compiled.resources
@@ -32,6 +34,8 @@ def make(
         limits, threads, resources["registers"], resources["shared_bytes"]
     )
     loops = hot_loops(code, element_bytes, shifted) if element_bytes else []
+    if element_bytes and in_registers and (held := one_read_from_registers(code, element_bytes)):
+        loops.append(held)
     return {
         "target": target,
         "threads": threads,

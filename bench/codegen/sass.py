@@ -22,12 +22,14 @@ _SECTION = re.compile(r"^\s*\.section\s+\.text\.([\w$]+)\b.*$", re.M)
 _USAGE = re.compile(r"^ Function ([\w$]+):\s+(.*)$", re.M)
 
 _SPACES = {"LDG": "global", "STG": "global", "LDL": "local", "STL": "local",
-           "LDS": "shared", "STS": "shared", "LD": "global", "ST": "global"}  # fmt: skip
+           "LDS": "shared", "STS": "shared", "LD": "global", "ST": "global",
+           "LDGSTS": "global"}  # fmt: skip
 _FP32 = {"FFMA", "FMUL", "FADD", "HADD2", "HMUL2", "HFMA2", "FADD32I", "FMUL32I", "FFMA32I"}
 _FP32X2 = {"FFMA2", "FMUL2", "FADD2"}
 _TRANSCENDENTAL = {"MUFU", "F2F", "F2I", "I2F"}
 _ISSUE_ONLY = {"LDG", "STG", "LDL", "STL", "LDS", "STS", "LDC", "BAR", "SHFL", "BRA", "EXIT", "NOP",
-               "BSSY", "BSYNC", "LD", "ST", "S2R", "CALL", "RET", "WARPSYNC"}  # fmt: skip
+               "BSSY", "BSYNC", "LD", "ST", "S2R", "CALL", "RET", "WARPSYNC",
+               "LDGSTS"}  # fmt: skip
 
 
 @cache
@@ -111,7 +113,7 @@ def _instruction(name: str, operands: str, predicated: bool) -> Instruction:
 
 
 def _loaded(access: Access | None, operands: str) -> frozenset[int]:
-    to = _REGISTER.match(operands)
+    to = _REGISTER.match(operands)  # not that of LDGSTS, which fills shared memory
     if not access or access.store or access.space != "global" or not to:
         return frozenset()
     return frozenset(range(int(to[1]), int(to[1]) + -(-access.bytes // 4)))

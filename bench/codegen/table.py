@@ -5,8 +5,8 @@ from rich.table import Table
 from .chips import CHIPS
 
 #: In this order a record's loops are shown; a loop of stored zeros is in the JSON only.
-SHOWN = ("statistics", "gradient", "scaling")
-LOOPS = {"statistics": "stats", "gradient": "grad", "scaling": "scale"}
+SHOWN = ("one read", "statistics", "gradient", "scaling")
+LOOPS = {"one read": "both", "statistics": "stats", "gradient": "grad", "scaling": "scale"}
 
 
 def show(console, ours: list[dict], theirs: list[dict], absent: list[dict]) -> None:
