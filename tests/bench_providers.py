@@ -1,10 +1,12 @@
-"""Providers made to be measured wrong, large or deadly; module-level, so that they can be sent."""
+"""Small cases, and providers that are wrong, large or deadly; at module level, to be sent."""
 
 import os
 import signal
 
 import torch
 
+from bench.kernels.cases import Model, model_case
+from bench.kernels.problem import Problem, Source
 from bench.kernels.provider import Provider
 from fused_sft_loss import sft_loss
 
@@ -99,3 +101,14 @@ def raising(problem):
 def provider(build, name=None, **options):
     name = name or getattr(build, "__name__", "provider")
     return Provider(name, name, build, NOTHING, **options)
+
+
+TINY = Model("tiny", 1003, 1003)
+
+
+def case_of(model=TINY, tp=1, nproc=1, seq=16, dtype="bf16", scored=0.5):
+    return model_case(model, tp, nproc, 2, seq, dtype, scored, seed=3)
+
+
+def problem_of(case, copies=2):
+    return Problem(case, Source(case.source, "cpu", copies))
