@@ -194,7 +194,7 @@ def test_a_missing_library_is_named(monkeypatch, capsys):
     for library, arguments in {"rich": [], "matplotlib": ["--plot", "out.png"]}.items():
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, library, None)
-            assert main(["kernels", "--dry-run", *arguments]) == 1
+            assert main(["kernels", *arguments]) == 1
         errors = capsys.readouterr().err
         assert library in errors and 'pip install "fused_sft_loss[bench]"' in errors
 

@@ -23,7 +23,7 @@ def add_arguments(parser):
     add("--tp", nargs="+", type=int, default=[1], metavar="N", help="1, 2, 4 or 8")
     add("--nproc", type=int, default=1, metavar="N", help=NPROC_HELP)
     add("--dtype", nargs="+", choices=DTYPES, default=["bf16"], help="of the logits")
-    add("--scored", nargs="+", type=float, default=[1.0, 0.3], help="parts of rows under the mask")
+    add("--scored", nargs="+", type=float, default=[1.0, 0.3], help="scored parts of the rows")
     add("--mode", choices=MODES, default="full", help="what is timed; bwd alone after its fwd")
     add("--provider", nargs="+", default=[], metavar="NAME", help="default: all; see --list")
     add("--without", nargs="+", default=[], metavar="NAME", help="leave these providers out")
@@ -54,14 +54,14 @@ def run(args):
     left_out = provider_table.select(args.without) if args.without else []
     chosen = [p for p in provider_table.select(args.provider) if p not in left_out]
     _expect(chosen, "--without", "to leave a provider", " ".join(args.without))
-    outputs = _outputs(args, device)
-    old = record.read(args.compare) if args.compare else None
     cases = _cases(args, device, chosen)
     if args.list:
         return table.show_list(MODELS, chosen, cases[0], device)
     if args.dry_run:
         needed, free = partial(needed_bytes, device=device, providers=chosen), _free(device)
         return table.show_predictions(cases, chosen, device, needed, free)
+    old = record.read(args.compare) if args.compare else None
+    outputs = _outputs(args, device)
     done = _measure(args, cases, chosen, device, outputs)
     if old:
         record.compare(done, old)
