@@ -15,18 +15,18 @@ from bench.__main__ import main
 from bench.errors import UserError
 from bench.kernels import cases, command, record, timing
 from bench.kernels.cases import MODELS
+from bench.kernels.measuring import Measuring
 from bench.kernels.providers import PROVIDERS
-from bench.kernels.session import Session
 from bench.ranks import RankError
 
 
-def session(providers, cases_, **options):
-    """The Rows of a Session over real processes."""
+def measured(providers, cases_, **options):
+    """The Rows of a Measuring over real processes."""
     rows = record.Rows(cases_, "full")
     for index in range(len(cases_)):
         for provider in providers:
             rows.add(index, provider, None)
-    run = Session(cases_, providers, rows, "cpu", 1, lambda now=False: None, lambda *a: None)
+    run = Measuring(cases_, providers, rows, "cpu", 1, lambda now=False: None, lambda *a: None)
     run.times("full", 0.0)
     run.memory()
     return rows.rows
@@ -34,7 +34,7 @@ def session(providers, cases_, **options):
 
 def test_a_process_that_is_killed_costs_its_row_alone():
     providers = list(map(made.provider, (made.right, made.killed, made.copying)))
-    rows = session(providers, [case_of(), case_of(scored=0.1)])
+    rows = measured(providers, [case_of(), case_of(scored=0.1)])
     for index in range(2):
         assert rows[index, "killed"]["status"] == "OOM"
         assert rows[index, "right"]["status"] == rows[index, "copying"]["status"] == "ok"
@@ -51,12 +51,12 @@ def test_a_process_that_dies_between_rows_does_not_start_for_ever(monkeypatch, a
             on_message(0, {"at": at})
         raise RankError("rank 0:\ndied with exit code -9")
 
-    monkeypatch.setattr("bench.kernels.session.run_ranks", dies)
+    monkeypatch.setattr("bench.kernels.measuring.run_ranks", dies)
     if at is None:
         with pytest.raises(UserError, match="exit code -9"):
-            session([made.provider(made.right)], [case_of()])
+            measured([made.provider(made.right)], [case_of()])
     else:
-        rows = session([made.provider(made.right)], [case_of()])
+        rows = measured([made.provider(made.right)], [case_of()])
         assert rows[0, "right"]["status"] == "OOM"
     assert starts == [1]
 
@@ -68,7 +68,7 @@ def test_a_sharded_vocabulary_over_two_processes():
     case = case_of(model, tp=2, nproc=2)
     assert case.columns * 2 > case.vocab == case.vocab_size
     names = ("ours-cpu-inplace", "ours-eager-new", "reference", "torch", "megatron")
-    rows = session([PROVIDERS[name] for name in names], [case])
+    rows = measured([PROVIDERS[name] for name in names], [case])
     for name in names:
         row = rows[0, name]
         assert row["status"] == "ok", row["reason"]
@@ -78,14 +78,14 @@ def test_a_sharded_vocabulary_over_two_processes():
 def test_predicted_memory_is_what_is_measured():
     case = case_of(cases.Model("even", 4096, 4096), seq=128)
     names = ("ours-cpu-inplace", "ours-cpu-new", "reference", "torch", "megatron")
-    rows = session([PROVIDERS[name] for name in names], [case])
+    rows = measured([PROVIDERS[name] for name in names], [case])
     for name in names:
-        measured = rows[0, name]["memory"]
-        assert measured, rows[0, name]["reason"]
+        usage = rows[0, name]["memory"]
+        assert usage, rows[0, name]["reason"]
         for key, predicted in zip(
             ("forward", "full"), PROVIDERS[name].predicted_bytes(case), strict=True
         ):
-            assert measured[key] == pytest.approx(predicted, abs=0.05 * case.logits_bytes), name
+            assert usage[key] == pytest.approx(predicted, abs=0.05 * case.logits_bytes), name
 
 
 ROW = {"case", "provider", "title", "mode", "status", "reason", "check", "memory"}

@@ -18,6 +18,7 @@ from bench.kernels.cases import Model, model_case
 from bench.kernels.oracle import Oracle, run_once
 from bench.kernels.peers import PEERS
 from bench.kernels.problem import Problem, Source
+from bench.kernels.providers import PROVIDERS
 
 INSTALLED = Path(__file__).parent.parent / "build/peers"
 GPU_ONLY = [peer for peer in PEERS if peer.devices == ("cuda",)]
@@ -166,11 +167,15 @@ def test_on_this_cpu_each_keeps_its_row_with_the_reason():
 
 
 def test_those_for_one_process_say_so_under_sharding(monkeypatch):
-    case = model_case(Model("tiny", 500, 500), 2, 2, 2, 12, "bf16", 0.5, 1)
     monkeypatch.setattr("bench.kernels.provider._found", lambda module: True)
-    reasons = {peer.name: peer.reason_against(case, "cuda") for peer in GPU_ONLY}
-    alone = {name for name, reason in reasons.items() if reason}
-    assert alone == {"liger", "quack", "quack-inplace"}
+    for nproc in (2, 1):  # and for the shard of one rank: there is no such rank
+        case = model_case(Model("tiny", 500, 500), 2, nproc, 2, 12, "bf16", 0.5, 1)
+        reasons = {peer.name: peer.reason_against(case, "cuda") for peer in GPU_ONLY}
+        alone = {name for name, reason in reasons.items() if reason}
+        assert alone == {"liger", "quack", "quack-inplace"}
+        one_read = PROVIDERS["ours-cpu-oneread-new"]
+        assert one_read.reason_against(case, "cpu") == "needs the whole vocabulary on one process"
+        assert PROVIDERS["ours-cpu-new"].reason_against(case, "cpu") is None
 
 
 def test_liger_has_the_signatures_that_its_stand_ins_have():

@@ -183,7 +183,7 @@ def _free(device):
 def _measure(args, cases, chosen, device, outputs):
     """The record; also when it is interrupted, of what was finished, before that goes on."""
     from . import record, table
-    from .session import Saver, Session
+    from .measuring import Measuring, Saver
 
     rows = record.Rows(cases, args.mode)
     rows.add_all(chosen, device)
@@ -199,7 +199,7 @@ def _measure(args, cases, chosen, device, outputs):
     runnable = sum(row["status"] == "pending" for row in rows.rows.values())
     with interrupts.raised(), table.Progress(2 * runnable) as progress:
         threads = described["threads"]
-        run = Session(cases, chosen, rows, device, threads, save, progress.update)
+        run = Measuring(cases, chosen, rows, device, threads, save, progress.update)
         try:
             run.times(args.mode, args.seconds)
             run.memory()

@@ -23,7 +23,7 @@ class Provider:
     reason     reason(case, device type) -> why it cannot run, or None; beyond what follows
     devices    device types it runs on
     module     what it needs, and `install`, the name to install it by
-    sharded    works with the vocabulary sharded over processes
+    sharded    works with a sharded vocabulary
     writes     True: it may overwrite the logits, so they are restored after every timing
     precision  "fp32", or "logits" when it rounds on the way to the logits' dtype
     softcap    has softcapping of its own; else it is done before, in fp32, as a model would
@@ -53,7 +53,7 @@ class Provider:
             return f"runs on {' and '.join(_DEVICES[name] for name in self.devices)}"
         if self.module is not None and not _found(self.module):
             return f"not installed: pip install {self.install or self.module}"
-        if case.nproc > 1 and not self.sharded:
+        if case.tp > 1 and not self.sharded:  # nor is there a rank whose shard it could compute
             return "needs the whole vocabulary on one process"
         return self.reason(case, device_type) if self.reason else None
 

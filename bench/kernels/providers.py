@@ -49,12 +49,8 @@ def ours(problem, backend, options):
     return loss
 
 
-def _reason_against_ours(backend, options, case, device_type):
-    if reason := choose.reason_against(backend, device_type):
-        return reason
-    if "grad_in_forward" in options and case.nproc > 1:
-        return "needs the whole vocabulary on one process"
-    return None
+def _reason_against_ours(backend, case, device_type):
+    return choose.reason_against(backend, device_type)
 
 
 def _our_providers():
@@ -66,9 +62,10 @@ def _our_providers():
                 build=partial(ours, backend=backend, options=options),
                 predicted=predicted,
                 scratch=EAGER_SCRATCH if backend == "eager" else 0,
-                reason=partial(_reason_against_ours, backend, options),
+                reason=partial(_reason_against_ours, backend),
                 writes="inplace_backward" in options,
                 softcap=True,
+                sharded="grad_in_forward" not in options,
                 early="grad_in_forward" in options,
             )
 

@@ -12,7 +12,7 @@ KILLED = "died with exit code -9"  # the kernel's way to say that memory ran out
 LAST = 250  # characters of a failure that are kept
 
 
-class Session:
+class Measuring:
     """Times all cases in one process (or one set of `nproc`), then memory in one per provider.
 
     rows      record.Rows, with the rows to measure pending
