@@ -70,19 +70,28 @@ def show(record, old=None):
     for index, case in enumerate(record["cases"]):
         rows = [row for row in record["rows"] if row["case"] == index]
         for number, row in enumerate(rows):
-            table.add_row(*([_case(case), ""][number > 0 :][:1]), *_cells(row, bool(old)))
+            table.add_row("" if number else _case(case), *_cells(row, bool(old)))
         table.add_section()
     out.print(table)
     for case in record["cases"]:
         if case["roof"]:
             roof = "copy {copy_gb_per_s:.1f} GB/s, zero {zero_gb_per_s:.1f} GB/s"
             out.print(f"roof of {_case(case)}: {roof.format(**case['roof'])}")
-    for row in record["rows"]:
-        if row["reason"] and row["case"] is not None:
-            name = f"{_case(record['cases'][row['case']])}: {row['title']}"
-            out.print(f"{row['status']}: {name}: {row['reason']}")
+    for (status, title, reason), names in _reasons(record).items():
+        more = f" and {len(names) - 1} more" if names[1:] else ""
+        out.print(f"{status}: {title}: {reason}: {names[0]}{more}")
     for reason, titles in never_ran(record).items():
         out.print(f"not run, {reason}: {'; '.join(titles)}")
+
+
+def _reasons(record):
+    """(status, title, reason) -> the cases in which it was so."""
+    found = {}
+    for row in record["rows"]:
+        if row["reason"] and row["case"] is not None:
+            key = row["status"], row["title"], row["reason"]
+            found.setdefault(key, []).append(_case(record["cases"][row["case"]]))
+    return found
 
 
 def _case(case):
