@@ -8,6 +8,7 @@
 #   make wheel-check   each of them in an empty environment, and what it links
 #   make audit     the machine code of every GPU kernel with every option (make test: those of plain training)
 #   make sanitize  the native kernels under AddressSanitizer and UBSan, exercised by the suite
+#   make compute-sanitizer   the CUDA kernels on a device under NVIDIA's sanitizer, exercised by tests/test_gpu.py
 
 PYTHON ?= python3
 # A build for another device: make demo TORCH="torch --index-url ..."
@@ -17,7 +18,7 @@ BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*.*) setup.py pyproject.toml
 CXX_FILES := $(wildcard $(foreach ending,h cpp cu cuh,csrc/*.$(ending) tests/simt/*.$(ending)))
 
-.PHONY: demo test lint format bench wheel wheel-check audit sanitize clean system
+.PHONY: demo test lint format bench wheel wheel-check audit sanitize compute-sanitizer clean system
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.installed
@@ -72,6 +73,17 @@ sanitize: $(VENV)/.installed
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/sanitize/lib:. \
 	OMP_NUM_THREADS=2 FSL_EXPECT_PACKAGE_IN=build/sanitize/lib $(BIN)/pytest -o pythonpath= -q -s \
 	    -k "not eager and not simt" $(NATIVE_TESTS:%=tests/%.py)
+
+# Memory, shared memory's races, barriers, and reads of what nobody wrote. Not Inductor's kernels, nor NCCL's.
+compute-sanitizer: $(VENV)/.installed
+	@if ! PATH="$$PATH:/usr/local/cuda/bin" command -v compute-sanitizer >/dev/null; then \
+	    echo "SKIPPED: there is no compute-sanitizer on PATH (it comes with the CUDA toolkit); nothing was checked"; \
+	elif ! $(BIN)/python -c 'import torch, sys; sys.exit(not torch.version.cuda or not torch.cuda.is_available())'; then \
+	    echo "SKIPPED: there is no NVIDIA device here, or this torch does not use it; nothing was checked"; \
+	else for tool in memcheck racecheck synccheck initcheck; do \
+	    PATH="$$PATH:/usr/local/cuda/bin" compute-sanitizer --tool $$tool --error-exitcode 9 \
+	        $(BIN)/python -m pytest -q tests/test_gpu.py -k "cuda and not compiled_step and not two_devices" || exit 1; \
+	done; fi
 
 $(VENV)/.installed: $(SOURCES) | system
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -54,8 +54,10 @@ struct HeldInShared {
   // A thread brings in those vectors that it takes statistics of: it waits for no other's.
   FSL_DEVICE HeldInShared(const Row& row, int begin, int end, int columns)
       : memory(dynamic_shared()), begin(begin), end(end - begin < columns ? end : begin + columns) {
-    for (int column = begin + 8 * thread_id(); column < this->end; column += 8 * block_threads())
+    FSL_UNROLL_BY(4)
+    for (int column = begin + 8 * thread_id(); column < this->end; column += 8 * block_threads()) {
       if (!kShifted || chunks_inside<T, kShifted>(row, column, 8, row.skew)) bring_eight(row, column);
+    }
     if (kShifted) {
       bring_by_ones(row, begin);
       if (this->end - begin > 8) bring_by_ones(row, this->end - 8);

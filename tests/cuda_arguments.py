@@ -46,7 +46,10 @@ GradArgs = _struct(
     vocab_start=c_int64,
     **_of(c_float, "label_smoothing z_loss"),
     vocab_size=c_int64,
+    stored=POINTER,
 )
+StatsGradArgs = _struct("StatsGradArgs", grad=GradArgs, **_of(POINTER, "weight loss lse"))
+RescaleArgs = _struct("RescaleArgs", grad=Rows, **_of(POINTER, "scale stored"))
 TargetsArgs = _struct(
     "TargetsArgs",
     **_of(POINTER, "labels mask cu_seqlens"),
@@ -68,10 +71,11 @@ MergeArgs = _struct(
 Metrics = _struct("Metrics", **_of(POINTER, "log_prob correct entropy"))
 Scales = _struct("Scales", **_of(c_float, "unit log2 inward cap slope"))
 Share = _struct("Share", **_of(c_int32, "splits segment"), parts=POINTER)
+Holding = _struct("Holding", **_of(c_int32, "cluster columns"))
 
 #: By the name that C++ knows them by.
 STRUCTS = {
     **{f"fsl::{s.__name__}": s for s in (Rows, Transform, StatsArgs, GradArgs)},
-    **{f"fsl::{s.__name__}": s for s in (TargetsArgs, MergeArgs)},
-    **{f"fsl::gpu::{s.__name__}": s for s in (Metrics, Scales, Share)},
+    **{f"fsl::{s.__name__}": s for s in (StatsGradArgs, RescaleArgs, TargetsArgs, MergeArgs)},
+    **{f"fsl::gpu::{s.__name__}": s for s in (Metrics, Scales, Share, Holding)},
 }

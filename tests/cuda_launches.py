@@ -7,12 +7,14 @@ import numpy as np
 import torch
 from cuda_arguments import (
     GradArgs,
+    Holding,
     MergeArgs,
     Metrics,
     Rows,
     Scales,
     Share,
     StatsArgs,
+    StatsGradArgs,
     TargetsArgs,
     Transform,
 )
@@ -122,16 +124,36 @@ class Run(Passes):
         grad = self.grad = self.unwritten_gradient() if given is None else given
         rows, chosen = self.labels.numel(), line("row_grad", logits.shape[-1])
         splits = -(-logits.shape[-1] // chosen.segment) if self.split else 1
-        args = GradArgs(
-            logits=self._rows(logits), grad=self._rows(grad), transform=self.transform,
-            **self._named("target lse"), scale=self.weight.data_ptr(),
-            vocab_size=self.vocab_size, **self.terms,
-        )  # fmt: skip
+        args = self._grad_args(grad)
         same = grad is logits or skew(logits) == skew(grad) >= 0
         code = kernel("row_grad", shifted=not same, **self.options)
         self._run(
             "gradient", code, rows * splits, chosen.threads, args, self._scales(), splits,
             chosen.segment,
+        )  # fmt: skip
+
+    def one_read(self, held=None):
+        """Instead of statistics, merge and gradient, by one block a row, which holds `held` columns
+        of it, or all."""
+        logits, given = self.logits, self.given_grad
+        grad = self.grad = self.unwritten_gradient() if given is None else given
+        self.unwritten_losses()
+        chosen = line("row_stats_grad", logits.shape[-1])
+        held = held or -(-self.vocab_size // 8) * 8
+        args = StatsGradArgs(grad=self._grad_args(grad), **self._named("weight loss lse"))
+        shifted = skew(logits) != 0 or skew(grad) != 0
+        code = kernel("row_stats_grad", shifted=shifted, **self.options)
+        self._run(
+            "one read", code, self.labels.numel(), chosen.threads, args, self._scales(),
+            Holding(1, held), dynamic_shared=held * logits.element_size() + 16,
+        )  # fmt: skip
+        return self
+
+    def _grad_args(self, grad) -> GradArgs:
+        return GradArgs(
+            logits=self._rows(self.logits), grad=self._rows(grad), transform=self.transform,
+            **self._named("target lse"), scale=self.weight.data_ptr(),
+            vocab_size=self.vocab_size, **self.terms,
         )  # fmt: skip
 
     def _rows(self, tensor) -> Rows:
@@ -152,7 +174,7 @@ class Run(Passes):
     def _named(self, names: str) -> dict[str, int]:
         return {name: getattr(self, name).data_ptr() for name in names.split()}
 
-    def _run(self, name, code, grid, threads, *arguments):
+    def _run(self, name, code, grid, threads, *arguments, dynamic_shared=0):
         machine = Machine(self.seed)
         for attribute, tensor in list(vars(self).items()):
             if isinstance(tensor, torch.Tensor):
@@ -160,7 +182,7 @@ class Run(Passes):
         if self.edit:
             code = Kernel(self.edit(code), code.name)
         packed = [a if isinstance(a, int) else bytes(a) for a in arguments]
-        machine.launch(code, grid, threads, packed)
+        machine.launch(code, grid, threads, packed, dynamic_shared)
         self.counts[name] = machine.counts
 
 

@@ -29,7 +29,9 @@ def test_structs_are_laid_out_as_in_cpp(tmp_path):
         for name, struct in STRUCTS.items()
         for field, _ in struct._fields_
     ]
-    includes = "".join(f'#include "{csrc.FOLDER}/{n}"\n' for n in ("row_stats.cuh", "merge.cuh"))
+    includes = "".join(
+        f'#include "{csrc.FOLDER}/{n}"\n' for n in ("row_stats_grad.cuh", "row_rescale.cuh")
+    )
     program = tmp_path / "offsets.cu"
     program.write_text(f"#include <cstddef>\n{includes}{''.join(checks)}")
     assert len(checks) > 60
@@ -185,3 +187,70 @@ def _wrong_without_barrier(whole, number):
         if not torch.equal(broken.stats, whole.stats):
             return True
     return False
+
+
+@pytest.mark.parametrize(("dtype", "shape"), RUNS, ids=str)
+def test_loss_and_gradient_from_one_read(dtype, shape):
+    columns, options = SHAPES[shape]
+    options = {key: value for key, value in options.items() if key != "split"}
+    logits, labels, mask = problem(dtype, columns, options.get("vocab_size"))
+    run = one_read(logits, labels, mask, **options)
+    check(run, dtype, **options)
+    copy = logits.clone()
+    assert torch.equal(one_read(copy, labels, mask, grad=copy, **options).grad, run.grad)
+
+
+def one_read(*problem, held=None, **options):
+    run = Run(*problem, **options)
+    run.targets()
+    return run.one_read(held)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bytes_of_one_read(dtype):
+    """Each scored element is loaded once in all, to shared memory, and stored once."""
+    logits, labels, mask = problem(dtype, 8192)
+    counts = one_read(logits, labels, mask).counts["one read"]
+    size, scored, rows = logits.element_size(), 2, 4
+    assert wide(counts, "logits") == scored * 8192 * size
+    assert wide(counts, "grad") == rows * 8192 * size
+    # Beside that the target's own logit, by each warp.
+    assert counts.loaded["logits"] - wide(counts, "logits") == scored * size * 4
+    assert counts.stored["grad"] - wide(counts, "grad") == scored * size
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_same_bits_however_much_is_held_and_wherever_it_lies(dtype):
+    columns = 9004
+    logits, labels, mask = problem(dtype, columns)
+    whole = one_read(logits, labels, mask)
+    tile = 32 * line("row_stats_grad", columns).threads
+    for run in (
+        one_read(logits, labels, mask, held=tile),
+        one_read(rows_at(logits, columns + 1), labels, mask),
+    ):
+        assert torch.equal(run.loss, whole.loss) and torch.equal(run.grad, whole.grad)
+
+
+@pytest.mark.parametrize("columns", [2500, 2501])
+def test_one_read_in_whatever_order_warps_run(columns):
+    logits, labels, mask = problem(torch.bfloat16, columns)
+    in_step = one_read(logits, labels, mask)
+    for seed in range(2):
+        run = one_read(logits, labels, mask, seed=seed)
+        assert torch.equal(run.loss, in_step.loss) and torch.equal(run.grad, in_step.grad)
+
+
+def test_a_copy_that_is_not_waited_for_shows():
+    logits, labels, mask = problem(torch.bfloat16, 2504)
+
+    def edit(code):
+        text = code.text
+        if "cp.async.wait_all" in text and "row_stats_grad" in code.name:
+            start = text.index(f".entry {code.name}(")
+            at = text.index("cp.async.wait_all;", start)
+            text = text[:at] + text[at + len("cp.async.wait_all;") :]
+        return text
+
+    with pytest.raises(RuntimeError, match="copy under way"):
+        one_read(logits, labels, mask, edit=edit)

@@ -27,6 +27,7 @@ def usable(name):
 
 NAMES = [usable(name) for name in ("triton", "cuda", "hip")]
 on_every_backend = pytest.mark.parametrize("backend", NAMES)
+on_compiled_backends = pytest.mark.parametrize("backend", NAMES[1:])
 pytestmark = pytest.mark.gpu
 
 VOCABULARIES = (1, 2, 31, 32, 33, 1000, 32000, 50257, 128256, 151936)
@@ -98,6 +99,43 @@ def share_out(monkeypatch, backend, parts):
         monkeypatch.setattr(choose.load(backend), "chip_of", lambda _device: chip)
 
 
+@on_compiled_backends
+@pytest.mark.parametrize("inplace", [False, True])
+@PRODUCT
+@given(case=cases(vocabularies=VOCABULARIES, views=("bsv", "sbv", "sliced", "offset")))
+def test_one_read_over_the_option_product(backend, inplace, case):
+    """Where the gradient is that expected, and for some rows where it is another."""
+    upstream = torch.where(torch.rand(case.labels.numel()) < 0.5, 0.75, -0.4)
+    want, there = expected(case, upstream), on_device(case)
+    leaf = there.storage.clone().requires_grad_()
+    losses = fsl.sft_loss(
+        there.logits(leaf * 1), there.labels, there.loss_mask, reduction="none", backend=backend,
+        grad_in_forward=0.75, inplace_backward=inplace, **there.call_options(),
+    )  # fmt: skip
+    losses.backward(upstream.cuda().view_as(losses))
+    assert_losses(losses.detach().cpu(), want)
+    scale = (want.weight * upstream).abs().max().item() * case.options["logit_scale"]
+    scale *= 1 + want.lse.abs().max().item() / 32  # lse is an fp32 number, and p has its rounding
+    if inplace:  # rounded twice where rescaled: as good as rounded once to a bit less
+        rounding = {torch.float32: 2**-22, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+        wanted, rtol = storage_grad(case, want.grad), rounding[case.storage.dtype]
+        atol = 2e-6 * scale + 2**-23
+        torch.testing.assert_close(leaf.grad.cpu().double(), wanted, rtol=rtol, atol=atol)
+    else:
+        assert_grad(leaf.grad.cpu(), storage_grad(case, want.grad), case.storage.dtype, scale)
+
+
+@on_compiled_backends
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_read_has_the_same_bits_run_after_run(backend, dtype):
+    """Rows over clusters, and wider than the chip holds."""
+    for columns in (128256, 600_000):
+        case = on_device(build("bsv", dtype, 2, 32, columns, 0, "float", ALL))
+        first, *others = (run(case, backend, grad_in_forward=True) for _ in range(3))
+        for again in others:
+            assert torch.equal(again[0], first[0]) and torch.equal(again[1], first[1])
+
+
 @on_every_backend
 def test_metrics_agree_with_the_oracle(backend):
     case = build("bsv", torch.bfloat16, 2, 8, 50257, 0, "bool", {"softcap": 30.0})
@@ -150,12 +188,17 @@ def test_offsets_beyond_2_31_elements(backend):
 
 
 @on_every_backend
-def test_no_synchronisation_and_graph_capture(backend):
+@pytest.mark.parametrize("one_read", [False, True])
+def test_no_synchronisation_and_graph_capture(backend, one_read):
+    if one_read and backend not in choose.ONE_READ:
+        pytest.skip("Triton has no kernel for grad_in_forward")
     case = on_device(build("bsv", torch.bfloat16, 2, 64, 32000, 0, "float", ALL))
     logits = case.storage.clone().requires_grad_()
 
     def step():
-        loss = fsl.sft_loss(logits, case.labels, case.loss_mask, backend=backend, **ALL)
+        loss = fsl.sft_loss(
+            logits, case.labels, case.loss_mask, backend=backend, grad_in_forward=one_read, **ALL
+        )
         return loss.detach(), torch.autograd.grad(loss, logits)[0]
 
     want = step()  # compiles

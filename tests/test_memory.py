@@ -17,18 +17,24 @@ SCRATCH = {
 VECTORS = 64 * 2**10  # bytes: N rows of statistics, losses, targets
 
 
-def peaks(backend, inplace, make_logits):
+def peaks(backend, inplace, make_logits, grad_in_forward=False):
     """Peak bytes beyond the logits in forward, held after it, and peak in backward."""
     labels = torch.randint(0, V, (B, S))
     mask = (torch.rand(B, S) < 0.7).float()
     with MemoryRecord() as record:
         logits = make_logits()
+        logits.register_hook(lambda grad: record.mark("backward"))  # before it goes further
         record.mark("begin")
-        loss = fsl.sft_loss(logits, labels, mask, backend=backend, inplace_backward=inplace)
+        loss = fsl.sft_loss(
+            logits,
+            labels,
+            mask,
+            backend=backend,
+            inplace_backward=inplace,
+            grad_in_forward=grad_in_forward,
+        )
         record.mark("forward")
-        (grad,) = torch.autograd.grad(loss, logits)
-        record.mark("backward")
-    del grad
+        loss.backward()
     forward = record.usage("begin", "forward")
     return forward.peak, forward.held, record.usage("begin", "backward").peak
 
@@ -61,6 +67,17 @@ def test_backward_holds_one_gradient(backend, make_logits):
 def test_in_place_backward_holds_nothing(backend, make_logits):
     _, _, backward = peaks(backend, True, make_logits)
     assert backward <= SCRATCH[backend] + VECTORS
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the native kernels")
+@pytest.mark.parametrize("make_logits", [owned, transposed])
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("expect", [True, 0.5], ids=["as expected", "rescaled"])
+def test_one_read_holds_one_gradient_or_nothing(make_logits, inplace, expect):
+    gradient = 0 if inplace else LOGITS_BYTES
+    forward, held, backward = peaks("cpu", inplace, make_logits, expect)
+    assert gradient <= held <= forward <= gradient + VECTORS
+    assert backward <= gradient + VECTORS
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 2**20), (1, 1, 2**24), (512, 8, 1024), (1, 3, 5_000_001)])

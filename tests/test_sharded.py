@@ -164,6 +164,7 @@ def misuse(kind):
         "too few": {"vocab_size": 150, "vocab_start": [0, 50][rank]},
         "sizes differ": {"vocab_size": [100, 99][rank], "vocab_start": [0, 50][rank]},
         "no vocab_size": {"vocab_start": [0, 50][rank]},
+        "one read": {"grad_in_forward": True},
     }[kind]
     width = 100 if kind == "gathered" else 50
     fsl.sft_loss(torch.randn(2, 4, width), labels, tp_group=dist.group.WORLD, **options)
@@ -178,6 +179,7 @@ def misuse(kind):
         ("too few", "tile"),
         ("sizes differ", "tile"),
         ("no vocab_size", "vocab_size and vocab_start"),
+        ("one read", "no grad_in_forward with a vocabulary sharded"),
     ],
 )
 def test_shards_that_do_not_add_up_are_an_error_on_every_rank(kind, words):

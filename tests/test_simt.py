@@ -144,6 +144,24 @@ def test_a_cluster_that_does_not_wait_reads_what_is_not_there_yet(programs):
     assert numbers(programs(32), "neighbours", 1)[:2] == [-1, -1]
 
 
+def test_copies_come_when_they_are_waited_for(plain, warp):
+    assert numbers(plain, "copies")[::4] == list(range(warp))
+    assert numbers(plain, "copies", 1)[::4] == [-1] * warp
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (2, r"thread \d+ exits before copies_done"),
+        (3, "copy_chunk: an address that is no multiple of 16"),
+        (4, "copy_chunk: no shared memory of this block"),
+    ],
+)
+def test_rules_of_copies(plain, kind, message):
+    found = error(plain, "copies", kind)
+    assert re.search(message, found), found
+
+
 @pytest.mark.parametrize("kind", range(7))
 def test_refused_launches(plain, kind):
     assert error(plain, "refused", kind).startswith("refused: refused by the SIMT shim (grid of ")

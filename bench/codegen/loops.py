@@ -166,7 +166,8 @@ def loads_at_once(body: list[Instruction]) -> int:
     """Loads of global memory that no instruction has waited for yet, at most.
 
     One waits for a load by naming a register that it fills. Twice round, for a loop whose loads are
-    for its next iteration. Those to shared memory are waited for after the loop: at least one.
+    for its next iteration. Copies to shared memory are waited for after the loop, so at least as
+    many as are in it.
     """
     if asynchronous := sum(i.name.startswith("LDGSTS") for i in body):
         return asynchronous

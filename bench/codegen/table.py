@@ -156,7 +156,8 @@ def executed(records: list[dict]) -> Table:
 
 def pairs(ours: list[dict], theirs: list[dict]):
     """(our record, its loop, the peer's record, its loop) of plain passes over the same rows."""
-    for r in filter(is_plain, ours):
+    passes = ("statistics", "gradient")
+    for r in (r for r in ours if is_plain(r) and r["pass"] in passes):
         for other in theirs:
             same = all(other[key] == r[key] for key in ("target", "dtype", "columns"))
             if same and r["pass"] in other["loops"]:

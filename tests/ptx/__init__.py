@@ -11,7 +11,9 @@ buffer and address space, warp instructions, exponentials, shuffles, barriers. A
 buffer, a misaligned one, a shuffle without all its lanes and a barrier that not all threads reach
 are errors. With `seed` warps run in a random order between barriers, which shows a missing one.
 
-Not here: asynchronous copies, mbarriers, clusters, matrix instructions, textures.
+A copy by cp.async is made when its thread waits for it, and not before. A cluster is one block.
+
+Not here: bulk copies, mbarriers, larger clusters, matrix instructions, textures.
 """
 
 from .machine import Counts, Machine

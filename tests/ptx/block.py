@@ -31,6 +31,7 @@ class Block:
         self.unwritten = np.full(threads, 0x6EADBEEF6EADBEEF, RAW)
         static = -(-kernel.shared_bytes // 128) * 128
         self.shared = np.full(static + dynamic_shared, POISON, np.uint8)
+        self.copies: list[tuple] = []  # under way: lanes, shared offsets, global addresses
         self.special = {
             "%tid.x": self.lanes, "%ctaid.x": number, "%ntid.x": threads, "%nctaid.x": grid,
             "%laneid": self.lanes % WARP, "%warpid": self.lanes // WARP,
@@ -66,11 +67,15 @@ class Block:
         if i.name == "bra":
             self.counter[lanes] = self.kernel.labels[i.operands[0]]
         elif i.name in ("ret", "exit"):
+            if any((of & lanes).any() for of, _, _ in self.copies):
+                raise RuntimeError("a thread exits with a copy under way")
             self.done |= lanes
         elif i.name in ("bar", "barrier"):
             if "sync" not in i.modifiers or i.operands[0] != "0":
                 raise NotImplementedError(i.text)
             self.waiting |= lanes
+        elif i.name == "cp":
+            self._copy(i, lanes)
         elif i.name in ("ld", "st"):
             self._access(i, lanes)
         elif i.name in ("shfl", "redux"):
@@ -225,6 +230,32 @@ class Block:
                     bits = np.zeros(self.threads, RAW)
                     bits[inside] = _extended(gather(flat, at, size), i.kind)
                     self.write(register, bits, inside)
+
+    def _copy(self, i, lanes) -> None:
+        """cp.async of 16 bytes, and the wait for all of a thread's."""
+        if i.modifiers[:2] == ("async", "wait_all"):
+            for of, to, source in self.copies:
+                now = of & lanes
+                if now.any():
+                    self._copy_now(now, to, source)
+            self.copies = [(of & ~lanes, to, s) for of, to, s in self.copies if (of & ~lanes).any()]
+            return
+        if i.modifiers != ("async", "cg", "shared", "global") or i.operands[2] != "16":
+            raise NotImplementedError(i.text)
+        to, source = (self._address(place) for place in i.operands[:2])
+        check_alignment(to[lanes], 16)
+        check_alignment(source[lanes], 16)
+        self.copies.append((lanes.copy(), to, source))
+
+    def _copy_now(self, lanes, to, source) -> None:
+        if (to[lanes] + RAW(16) > RAW(self.shared.size)).any():
+            raise MemoryError(f"copy of 16 bytes outside shared memory of {self.shared.size}")
+        for name, flat, offsets, inside in self._find("global", source, lanes, 16):
+            self.counts.moved(name, False, self.lanes[inside] // WARP, offsets[inside], 16)
+            self.counts.saw(name, flat.size, offsets[inside], 16)
+            for half in (0, 8):
+                bits = gather(flat, offsets[inside] + RAW(half), 8)
+                scatter(self.shared, to[inside] + RAW(half), 8, bits)
 
     def _address(self, place: str):
         base, offset = _ADDRESS.fullmatch(place).groups()

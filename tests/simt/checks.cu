@@ -31,6 +31,20 @@ FSL_KERNEL(1024, 1) sums(int* out, bool wait) {
   out[block_id() * block_threads() + thread_id()] = sum;
 }
 
+// Each thread's id, by way of shared memory. Kinds: 1 does not wait for its copy, 2 exits with one under way,
+// 3 an address that is no multiple of 16, 4 to memory that is not shared.
+FSL_KERNEL(1024, 1) copies(int* out, int kind) {
+  int* const source = out + 4 * thread_id();
+  *source = thread_id();
+  char* const mine = dynamic_shared() + 16 * thread_id();
+  copy_chunk(kind == 4 ? reinterpret_cast<char*>(source) : mine,
+             reinterpret_cast<const char*>(source) + (kind == 3 ? 4 : 0));
+  if (kind == 0) copies_done();
+  const int got = *reinterpret_cast<int*>(mine);
+  if (kind == 1) copies_done();
+  if (kind != 2) *source = got;
+}
+
 // Each instantiation has an array of its own, and every block a fresh one.
 template <int kValue>
 FSL_DEVICE int* array_of() {
@@ -177,6 +191,7 @@ std::vector<int> run_by_name(const std::string& name, int kind) {
   const Grid one{1, kThreads}, with_dynamic{1, kThreads, 4 * kWarp}, pairs{6, kWarp, 4 * kWarp, 2};
   if (name == "sums") return run("sums", sums, {3, kThreads}, 3 * kThreads, true);
   if (name == "racing_sums") return run("racing_sums", sums, one, kThreads, false);
+  if (name == "copies") return run("copies", copies, {1, kWarp, 16 * kWarp}, 4 * kWarp, kind);
   if (name == "fresh") return run("fresh", fresh, {3, kWarp, 4 * kWarp}, 9);
   if (name == "largest") return run("largest", blocks_leave, {2, 1024, most_shared()}, 1024);
   if (name == "blocks_leave") return run("blocks_leave", blocks_leave, {3, kThreads}, kThreads);

@@ -1,5 +1,6 @@
 // The launchers of csrc/ on one small problem, for sanitizers and for lanes in another order: prints the bits
 // of all results. Arguments: multiprocessors of the chip (0: no row is shared out), seed.
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
@@ -23,7 +24,7 @@ void print(const char* name, const std::vector<T>& values) {
 
 struct Problem {
   std::vector<uint16_t> logits = std::vector<uint16_t>(kRows * kStride + 3);
-  std::vector<int64_t> labels{5, 40000, 17}, target = std::vector<int64_t>(kRows);
+  std::vector<int64_t> labels{21, 40000, 17}, target = std::vector<int64_t>(kRows);
   std::vector<float> mask{1, 0.5f, 0}, weight = std::vector<float>(kRows);
   std::vector<int32_t> count{0};
   std::vector<float> weight_sum{0};
@@ -69,7 +70,7 @@ struct Problem {
     grad.data = apart.data() + 4;
     const auto args_to = [&](const Rows& in, const Rows& out) {
       return GradArgs{in, out,       transform, target.data(), lse.data(), weight.data(),
-                      0,  smoothing, 0,         kColumns};
+                      0,  smoothing, 0,         kColumns,      nullptr};
     };
     gpu::row_grad(args_to(rows(logits), grad), chip, nullptr);
     gpu::row_grad(args_to(rows(same), rows(same)), chip, nullptr);
@@ -79,6 +80,25 @@ struct Problem {
     for (int i = 0; i < 3; ++i) apart[i] = same[i];
     print("grad", same);
     if (same != apart) std::printf("in place is another gradient\n");
+    one_read(transform, smoothing, same, loss);
+  }
+
+  // The same from one read, then for twice the scale: by rescaling, which is exact for a power of two.
+  void one_read(const Transform& transform, float smoothing, std::vector<uint16_t> wanted,
+                const std::vector<float>& wanted_loss) {
+    std::vector<float> loss(kRows), lse(kRows), twice(kRows);
+    std::vector<uint16_t> same = logits;
+    const GradArgs args{rows(same), rows(same), transform, target.data(), lse.data(), weight.data(),
+                        0,          smoothing,  0,         kColumns,      nullptr};
+    gpu::row_stats_grad({args, weight.data(), loss.data(), lse.data()}, chip, nullptr);
+    print("one read", same);
+    int far = 0;
+    for (size_t i = 0; i < same.size(); ++i) far += std::abs(same[i] - wanted[i]) > 1;
+    for (int row = 0; row < kRows; ++row) far += std::abs(loss[row] - wanted_loss[row]) > 4e-6f;
+    if (far) std::printf("one read is another gradient or loss, at %d places\n", far);
+    for (int row = 0; row < kRows; ++row) twice[row] = 2 * weight[row];
+    gpu::row_rescale({rows(same), twice.data(), weight.data()}, chip, nullptr);
+    print("rescaled", same);
   }
 };
 
