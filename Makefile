@@ -3,7 +3,7 @@
 #   make demo      the main job: a real Megatron SFT run, reference loss against ours, on this CPU
 #   make test      the whole test suite
 #   make lint      ruff and clang-format
-#   make bench     time and memory of the loss on this CPU
+#   make bench     time and memory of the loss beside every peer, and the README's figures from them
 #   make wheel     wheels in dist/: +cpu, and +cu13 and +rocm7 where there are toolchains for them
 #   make wheel-check   each of them in an empty environment, and what it links
 #   make audit     the machine code of every GPU kernel with every option (make test: those of plain training)
@@ -33,6 +33,7 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+	$(BIN)/python -m bench readme --check
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
@@ -40,7 +41,9 @@ format: $(VENV)/.installed
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 bench: $(VENV)/.installed
-	$(BIN)/python -m bench cpu
+	$(BIN)/python -m bench kernels --model all --tp 1 2 --nproc 0 --scored 1.0 0.7 0.5 0.3 0.1 \
+	    --without ours-eager --seconds 0.15 --results bench/results
+	$(BIN)/python -m bench readme
 
 # FUSED_SFT_LOSS_BUILD and the variables of docs/wheels.md choose which, and for what. A GPU's runtime is never
 # put into a wheel; where auditwheel finds no manylinux system that has all a wheel needs, the tag stays `linux`.

@@ -9,7 +9,8 @@ from .errors import UserError
 
 COMMANDS = {
     "sft": ("bench.sft.command", "a real Megatron SFT run, with the reference loss and with ours"),
-    "cpu": ("bench.cpu", "time and memory of the loss on this machine's CPU"),
+    "kernels": ("bench.kernels.command", "time and memory of the loss, beside every peer"),
+    "readme": ("bench.readme", "write the README's figures from bench/results"),
     "codegen": ("bench.codegen.command", "what compilers made of the GPU kernels; needs no GPU"),
 }
 

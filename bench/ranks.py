@@ -32,18 +32,21 @@ class RankError(RuntimeError):
         self.exceptions = exceptions or {}  # rank -> (type name, message)
 
 
-def run_ranks(world_size, fn, *args, timeout=120.0, threads=1, on_message=None, **kwargs):
+def run_ranks(
+    world_size, fn, *args, timeout=120.0, threads=1, on_message=None, backend="gloo", **kwargs
+):
     """Call `fn(*args, **kwargs)` in `world_size` processes; return its results in rank order.
 
     fn          a module-level function (it is sent by name). Inside it the default process group is
-                up (gloo, file store): torch.distributed.get_rank() says who it is.
+                up (file store): torch.distributed.get_rank() says who it is.
     timeout     seconds for the whole call; when it passes every process is killed.
     threads     torch.set_num_threads of each process.
+    backend     of that group: "gloo", or "cpu:gloo,cuda:nccl" with a GPU for each
     on_message  called here with (rank, object) for each `send_to_parent(object)` of a worker.
 
     Raises RankError with every rank's traceback when any rank fails, dies or is late.
     """
-    context = _context()
+    context = _context(gpus="cuda" in backend)
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         job = pickle.dumps((fn, args, kwargs))
         group = _Group(world_size, on_message)
@@ -51,7 +54,7 @@ def run_ranks(world_size, fn, *args, timeout=120.0, threads=1, on_message=None, 
             resource_tracker.ensure_running()  # starting it would undo the blocking that follows
             with _interrupts_blocked():
                 for rank in range(world_size):
-                    group.start(context, (rank, world_size, folder, timeout, threads))
+                    group.start(context, (rank, world_size, folder, timeout, threads, backend))
             group.send(job)
             return group.collect(time.monotonic() + timeout, timeout)
         finally:
@@ -132,7 +135,7 @@ class _Group:
             process.join()
 
 
-def _work(pipe, rank, world_size, folder, timeout, threads):
+def _work(pipe, rank, world_size, folder, timeout, threads, backend):
     """A worker's whole life: join the group, run the job, report, leave."""
     global _worker_pipe
     _worker_pipe = pipe
@@ -145,7 +148,7 @@ def _work(pipe, rank, world_size, folder, timeout, threads):
         torch.set_num_threads(threads)
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
         dist.init_process_group(
-            "gloo",
+            backend,
             init_method=f"file://{folder}/store",
             rank=rank,
             world_size=world_size,
@@ -169,9 +172,12 @@ def _die_with_parent():
     os._exit(1)
 
 
-def _context():
-    """The forkserver where there is one, with the slow imports done once in the server."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
+def _context(gpus):
+    """The forkserver where there is one, with the slow imports done once in the server.
+
+    Not with GPUs: some libraries start CUDA when they are imported, and it does not survive a fork.
+    """
+    if gpus or "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     preload = ["torch", "torch.distributed"]

@@ -1,33 +1,21 @@
-"""`python -m bench sft` and `cpu` end to end, small, and how they end when something is wrong."""
+"""`python -m bench sft` end to end, small, and how it ends when something is wrong."""
 
 import json
-import os
-import signal
-import subprocess
 import sys
 import time
-import uuid
-from pathlib import Path
 
 import pytest
+import torch
+from bench_processes import alive, interrupted, new_mark, start
 
 from bench.__main__ import main
+from bench.ranks import run_ranks
+from bench.sft import report, train
+from bench.sft.shapes import Shape
+from bench.sft.tokenizer import Batch
+from bench.sft.train import Settings
 
-ROOT = Path(__file__).parent.parent
 SMALL = "--seq-length 32 --micro-batch-size 2 --layers 1 --hidden 64".split()
-MARK = "BENCH_TEST_MARK"
-
-
-def start(*arguments, mark=""):
-    return subprocess.Popen(
-        [sys.executable, "-m", "bench", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", MARK: mark},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,  # so that a signal to the group reaches what it started alone
-    )
 
 
 @pytest.fixture
@@ -39,9 +27,10 @@ def chat(tmp_path):
     return path
 
 
-def finished(folder, *arguments):
+def finished(folder, *arguments, size=SMALL, launcher=()):
     """The record of `python -m bench sft`, run to its end, and what it printed."""
-    process = start("sft", *arguments, "--steps", "3", "--out", str(folder), *SMALL)
+    command = ["sft", *arguments, "--steps", "3", "--out", str(folder), *size]
+    process = start(*command, launcher=launcher)
     output, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     assert (folder / "result.png").read_bytes().startswith(b"\x89PNG")
@@ -86,34 +75,66 @@ def test_both_losses_train_alike_on_a_sharded_vocabulary(tmp_path, chat):
     assert used["forward_peak"] < 0.01 and used["held"] < 0.01
 
 
+def test_torchrun_starts_the_processes_of_a_real_shape(tmp_path, chat):
+    """Two of tensor and none of data parallelism, gpt2's shape but for the number of layers."""
+    arguments = ("--model", "gpt2", "--tp", "2", "--data", str(chat))
+    size = "--seq-length 32 --layers 1".split()
+    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
+    record, output = finished(tmp_path, *arguments, size=size, launcher=torchrun)
+    assert output.count("loss per step") == 1  # one process reports
+    settings = record["settings"]
+    assert (settings["tp"], settings["dp"], settings["hidden"]) == (2, 1, 768)
+    assert record["logits_of_a_rank"]["shape"] == [2, 32, 50432 // 2]
+    reference, ours = record["losses"]["reference"], record["losses"]["ours"]
+    assert ours[0] == pytest.approx(reference[0], rel=1e-5)
+    for run in record["runs"].values():
+        assert 0 < run["loss_share"] < 1
+        assert run["tokens_per_s"] == pytest.approx(2 * 32 / run["step_ms"] * 1e3)
+        assert run["memory_bytes"]["step_peak"] >= run["memory_bytes"]["backward_peak"]
+
+
+def test_data_parallel_ranks_train_as_one_process_on_all_their_batches(capsys):
+    """Of as many scored tokens each: the mean of the ranks' means is the mean of both."""
+    rows = [_row(seed) for seed in (1, 2)]
+    whole = Batch(*(torch.cat(parts) for parts in zip(*rows, strict=True)), 32)
+    apart = [Batch(*row, 16) for row in rows]
+    losses = []
+    for dp, step in ((1, [whole]), (2, apart)):
+        settings = Settings(**vars(SMALL_SHAPE), **OURS_ALONE, dp=dp)
+        ranks = run_ranks(dp, train.run, settings, [step] * 3, on_message=lambda *told: None)
+        record = report.build(ranks, [step] * 3, settings, {"source": "two rows"}, [])
+        report.show(record)
+        assert "reference" not in capsys.readouterr().out
+        assert set(record["losses"]) == set(record["runs"]) == {"ours"}
+        assert record["first_difference"] is None and report.verdict(record) == 0
+        assert record["tokens_per_step"] == [32] * 3 and record["positions"] == 96
+        losses.append(record["losses"]["ours"])
+    assert losses[0] == pytest.approx(losses[1], rel=5e-3)  # gradients are rounded to bf16
+    assert losses[0][2] < 0.9 * losses[0][0]
+
+
+SMALL_SHAPE = Shape(1, 64, 256, 2, 2, 32, gated=False)
+OURS_ALONE = {"losses": ("ours",), "device": "cpu", "tp": 1, "vocab": 512, "seq_length": 16}
+OURS_ALONE |= {"learning_rate": 0.01, "warmup": 1, "inplace": True, "seed": 0, "threads": 1}
+
+
+def _row(seed):
+    """(tokens, loss_mask) [1, 16]."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 512, (1, 16), generator=generator), (torch.arange(16)[None] > 7).float()
+
+
 def test_interrupt_is_one_line_and_leaves_nobody_behind(tmp_path, chat):
-    mark = uuid.uuid4().hex
+    mark = new_mark()
     options = ("--tp", "2", "--steps", "5000", "--data", str(chat), "--out", str(tmp_path))
     process = start("sft", *options, *SMALL, mark=mark)
     deadline = time.monotonic() + 240
-    while len(_alive(mark)) < 4:  # the command, the two ranks and the server they are forked from
+    while len(alive(mark)) < 4:  # the command, the two ranks and the server they are forked from
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.1)
     time.sleep(1)
-    os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    errors = interrupted(process, mark)
     assert "Traceback" not in errors and errors.rstrip().endswith("bench: interrupted")
-    while _alive(mark):
-        assert time.monotonic() < deadline + 30, _alive(mark)
-        time.sleep(0.1)
-
-
-def _alive(mark):
-    """Command lines of the processes that inherited the mark; forkserver's keeper aside."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            if f"{MARK}={mark}".encode() in (entry / "environ").read_bytes():
-                found.append((entry / "cmdline").read_bytes().replace(b"\0", b" "))
-        except OSError:
-            continue
-    return [line for line in found if line and b"resource_tracker" not in line]
 
 
 def blocked(tmp_path):
@@ -132,8 +153,8 @@ def test_wrong_use_is_one_line(tmp_path, capsys):
         "cannot write in": ["sft", "--out", blocked(tmp_path)],
         "--hidden: expected a multiple of 64": ["sft", *out, "--tp", "2", "--hidden", "96"],
         "--tp: expected 1, 2, 4 or 8": ["sft", *out, "--tp", "3"],
-        "--rows: expected a multiple of --batch 2": ["cpu", "--rows", "7"],
-        "cannot write ": ["cpu", "--json", blocked(tmp_path)],
+        "--hidden: expected none with --model": ["sft", "--model", "gpt2", "--hidden", "64"],
+        "--tp: expected a divisor of qwen2.5's 4 key": ["sft", "--model", "qwen2.5", "--tp", "8"],
     }
     for message, arguments in cases.items():
         assert main(arguments) == 1
@@ -146,24 +167,6 @@ def test_a_missing_library_is_named(monkeypatch, tmp_path, capsys):
     assert main(["sft", "--out", str(tmp_path)]) == 1
     errors = capsys.readouterr().err
     assert "matplotlib" in errors and 'pip install "fused_sft_loss[bench]"' in errors
-
-
-def test_cpu_benchmark_records_what_it_measured(tmp_path, capsys):
-    path = tmp_path / "cpu.json"
-    arguments = "cpu --rows 64 --vocab 20000 --rounds 2 --no-compile --json".split()
-    assert main([*arguments, str(path)]) == 0
-    record = json.loads(path.read_text())
-    assert record["logits_bytes"] == 64 * 20000 * 2
-    by_name = {row["name"]: row for row in record["contenders"]}
-    assert by_name["ours, in place"]["peak_x_logits"] < 0.01
-    assert by_name["ours, new gradient"]["peak_x_logits"] == pytest.approx(1, abs=0.01)
-    assert by_name["reference"]["peak_x_logits"] > 5
-    assert by_name["ours, in place, 30% scored"]["scored_rows"] == 2 * 10
-    for row in record["contenders"][1:]:
-        assert row["loss_relative_difference"] < 1e-5
-        assert row["gradient_relative_difference"] < 2**-7  # two roundings to bf16
-        assert len(row["samples_ms"]) == 2 and min(row["samples_ms"]) > 0
-    assert "ours, in place" in capsys.readouterr().out
 
 
 def test_losses_that_disagree_fail_the_command(capsys):

@@ -1,24 +1,41 @@
-"""The `sft` command: arguments, data, the two runs, the report."""
+"""The `sft` command: arguments, data, the runs of both losses, the report.
+
+Alone it starts the processes itself. Under torchrun it is one of them:
+
+    torchrun --nproc-per-node 8 -m bench sft --model llama3-8b --tp 8 --data FILE.jsonl
+"""
 
 import argparse
+import contextlib
 import os
+
+import torch
+import torch.distributed as dist
 
 from .. import interrupts, machine
 from ..errors import UserError, need, need_installed, writable_folder
+from .shapes import SHAPES, Shape, columns
 
 
 def add_arguments(parser):
-    parser.add_argument("--tp", type=int, default=1, help="processes that share the vocabulary")
-    parser.add_argument("--steps", type=_positive, default=12, help="optimizer steps of each run")
-    parser.add_argument("--data", metavar="FILE.jsonl", help=DATA_HELP)
-    parser.add_argument("--out", default="bench-out/sft", metavar="DIR", help="for JSON and PNG")
-    parser.add_argument("--seq-length", type=_positive, default=256)
-    parser.add_argument("--micro-batch-size", type=_positive, default=2)
-    parser.add_argument("--layers", type=_positive, default=2)
-    parser.add_argument("--hidden", type=_positive, default=128)
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and the data's order")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--model", choices=SHAPES, help="a real model's shape; default: a small one")
+    add("--tp", type=int, default=1, help="processes that share the vocabulary")
+    add(
+        "--dp", type=_positive, help="data-parallel copies; default: 1, under torchrun what is left"
+    )
+    add("--loss", choices=("both", "reference", "ours"), default="both", help=LOSS_HELP)
+    add("--steps", type=_positive, default=12, help="optimizer steps of each run")
+    add("--data", metavar="FILE.jsonl", help=DATA_HELP)
+    add("--out", default="bench-out/sft", metavar="DIR", help="for JSON and PNG")
+    add("--seq-length", type=_positive, default=256)
+    add("--micro-batch-size", type=_positive, default=2)
+    add("--layers", type=_positive, help="default: the model's, or 2")
+    add("--hidden", type=_positive, help="default: the model's, or 128")
+    add("--device", choices=("cpu", "cuda"), help="default: GPUs if there is one for each process")
+    add("--learning-rate", type=float, default=3e-3)
+    add("--seed", type=int, default=0, help="of the weights and the data's order")
+    add(
         "--inplace",
         action=argparse.BooleanOptionalAction,
         default=True,
@@ -26,94 +43,153 @@ def add_arguments(parser):
     )
 
 
+LOSS_HELP = "what trains; both: two models at once, compared step by step"
 DATA_HELP = (
     'lines of {"prompt": ..., "response": ...} or {"messages": [{"role": ..., "content": ...}]}; '
     "without it: functions of Python's standard library"
 )
-HEAD = 32  # width of an attention head
+HEAD = 32  # width of an attention head of the small model
+SMALL = {"layers": 2, "hidden": 128}
+BOTH_KINDS = "cpu:gloo,cuda:nccl"  # backends by where a tensor is; on AMD "nccl" is RCCL
 
 
 def run(args):
-    _check(args)
-    folder = writable_folder(args.out)
+    world = int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else None
+    first = world is None or int(os.environ["RANK"]) == 0
+    dp = _check(args, world)
+    folder = writable_folder(args.out) if first else None
     need("rich")
     need("matplotlib")
     need_installed("megatron.core", "megatron-core")
     from . import report
-    from .train import Settings
 
-    batches, data = _load(args)
-    settings = Settings(
-        tp=args.tp,
-        layers=args.layers,
-        hidden=args.hidden,
-        heads=max(args.hidden // HEAD, args.tp),
-        vocab=data["vocabulary"],
-        seq_length=args.seq_length,
-        learning_rate=args.learning_rate,
-        warmup=min(4, args.steps),
-        inplace=args.inplace,
-        seed=args.seed,
-        threads=max(1, machine.usable_cores() // args.tp),
-    )
+    batches, data = _load(args, dp)
+    settings = _settings(args, dp, data["vocabulary"], world)
     with interrupts.raised():
-        ranks = _train(settings, batches)
+        ranks = (_train if world is None else _take_part)(settings, batches)
+    if not first:
+        return 0
     record = report.build(ranks, batches, settings, data, machine.arguments())
     report.show(record)
     report.write(record, folder)
     return report.verdict(record)
 
 
-def _check(args):
+def _check(args, world):
+    """Raise UserError for arguments that do not go together; the data-parallel size."""
     if args.tp not in (1, 2, 4, 8):
         raise UserError(f"--tp: expected 1, 2, 4 or 8, got {args.tp}")
-    if args.hidden % (HEAD * args.tp):
+    dp = args.dp or (1 if world is None else max(1, world // args.tp))
+    if world is not None and args.tp * dp != world:
+        raise UserError(
+            f"expected torchrun to start --tp {args.tp} times --dp {dp} processes, got {world}"
+        )
+    if args.model and args.hidden:
+        raise UserError(
+            "--hidden: expected none with --model, whose own it is; --layers may differ"
+        )
+    if not args.model and (args.hidden or SMALL["hidden"]) % (HEAD * args.tp):
         raise UserError(
             f"--hidden: expected a multiple of {HEAD * args.tp} (heads of {HEAD} for --tp "
-            f"{args.tp}), got {args.hidden}"
+            f"{args.tp}), got {args.hidden or SMALL['hidden']}"
+        )
+    if args.model and SHAPES[args.model].groups % args.tp:
+        groups = SHAPES[args.model].groups
+        raise UserError(
+            f"--tp: expected a divisor of {args.model}'s {groups} key-value heads, got {args.tp}"
         )
     if args.seq_length < 2:
         raise UserError(f"--seq-length: expected at least 2, got {args.seq_length}")
+    return dp
 
 
-def _load(args):
-    """(batches, where they come from)."""
+def _settings(args, dp, vocabulary, world):
+    from .train import Settings
+
+    hidden = args.hidden or SMALL["hidden"]
+    heads = max(hidden // HEAD, args.tp)
+    small = Shape(SMALL["layers"], hidden, 4 * hidden, heads, heads, HEAD, gated=False)
+    shape = SHAPES[args.model] if args.model else small
+    processes = args.tp * dp
+    gpus = torch.cuda.device_count()
+    here = processes if world is None else int(os.environ["LOCAL_WORLD_SIZE"])
+    device = args.device or ("cuda" if gpus >= here else "cpu")
+    if device == "cuda" and gpus < here:
+        raise UserError(f"--device cuda: expected a GPU for each of {here} processes, got {gpus}")
+    return Settings(
+        losses=("reference", "ours") if args.loss == "both" else (args.loss,),
+        device=device,
+        tp=args.tp,
+        dp=dp,
+        **{**vars(shape), "layers": args.layers or shape.layers},
+        vocab=vocabulary,
+        seq_length=args.seq_length,
+        learning_rate=args.learning_rate,
+        warmup=min(4, args.steps),
+        inplace=args.inplace,
+        seed=args.seed,
+        threads=max(1, machine.usable_cores() // here),
+    )
+
+
+def _load(args, dp):
+    """(batches[step][data-parallel rank], where they come from)."""
     from . import data
     from .tokenizer import Tekken, make_batches
 
     conversations = data.json_lines(args.data) if args.data else data.standard_library(args.seed)
     tokenizer = Tekken()
+    count, length = args.steps * dp, args.seq_length
     batches, used, left_out = make_batches(
-        conversations, tokenizer, args.steps, args.micro_batch_size, args.seq_length, args.seed
+        conversations, tokenizer, count, args.micro_batch_size, length, args.seed
     )
-    return batches, {
+    vocab = columns(args.model, args.tp) if args.model else tokenizer.vocab
+    if vocab < tokenizer.vocab:
+        batches = [batch.within(vocab) for batch in batches]
+    return [batches[i : i + dp] for i in range(0, count, dp)], {
         "source": args.data or "functions of Python's standard library",
         "conversations": used,
         "left_out": left_out,
         "tokenizer": tokenizer.file,
-        "vocabulary": tokenizer.vocab,
+        "vocabulary": vocab,
     }
 
 
 def _train(settings, batches):
-    """Every rank's results, with progress shown."""
+    """Every rank's results, of processes started here, with progress shown."""
     from ..ranks import RankError, run_ranks
     from . import report, train
 
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a run on the CPU, also where there is a GPU
+    if settings.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # also where there is a GPU
     with report.Progress(len(batches)) as progress:
         try:
             return run_ranks(
-                settings.tp,
+                settings.tp * settings.dp,
                 train.run,
                 settings,
                 batches,
-                timeout=3600.0,
+                timeout=24 * 3600.0,
                 threads=settings.threads,
-                on_message=progress.update,
+                backend="gloo" if settings.device == "cpu" else BOTH_KINDS,
+                on_message=lambda rank, message: progress.update(message),
             )
         except RankError as error:
             raise UserError(f"the training processes failed\n{error}") from error
+
+
+def _take_part(settings, batches):
+    """As one of torchrun's processes: every rank's results on the first, None on the others."""
+    from . import report, train
+
+    dist.init_process_group("gloo" if settings.device == "cpu" else BOTH_KINDS)
+    first = dist.get_rank() == 0
+    with report.Progress(len(batches)) if first else contextlib.nullcontext() as progress:
+        mine = train.run(settings, batches, progress.update if first else None)
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    dist.destroy_process_group()
+    return everyone if first else None
 
 
 def _positive(text):

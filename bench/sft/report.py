@@ -17,7 +17,7 @@ SAME_RUN = 1e-2  # relative: later steps differ by what bf16 rounding of gradien
 
 
 class Progress:
-    """Shows the steps as the first rank tells of them; use `update` as run_ranks' on_message."""
+    """Shows the steps as the first rank tells of them to `update`."""
 
     def __init__(self, steps):
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
@@ -31,53 +31,63 @@ class Progress:
     def __exit__(self, *exc):
         self._bars.stop()
 
-    def update(self, rank, message):
+    def update(self, message):
         if "rehearsed" in message:
             text = f"memory of the {message['rehearsed']} loss recorded"
             self._bars.update(self._task, description=text)
         else:
-            text = "loss {reference:.4f} reference, {ours:.4f} ours".format(**message)
+            losses = message["losses"].items()
+            text = "loss " + ", ".join(f"{loss:.4f} {name}" for name, loss in losses)
             self._bars.update(self._task, description=text, completed=message["step"] + 1)
 
 
 def build(ranks, batches, settings, data, argv):
-    """The JSON-able record; of times and bytes the rank that took most, step by step."""
-    names = ("reference", "ours")
+    """The JSON-able record; of times and bytes the rank that took most, step by step.
+
+    batches  batches[step][data-parallel rank]
+    """
+    names = settings.losses
     for name in names:
         if any(rank[name]["losses"] != ranks[0][name]["losses"] for rank in ranks):
             losses = [rank[name]["losses"] for rank in ranks]
             raise RuntimeError(f"expected every rank to report the same {name} loss, got {losses}")
     losses = {name: ranks[0][name]["losses"] for name in names}
-    differences = [abs(a - b) for a, b in zip(*losses.values(), strict=True)]
+    differences = [abs(a - b) for a, b in zip(*losses.values(), strict=True)] if names[1:] else None
+    scored = [sum(batch.scored for batch in step) for step in batches]
+    used = [sum(batch.used for batch in step) for step in batches]
+    positions = sum(batch.tokens.numel() for batch in batches[0])  # of a step
     return {
-        "machine": machine.describe("sft", argv),
+        "machine": machine.describe("sft", argv, settings.device),
         "settings": vars(settings),
         "data": data,
-        "logits_of_a_rank": ranks[0]["ours"]["logits"],
-        "tokens": sum(batch.used for batch in batches),
-        "tokens_scored": sum(batch.scored for batch in batches),
-        "tokens_scored_per_step": [batch.scored for batch in batches],
-        "tokens_per_step": [batch.used for batch in batches],
-        "positions": sum(batch.tokens.numel() for batch in batches),
+        "logits_of_a_rank": ranks[0][names[0]]["logits"],
+        "tokens": sum(used),
+        "tokens_scored": sum(scored),
+        "tokens_scored_per_step": scored,
+        "tokens_per_step": used,
+        "positions": positions * len(batches),
         "losses": losses,
-        "largest_difference": max(differences),
-        "first_difference": differences[0],
-        "runs": {name: _summary([rank[name] for rank in ranks]) for name in names},
+        "largest_difference": differences and max(differences),
+        "first_difference": differences and differences[0],
+        "runs": {name: _summary([rank[name] for rank in ranks], positions) for name in names},
     }
 
 
-def _summary(ranks):
+def _summary(ranks, positions):
     stage = [rank["stage_seconds"] for rank in ranks]
     forward = [max(step[0] for step in steps) for steps in zip(*stage, strict=True)]
     backward = [max(step[1] for step in steps) for steps in zip(*stage, strict=True)]
     steps = [max(seconds) for seconds in zip(*(r["step_seconds"] for r in ranks), strict=True)]
     memory = [rank["memory"] for rank in ranks]
     both = [f + b for f, b in zip(forward, backward, strict=True)]
+    step = statistics.median(steps)
     return {
+        "tokens_per_s": positions / step,
+        "loss_share": statistics.median(both) / step,
         "forward_ms": statistics.median(forward) * 1e3,
         "backward_ms": statistics.median(backward) * 1e3,
         "stage_ms": statistics.median(both) * 1e3,
-        "step_ms": statistics.median(steps) * 1e3,
+        "step_ms": step * 1e3,
         "stage_ms_samples": [seconds * 1e3 for seconds in both],
         "memory_bytes": {
             key: None if memory[0][key] is None else max(usage[key] for usage in memory)
@@ -90,58 +100,74 @@ def show(record):
     console = Console(width=None if Console().is_terminal else 100)
     settings, logits = record["settings"], record["logits_of_a_rank"]
     console.print(
-        "\nGPTModel {layers} x {hidden}, vocabulary {vocab}, TP {tp}, bf16".format(**settings)
+        "\nGPTModel {layers} x {hidden}, vocabulary {vocab}, TP {tp}, DP {dp}, bf16".format(
+            **settings
+        )
         + "; a rank's logits {shape} {dtype}, {mib:.0f} MiB; ".format(
             **logits, mib=logits["bytes"] / MIB
         )
-        + f"{record['data']['source']}"
+        + f"{record['machine']['device']}; {record['data']['source']}"
     )
     console.print(_losses(record))
     console.print(_stage(record))
     scored, used = record["tokens_scored"], record["tokens"]
     console.print(
         f"tokens scored {scored} of {used} ({scored / used:.0%}), in {record['positions']} "
-        f"positions with padding; largest difference of the losses "
-        f"{record['largest_difference']:.1e}, at step 1 (same weights) "
-        f"{record['first_difference']:.1e}. Later steps add what training makes of gradients "
-        "rounded to bf16"
+        "positions with padding; tokens/s counts the positions"
     )
+    if record["first_difference"] is not None:
+        console.print(
+            f"largest difference of the losses {record['largest_difference']:.1e}, at step 1 (same "
+            f"weights) {record['first_difference']:.1e}. Later steps add what training makes of "
+            "gradients rounded to bf16"
+        )
 
 
 def _losses(record):
+    names = tuple(record["losses"])
     table = Table(title="loss per step")
-    for name in ("step", "tokens scored / tokens", "reference", "ours", "difference"):
+    for name in ("step", "tokens scored / tokens", *names, *(("difference",) if names[1:] else ())):
         table.add_column(name, justify="right")
     columns = (record["tokens_scored_per_step"], record["tokens_per_step"])
-    for number, (scored, used, reference, ours) in enumerate(
+    for number, (scored, used, *losses) in enumerate(
         zip(*columns, *record["losses"].values(), strict=True), 1
     ):
-        cells = f"{reference:.5f}", f"{ours:.5f}", f"{abs(ours - reference):.1e}"
+        cells = [f"{loss:.5f}" for loss in losses]
+        cells += [f"{abs(losses[1] - losses[0]):.1e}"] if names[1:] else []
         table.add_row(str(number), f"{scored} / {used}", *cells)
     return table
 
 
 def _stage(record):
+    runs, logits = record["runs"], record["logits_of_a_rank"]["bytes"]
     table = Table(title="the loss stage of a micro-batch: time (median), memory beyond the logits")
-    for name in ("", "reference", "ours", "reference / ours"):
+    for name in ("", *runs, *(("reference / ours",) if len(runs) > 1 else ())):
         table.add_column(name, justify="left" if not name else "right")
-    reference, ours = record["runs"]["reference"], record["runs"]["ours"]
-    times = {"forward": "forward_ms", "backward": "backward_ms", "both": "stage_ms"}
-    for label, key in {**times, "whole training step": "step_ms"}.items():
-        a, b = reference[key], ours[key]
-        table.add_row(f"{label}, ms", f"{a:.1f}", f"{b:.1f}", f"{a / b:.1f}x")
-    logits = record["logits_of_a_rank"]["bytes"]
-    labels = {
-        "forward_peak": "peak forward",
-        "held": "held between",
-        "backward_peak": "peak backward",
-    }
-    for key, label in labels.items():
-        a, b = (run["memory_bytes"][key] for run in (reference, ours))
-        ratio = f"{a / b:,.0f}x" if b else ""
-        cells = (f"{n / MIB:.2f} ({n / logits:.4f} x logits)" for n in (a, b))
-        table.add_row(f"{label}, MiB", *cells, ratio)
+
+    def add(label, values, form, ratio="{:.1f}x"):
+        compared = [ratio.format(values[0] / values[1])] if values[1:] and values[1] else []
+        table.add_row(label, *(form(value) for value in values), *compared)
+
+    def in_logits(value):
+        return f"{value / MIB:.2f} ({value / logits:.4f} x logits)"
+
+    times = {"forward, ms": "forward_ms", "backward, ms": "backward_ms", "both, ms": "stage_ms"}
+    for label, key in {**times, "whole training step, ms": "step_ms"}.items():
+        add(label, [run[key] for run in runs.values()], "{:.1f}".format)
+    add("loss share of a step", [r["loss_share"] for r in runs.values()], "{:.1%}".format)
+    add("tokens/s", [r["tokens_per_s"] for r in runs.values()], "{:,.0f}".format)
+    for key, label in PEAKS.items():
+        peaks = [run["memory_bytes"][key] for run in runs.values()]
+        add(f"{label}, MiB", peaks, in_logits, "{:,.1f}x")
     return table
+
+
+PEAKS = {
+    "forward_peak": "peak forward",
+    "held": "held between",
+    "backward_peak": "peak backward",
+    "step_peak": "peak, whole model",
+}
 
 
 def write(record, folder):
@@ -159,27 +185,31 @@ def _picture(record, path):
     from matplotlib import pyplot as plt
 
     figure, (curve, clock, memory) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    steps = range(1, len(record["losses"]["ours"]) + 1)
-    curve.plot(steps, record["losses"]["reference"], lw=5, alpha=0.4, label="reference")
-    curve.plot(steps, record["losses"]["ours"], lw=1.5, label="ours")
+    steps = range(1, len(record["tokens_per_step"]) + 1)
+    for name, style in STYLES.items():
+        if name in record["losses"]:
+            curve.plot(steps, record["losses"][name], label=name, **style)
     curve.set(title="loss", xlabel="step", ylabel="mean loss of the scored tokens")
     curve.legend()
     runs = record["runs"]
     bars = [[run["forward_ms"], run["backward_ms"]] for run in runs.values()]
-    _bars(clock, bars, "time of the loss stage", "ms, median", "{:.1f}")
+    _bars(clock, runs, bars, "time of the loss stage", "ms, median", "{:.1f}")
     kinds = ("forward_peak", "backward_peak")
     bars = [[run["memory_bytes"][kind] / MIB for kind in kinds] for run in runs.values()]
-    _bars(memory, bars, "peak memory of the loss stage", "MiB beyond the logits", "{:.2f}")
+    _bars(memory, runs, bars, "peak memory of the loss stage", "MiB beyond the logits", "{:.2f}")
     settings = "TP {tp}, vocabulary {vocab}, sequence {seq_length}".format(**record["settings"])
     figure.suptitle(f"{settings}, {record['machine']['processor']}", fontsize=9)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
-def _bars(axes, values, title, unit, form):
-    """Two groups, forward and backward; `values` are (forward, backward) of reference and ours."""
-    names = ("reference", "ours")
-    for offset, name, pair in zip((-0.2, 0.2), names, values, strict=True):
+STYLES = {"reference": {"lw": 5, "alpha": 0.4}, "ours": {"lw": 1.5}}
+
+
+def _bars(axes, names, values, title, unit, form):
+    """Two groups, forward and backward; `values` are (forward, backward) of each name."""
+    offsets = (-0.2, 0.2) if len(values) > 1 else (0.0,)
+    for offset, name, pair in zip(offsets, names, values, strict=True):
         drawn = axes.bar([offset, 1 + offset], pair, width=0.38, label=name)
         axes.bar_label(drawn, [form.format(value) for value in pair], fontsize=8)
     axes.set_xticks([0, 1], ["forward", "backward"])
@@ -189,6 +219,8 @@ def _bars(axes, values, title, unit, form):
 
 def verdict(record):
     """Exit status: 1, with the reason, where the runs differ by more than rounding explains."""
+    if record["first_difference"] is None:
+        return 0
     worst = max(abs(a - b) / abs(a) for a, b in zip(*record["losses"].values(), strict=True))
     first = record["first_difference"] / abs(record["losses"]["reference"][0])
     if first <= SAME_WEIGHTS and worst <= SAME_RUN:

@@ -8,20 +8,19 @@ output_tensor is what the model returned, this rank's shard of the logits. Whate
 get from there to a number and back is in: copies, casts, collectives. The model is not.
 """
 
-import time
 from functools import partial
 
 import torch.distributed as dist
 
+from ..clock import Clock
 from ..memory import MemoryRecord
-
-EVENTS = ("forward begin", "forward end", "backward begin", "backward end")
 
 
 class LossStage:
     """Wraps a forward_step so that the loss stage of one micro-batch is timed or recorded."""
 
-    def __init__(self):
+    def __init__(self, device="cpu"):
+        self.device = device
         self.seconds = []  # (forward, backward) of each timed micro-batch
         self.memory = None  # of the recorded one, see record()
         self.logits = None  # its shape, dtype and bytes
@@ -53,11 +52,12 @@ class LossStage:
 
     def time(self, step):
         """Run `step()`, one micro-batch forward and backward, and keep its two times."""
-        at = {}
-        self._event = lambda name: at.update({name: time.perf_counter()})
+        clock = Clock(self.device)
+        # The four events come in this order.
+        self._event = lambda name: clock.start() if name == "forward begin" else clock.mark()
         result = step()
-        begin, end, back, done = (at[name] for name in EVENTS)
-        self.seconds.append((end - begin, done - back))
+        forward, _, backward = clock.intervals()
+        self.seconds.append((forward, backward))
         return result
 
     def record(self, step):
@@ -65,15 +65,18 @@ class LossStage:
 
         Open before the model runs, so that every release in the stage is of something recorded.
         """
-        with MemoryRecord() as memory:
+        with MemoryRecord(self.device) as memory:
+            memory.mark("step begin")
             self._event = memory.mark
             result = step()
+            memory.mark("step end")
         forward = memory.usage("forward begin", "forward end")
         backward = memory.usage("backward begin", "backward end", base="forward begin")
         self.memory = {
             "forward_peak": forward.peak,
             "held": forward.held,
             "backward_peak": backward.peak,
+            "step_peak": memory.usage("step begin", "step end").peak,
             "forward_resident_peak": forward.resident_peak,
             "backward_resident_peak": backward.resident_peak,
         }

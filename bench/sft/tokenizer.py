@@ -3,7 +3,7 @@
 import itertools
 import logging
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -62,16 +62,21 @@ class Batch:
         """Predictions that count: the first token of a row is never predicted."""
         return int(self.loss_mask[:, 1:].sum())
 
-    def for_megatron(self):
+    def for_megatron(self, device="cpu"):
         """The dict that a forward_step's get_batch returns."""
-        positions = torch.arange(self.tokens.size(1)).expand_as(self.tokens).contiguous()
+        tokens = self.tokens.to(device)
+        positions = torch.arange(tokens.size(1), device=device).expand_as(tokens).contiguous()
         return {
-            "tokens": self.tokens,
+            "tokens": tokens,
             "position_ids": positions,
             "attention_mask": None,  # the model's own causal one; padding is last
-            "labels": self.tokens,
-            "loss_mask": self.loss_mask,
+            "labels": tokens,
+            "loss_mask": self.loss_mask.to(device),
         }
+
+    def within(self, vocab):
+        """With ids folded into a vocabulary smaller than the tokenizer's: the work is the same."""
+        return replace(self, tokens=self.tokens % vocab)
 
 
 def make_batches(conversations, tokenizer, steps, size, length, seed=0):

@@ -1,23 +1,26 @@
-"""Two Megatron runs from the same weights on the same batches, one step of each in turn."""
+"""Megatron runs from the same weights on the same batches, one step of each loss in turn."""
 
-import time
+import os
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from .. import megatron_cpu
+from ..clock import Clock
 from ..ranks import send_to_parent
 from ..reference import make_reference_forward_step
+from .shapes import Shape
 from .stage import LossStage
 
 
-@dataclass(frozen=True)
-class Settings:
+@dataclass(frozen=True, kw_only=True)
+class Settings(Shape):
+    losses: tuple  # of "reference" and "ours"
+    device: str  # its type
     tp: int
-    layers: int
-    hidden: int
-    heads: int
+    dp: int
     vocab: int
     seq_length: int
     learning_rate: float
@@ -27,54 +30,54 @@ class Settings:
     threads: int  # of each rank
 
 
-def run(settings, batches):
-    """In every rank of run_ranks(settings.tp, ...): train both, return {name: result of `_Run`}."""
-    megatron_cpu.init(tp=settings.tp)
-    runs = {name: _Run(step, settings) for name, step in _forward_steps(settings).items()}
+def run(settings, batches, tell=send_to_parent):
+    """In every rank of tp * dp: train all losses, return {name: result of `_Run`}.
+
+    batches  of all data-parallel ranks: batches[step][rank]
+    tell     called on rank 0 alone, with what is done
+    """
+    torch.set_num_threads(settings.threads)
+    device = torch.device(settings.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    parallel = megatron_cpu.init(tp=settings.tp)
+    mine = [step[parallel.get_data_parallel_rank()] for step in batches]
+    steps = _forward_steps(settings, device)
+    runs = {name: _Run(steps[name], settings, device) for name in settings.losses}
+    first = dist.get_rank() == 0
     for name, this in runs.items():
-        this.rehearse(batches[0])
-        _tell({"rehearsed": name})
-    for number, batch in enumerate(batches):
+        this.rehearse(mine[0])
+        if first:
+            tell({"rehearsed": name})
+    for number, batch in enumerate(mine):
         for this in runs.values():
             this.train(batch, number)
-        _tell({"step": number, **{name: this.losses[-1] for name, this in runs.items()}})
+        if first:
+            tell({"step": number, "losses": {n: this.losses[-1] for n, this in runs.items()}})
     return {name: this.result() for name, this in runs.items()}
 
 
-def _forward_steps(settings):
+def _forward_steps(settings, device):
     from fused_sft_loss.megatron import make_forward_step
 
+    def get_batch(data_iterator):
+        return next(data_iterator).for_megatron(device)
+
     return {
-        "reference": make_reference_forward_step(next),
-        "ours": make_forward_step(next, inplace_backward=settings.inplace),
+        "reference": make_reference_forward_step(get_batch),
+        "ours": make_forward_step(get_batch, inplace_backward=settings.inplace),
     }
-
-
-def _tell(message):
-    if dist.get_rank() == 0:
-        send_to_parent(message)
 
 
 class _Run:
     """A model, its optimizer and its loss, stepped by Megatron's own schedule."""
 
-    def __init__(self, forward_step, settings):
+    def __init__(self, forward_step, settings, device):
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
-        config = megatron_cpu.config(
-            dtype=torch.bfloat16,
-            num_layers=settings.layers,
-            hidden_size=settings.hidden,
-            num_attention_heads=settings.heads,
-        )
-        self.model = megatron_cpu.build_model(
-            config,
-            settings.vocab,
-            settings.seq_length,
-            seed=settings.seed,
-            share_embeddings_and_output_weights=True,
-        )
-        self.stage = LossStage()
+        self.model = _model(settings).to(device)
+        self.stage, self.clock = LossStage(device), Clock(device)
         self.forward_step = self.stage.watch(forward_step)
         self.schedule = get_forward_backward_func()
         self.optimizer = _MasterAdamW(self.model.parameters(), settings)
@@ -84,7 +87,7 @@ class _Run:
         """One micro-batch through the schedule; the "lm loss" it reports, as a float."""
         reports = self.schedule(
             forward_step_func=self.forward_step,
-            data_iterator=iter([batch.for_megatron()]),
+            data_iterator=iter([batch]),
             model=[self.model],
             num_microbatches=1,
             seq_length=batch.tokens.size(1),
@@ -101,10 +104,12 @@ class _Run:
         self.model.zero_grad(set_to_none=True)
 
     def train(self, batch, number):
-        start = time.perf_counter()
-        self.losses.append(self.stage.time(lambda: self.forward_backward(batch)))
+        self.clock.start()
+        loss = self.stage.time(lambda: self.forward_backward(batch))
         self.optimizer.step(number)
-        self.step_seconds.append(time.perf_counter() - start)
+        self.clock.mark()
+        self.step_seconds += self.clock.intervals()
+        self.losses.append(_averaged(torch.tensor(loss, dtype=torch.float64)).item())
 
     def result(self):
         return {
@@ -114,6 +119,45 @@ class _Run:
             "memory": self.stage.memory,
             "logits": self.stage.logits,
         }
+
+
+def _model(settings):
+    """GPTModel of these settings, bf16 weights on the CPU."""
+    modern = {
+        "normalization": "RMSNorm",
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+    }
+    config = megatron_cpu.config(
+        dtype=torch.bfloat16,
+        num_layers=settings.layers,
+        hidden_size=settings.hidden,
+        ffn_hidden_size=settings.ffn,
+        num_attention_heads=settings.heads,
+        num_query_groups=settings.groups,
+        kv_channels=settings.head_dim,
+        **(modern if settings.gated else {}),
+    )
+    return megatron_cpu.build_model(
+        config,
+        settings.vocab,
+        settings.seq_length,
+        seed=settings.seed,
+        share_embeddings_and_output_weights=True,
+        position_embedding_type="rope" if settings.gated else "learned_absolute",
+    )
+
+
+def _averaged(tensor):
+    """Its mean over data parallelism, in place."""
+    from megatron.core.parallel_state import get_data_parallel_group
+
+    group = get_data_parallel_group()
+    if group.size() > 1:
+        dist.all_reduce(tensor, group=group)
+        tensor /= group.size()
+    return tensor
 
 
 class _MasterAdamW:
@@ -133,7 +177,7 @@ class _MasterAdamW:
         for group in self.adamw.param_groups:
             group["lr"] = self.rate * min(1.0, (number + 1) / self.warmup)
         for parameter, master in zip(self.parameters, self.master, strict=True):
-            master.grad = parameter.grad.float()
+            master.grad = _averaged(parameter.grad.float())
             parameter.grad = None
         self.adamw.step()
         with torch.no_grad():

@@ -1,0 +1,119 @@
+"""Measure cases in processes of their own; whatever happens to those, finished rows stay."""
+
+import time
+
+from ..errors import UserError
+from ..ranks import RankError, run_ranks
+from . import worker
+from .timing import ROOF
+
+TIMEOUT_S = 24 * 3600.0
+KILLED = "died with exit code -9"  # the kernel's way to say that memory ran out
+LAST = 250  # characters of a failure that are kept
+
+
+class Measuring:
+    """Times all cases in one process (or one set of `nproc`), then memory in one per provider.
+
+    rows      record.Rows, with the rows to measure pending
+    save      called as rows come in
+    progress  called with (text, rows finished since the last call)
+    """
+
+    def __init__(self, cases, providers, rows, device_type, threads, save, progress):
+        self.cases, self.rows, self.device_type = cases, rows, device_type
+        self.providers, self.threads = {p.name: p for p in providers}, threads
+        self.save, self.progress = save, progress
+        self._at = None  # (index, name) that a worker told it is at
+        self._done = set()
+
+    def times(self, mode, budget):
+        for nproc in sorted({case.nproc for case in self.cases}):
+            self._drive("times", nproc, list(self.providers), worker.measure_times, mode, budget)
+
+    def memory(self):
+        for name in self.providers:
+            for nproc in sorted({case.nproc for case in self.cases}):
+                self._drive("memory", nproc, [name], worker.measure_memory)
+
+    def _drive(self, what, nproc, names, fn, *args):
+        """Run `fn` on all rows that need it, again without those that ended its process."""
+        while work := self._work(what, nproc, names):
+            self._at = None
+            backend = "cpu:gloo,cuda:nccl" if self.device_type == "cuda" else "gloo"
+            try:
+                run_ranks(
+                    nproc,
+                    fn,
+                    work,
+                    self.device_type,
+                    *args,
+                    timeout=TIMEOUT_S,
+                    threads=max(1, self.threads // nproc),
+                    backend=backend,
+                    on_message=lambda rank, message: self._message(what, message),
+                )
+                return
+            except RankError as error:
+                self._blame(what, names, error)
+                if self._work(what, nproc, names) == work:  # nobody to blame: it would go on so
+                    raise UserError(f"the measuring processes failed\n{error}") from error
+
+    def _work(self, what, nproc, names):
+        """[(index, case, providers)] of what is still to do."""
+        work = []
+        for index, case in enumerate(self.cases):
+            if case.nproc == nproc:
+                todo = [n for n in names if self._todo(what, index, n)]
+                if todo:
+                    work.append((index, case, [self.providers[name] for name in todo]))
+        return work
+
+    def _todo(self, what, index, name):
+        if what == "times":
+            return self.rows.pending(index, name)
+        return self.rows.status(index, name) == "ok" and (what, index, name) not in self._done
+
+    def _message(self, what, message):
+        if "at" in message:
+            self._at = message["at"]
+            return
+        (index, name), rest = message["of"], {k: v for k, v in message.items() if k != "of"}
+        if self.rows.tell(index, name, rest):
+            self._done.add((what, index, name))
+            self.progress(f"{self.cases[index].name}: {name}, {what}", 1)
+            self.save()
+        elif name in ROOF:
+            self.progress(f"{self.cases[index].name}: {name}", 0)
+
+    def _blame(self, what, names, error):
+        """A process died or raised: its row says so, and all others go on."""
+        if self._at is None:
+            return
+        index, name = self._at
+        text = str(error)
+        if KILLED in text or any(sign in text for sign in worker.OOM):
+            status, reason = "OOM", "its process ran out of memory"
+        else:
+            last = text.strip().splitlines()[-1]
+            named = next(iter(error.exceptions.values()), None)
+            status, reason = "failed", (": ".join(named) if named else last)[:LAST]
+        # While logits are drawn, or all are timed in turn, it was nobody in particular.
+        todo = [n for n in names if self._todo(what, index, n)]
+        for blamed in [name] if name in self.providers else todo:
+            if self.rows.tell(index, blamed, {"status": status, "reason": reason}):
+                self._done.add((what, index, blamed))
+                self.progress(f"{self.cases[index].name}: {blamed}", 1)
+        self.save()
+
+
+class Saver:
+    """Writes the record at most once a second, and whenever it is told `now`."""
+
+    def __init__(self, write):
+        self._write, self._last = write, 0.0
+
+    def __call__(self, now=False):
+        if now or time.monotonic() - self._last > 1.0:
+            self._write()
+            self._last = time.monotonic()

@@ -1,0 +1,205 @@
+"""Other people's losses, called as their own documentation calls them. None is a dependency.
+
+Each gets what suits it best: contiguous logits in its own layout, labels already shifted, and
+labels under the mask as its ignored ones where it knows such.
+"""
+
+import importlib.util
+from functools import partial
+
+from .provider import Provider
+
+
+def reason_without_megatron(case=None, device_type=None):
+    found = importlib.util.find_spec("megatron") and importlib.util.find_spec("megatron.core")
+    return None if found else "not installed: pip install megatron-core"
+
+
+def megatron(problem):
+    """megatron-core's default loss: [s, b, v/tp] logits, labels [s, b]."""
+    from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
+
+    target = problem.inside.view(-1, 1)
+
+    def loss(logits):
+        rows = logits.view(-1, 1, logits.size(-1))
+        return problem.mean(vocab_parallel_cross_entropy(rows, target))
+
+    return loss
+
+
+def megatron_fused(problem):
+    """megatron-core's loss under cross_entropy_loss_fusion; its gradient is always bf16."""
+    from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
+    from megatron.core.parallel_state import get_tensor_model_parallel_group
+
+    target, group = problem.inside.view(-1, 1), get_tensor_model_parallel_group()
+
+    def loss(logits):
+        rows = logits.view(-1, 1, logits.size(-1))
+        return problem.mean(fused_vocab_parallel_cross_entropy(rows, target, group))
+
+    return loss
+
+
+def liger(problem):
+    """Liger's cross-entropy, which leaves the gradient in the logits' memory already forward."""
+    from liger_kernel.transformers.functional import liger_cross_entropy
+
+    def loss(logits):
+        rows = logits.view(-1, logits.size(-1))
+        return liger_cross_entropy(
+            rows,
+            problem.target,
+            ignore_index=-100,
+            reduction="mean",
+            softcap=problem.case.softcap,
+        )
+
+    return loss
+
+
+def liger_megatron(problem):
+    """Liger's drop-in for Megatron's vocab-parallel loss."""
+    from liger_kernel.megatron.cross_entropy import LigerMegatronCrossEntropy
+
+    module, target = LigerMegatronCrossEntropy(ignore_index=-100), problem.target.view(-1, 1)
+
+    def loss(logits):
+        rows = logits.view(-1, 1, logits.size(-1))
+        return problem.mean(module(rows, target, problem.group))
+
+    return loss
+
+
+def transformer_engine(problem):
+    """TransformerEngine's loss; positional arguments, as in old versions it is a Function.apply."""
+    from transformer_engine.pytorch.cross_entropy import parallel_cross_entropy
+
+    target = problem.target.view(1, -1)
+
+    def loss(logits):
+        rows = logits.view(1, -1, logits.size(-1))
+        # label_smoothing, reduce_loss, dist_process_group, ignore_idx
+        return problem.mean(parallel_cross_entropy(rows, target, 0.0, False, problem.group, -100))
+
+    return loss
+
+
+def flash_attention(problem, inplace):
+    from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
+
+    def loss(logits):
+        losses, _ = cross_entropy_loss(
+            logits.view(-1, logits.size(-1)),
+            problem.target,
+            ignore_index=-100,
+            inplace_backward=inplace,
+            process_group=problem.group,
+        )
+        return problem.mean(losses)
+
+    return loss
+
+
+def quack(problem, inplace):
+    from quack.cross_entropy import cross_entropy
+
+    def loss(logits):
+        losses = cross_entropy(
+            logits.view(-1, logits.size(-1)),
+            problem.target,
+            ignore_index=-100,
+            reduction="none",
+            inplace_backward=inplace,
+        )
+        return problem.mean(losses)
+
+    return loss
+
+
+def _fp32_is_not_for_fused(case, device_type):
+    if reason := reason_without_megatron():
+        return reason
+    return None if case.dtype == "bf16" else "its gradient is always bf16, whatever the logits are"
+
+
+ON_GPU = {"devices": ("cuda",), "writes": True}
+
+# Predicted bytes per element of the logits come from the peers' sources, those of Megatron from
+# measurement. Both of Megatron's overwrite fp32 logits, hence `writes`.
+PEERS = (
+    Provider(
+        "megatron",
+        "Megatron vocab_parallel",
+        megatron,
+        ((0, 0, 1), (0, 1, 1)),
+        reason=reason_without_megatron,
+        writes=True,
+    ),
+    Provider(
+        "megatron-fused",
+        "Megatron fused",
+        megatron_fused,
+        ((0, 0, 1), (6, 0, 1)),
+        reason=_fp32_is_not_for_fused,
+        writes=True,
+    ),
+    Provider(
+        "liger",
+        "Liger cross-entropy",
+        liger,
+        ((0, 0, 0), (0, 0, 0)),
+        module="liger_kernel",
+        install="liger-kernel",
+        sharded=False,
+        softcap=True,
+        early=True,
+        **ON_GPU,
+    ),
+    Provider(
+        "liger-megatron",
+        "Liger vocab-parallel",
+        liger_megatron,
+        ((4, 0, 0), (4, 1, 0)),
+        module="liger_kernel",
+        install="liger-kernel",
+        **ON_GPU,
+    ),
+    Provider(
+        "te",
+        "TransformerEngine",
+        transformer_engine,
+        ((0, 0, 0), (0, 0, 0)),
+        module="transformer_engine",
+        install="transformer_engine[pytorch]",
+        **ON_GPU,
+    ),
+    *(
+        Provider(
+            f"{name}{suffix}",
+            f"{title}, {mode}",
+            partial(build, inplace=inplace),
+            peak,
+            module=module,
+            install=install,
+            sharded=sharded,
+            **ON_GPU,
+        )
+        for name, title, build, module, install, sharded in (
+            (
+                "flash-attn",
+                "flash-attention Triton",
+                flash_attention,
+                "flash_attn",
+                "flash-attn",
+                True,
+            ),
+            ("quack", "quack", quack, "quack", "quack-kernels", False),
+        )
+        for suffix, mode, inplace, peak in (
+            ("", "new gradient", False, ((0, 0, 0), (0, 1, 0))),
+            ("-inplace", "in place", True, ((0, 0, 0), (0, 0, 0))),
+        )
+    ),
+)

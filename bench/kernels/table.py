@@ -1,0 +1,208 @@
+"""What the terminal shows: progress, the rows, predictions, and what is wrong."""
+
+import sys
+
+from rich import box
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as Bars
+from rich.table import Table
+
+from .provider import Provider
+from .record import never_ran
+
+MIB = 2**20
+WIDTH = 170  # of a table that goes to a file
+SLOW = 5  # times the reference: less is worth a line below the table
+PER_ROW = 2**13  # bytes a row that ours may take beyond the gradient: "O(N)" of the promise
+
+
+class Progress:
+    """Rows done, and when all will be; `update` is for one process, the first rank's parent."""
+
+    def __init__(self, total):
+        columns = (BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn())
+        eta = (TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.description}"))
+        self._bars = Bars(*columns, *eta, console=Console(stderr=True))
+        self._task = self._bars.add_task("starting", total=total)
+
+    def __enter__(self):
+        self._bars.start()
+        return self
+
+    def __exit__(self, *exc):
+        self._bars.stop()
+
+    def update(self, text, finished):
+        self._bars.update(self._task, description=text, advance=finished)
+
+
+def console():
+    """As wide as the terminal; plain and wide when piped."""
+    out = Console(highlight=False)
+    return out if out.is_terminal else Console(width=WIDTH, highlight=False)
+
+
+def _table(out, title, names, left=2, wraps=0):
+    table = Table(title=title, box=box.SIMPLE_HEAD if out.is_terminal else box.ASCII2)
+    for number, name in enumerate(names):
+        side = "left" if number < left else "right"
+        table.add_column(name, justify=side, no_wrap=number != wraps)
+    return table
+
+
+COLUMNS = ("case", "provider", "check", "ms p50 (p20-p80)", "tokens/s", "peak MiB fwd")
+COLUMNS += ("fwd+bwd", "x logits", "GB/s", "% roof", "x reference")
+
+
+def show(record, old=None):
+    """All measured rows; those that never ran are listed once, with their reasons."""
+    out = console()
+    mode = {"fwd": "forward", "bwd": "backward", "full": "forward + backward"}
+    title = f"{mode[record['settings']['mode']]}, {record['machine']['device']}"
+    table = _table(out, title, COLUMNS + (("change",) if old else ()))
+    for index, case in enumerate(record["cases"]):
+        rows = [row for row in record["rows"] if row["case"] == index]
+        for number, row in enumerate(rows):
+            table.add_row("" if number else _case(case), *_cells(row, bool(old)))
+        table.add_section()
+    out.print(table)
+    for case in record["cases"]:
+        if case["roof"]:
+            roof = "copy {copy_gb_per_s:.1f} GB/s, zero {zero_gb_per_s:.1f} GB/s"
+            out.print(f"roof of {_case(case)}: {roof.format(**case['roof'])}")
+    for (status, title, reason), names in _reasons(record).items():
+        more = f" and {len(names) - 1} more" if names[1:] else ""
+        out.print(f"{status}: {title}: {reason}: {names[0]}{more}")
+    for reason, titles in never_ran(record).items():
+        out.print(f"not run, {reason}: {'; '.join(titles)}")
+
+
+def _reasons(record):
+    """(status, title, reason) -> the cases in which it was so."""
+    found = {}
+    for row in record["rows"]:
+        if row["reason"] and row["case"] is not None:
+            key = row["status"], row["title"], row["reason"]
+            found.setdefault(key, []).append(_case(record["cases"][row["case"]]))
+    return found
+
+
+def _case(case):
+    kind = "" if case["tp"] == 1 else f" TP{case['tp']}" + ("" if case["nproc"] > 1 else " shard")
+    size = f"{case['rows']}x{case['columns']}"
+    return f"{case['model']}{kind} {size} {case['dtype']} {case['scored']:.0%}"
+
+
+def _cells(row, changed):
+    name = row["title"]
+    if not row["ms"]:
+        return [name, _check(row), row["status"]]
+    ms = row["ms"]
+    cells = [
+        name,
+        _check(row),
+        f"{ms['p50']:.2f} ({ms['p20']:.2f}-{ms['p80']:.2f})",
+        f"{row['tokens_per_s']:,.0f}",
+        *_memory(row),
+        f"{row['gb_per_s']:.1f}",
+        "" if row["of_roof"] is None else f"{row['of_roof']:.0%}",
+        "" if row["speedup"] is None else f"{row['speedup']:.1f}",
+    ]
+    if changed:
+        cells.append("" if row["change"] is None else f"{row['change']:+.0%}")
+    return cells
+
+
+def _check(row):
+    if not row["check"]:
+        return ""
+    return f"{'✓' if row['check']['ok'] else '✗'} {row['check']['gradient_error']:.0e}"
+
+
+def _memory(row):
+    if not row["memory"]:
+        return [(row["reason"] or "")[:24], "", ""]
+    forward, full = (row["memory"][name] / MIB for name in ("forward", "full"))
+    times = f"{row['forward_x_logits']:.2f}, {row['full_x_logits']:.2f}"
+    return [f"{forward:.2f}", f"{full:.2f}", times]
+
+
+def show_list(models, providers, case, device):
+    out = console()
+    table = _table(out, "models: --model", ("name", "vocabulary", "columns", "softcap"), 1)
+    for model in models.values():
+        table.add_row(model.name, str(model.vocab), str(model.padded), str(model.softcap or ""))
+    out.print(table)
+    table = _table(out, f"providers: --provider, for {case.name}", ("name", "", "here"), 3, 2)
+    for provider in providers:
+        table.add_row(provider.name, provider.title, _here(provider, case, device))
+    out.print(table)
+
+
+def _here(provider: Provider, case, device):
+    return provider.reason_against(case, device) or "yes"
+
+
+def show_predictions(cases, providers, device, needed, free):
+    """--dry-run: nothing here is measured."""
+    out = console()
+    names = ("case", "provider", "logits MiB", "predicted peak MiB fwd", "fwd+bwd", "whole run MiB")
+    table = _table(out, "PREDICTED, not measured: peak of one process beyond the logits", names)
+    for case in cases:
+        for provider in providers:
+            if provider.reason_against(case, device):
+                continue
+            peaks = (f"{peak / MIB:.1f}" for peak in provider.predicted_bytes(case))
+            sizes = f"{case.logits_bytes / MIB:.1f}", *peaks, f"{needed(case) / MIB:.0f}"
+            table.add_row(case.name, provider.title, *sizes)
+        table.add_section()
+    out.print(table)
+    out.print("free: " + ("unknown" if free is None else f"{free / MIB:.0f} MiB to use"))
+
+
+def show_files(paths):
+    for path in paths:
+        console().print(f"written: {path}")
+
+
+def verdict(record):
+    """Exit status: 1 where ours is wrong or takes more memory than it promises, each with a line.
+
+    A row slower than SLOW times the reference's speed gets a line and no more: times depend on
+    what else the machine does.
+    """
+    broken, slow = [], []
+    for row in record["rows"]:
+        if row["case"] is None or not row["provider"].startswith("ours-"):
+            continue
+        name = f"{_case(record['cases'][row['case']])}: {row['title']}"
+        if row["status"] not in ("ok", "unavailable"):
+            broken.append(f"{name}: {row['status']}: {row['reason']}")
+        broken += [f"{name}: {text}" for text in over_promise(row, record["cases"][row["case"]])]
+        if row["speedup"] is not None and row["speedup"] < SLOW:
+            slow.append(f"{name}: {row['speedup']:.1f}x the reference, less than {SLOW}x")
+    for line in slow:
+        print(f"bench: slow: {line}", file=sys.stderr)
+    for line in broken:
+        print(f"bench: broken promise: {line}", file=sys.stderr)
+    return 1 if broken else 0
+
+
+def over_promise(row, case):
+    """What a row of ours takes beyond the promise: one gradient at most, and none in place."""
+    if not row["memory"] or "-eager-" in row["provider"]:  # its tiles do not grow with the logits
+        return
+    inplace, early = "inplace" in row["provider"], "oneread" in row["provider"]
+    gradient = 0 if inplace else case["logits_bytes"]
+    allowed = {"forward": gradient if early else 0, "full": gradient}
+    for name, most in allowed.items():
+        most += PER_ROW * case["rows"]
+        if row["memory"][name] > most:
+            yield f"{name} peak of {row['memory'][name]} bytes, promised at most {most}"

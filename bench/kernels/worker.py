@@ -1,0 +1,167 @@
+"""What runs inside the measuring processes: check and time a case, or record its memory.
+
+A process tells its caller about every row as it comes, so that nothing finished is lost when it is
+interrupted, runs out of memory or dies; what it was at is told before it is begun.
+"""
+
+import ctypes
+import warnings
+from dataclasses import asdict
+
+import torch
+import torch.distributed as dist
+
+from .. import machine
+from ..ranks import send_to_parent
+from . import timing
+from .cases import copies as ring
+from .footprint import footprint, largest
+from .oracle import Oracle, run_once
+from .problem import Problem, Source
+
+#: glibc's mallopt(M_MMAP_THRESHOLD, bytes): smaller than what is measured, larger than our tiles.
+FRESH = -3, 2**23
+OOM = ("can't allocate memory", "not enough memory", "out of memory")
+
+
+def measure_times(work, device_type, mode, budget):
+    """Check and time; `work` is [(index, case, providers)]. In every rank of run_ranks.
+
+    Tells {"at": (index, name)} before a provider is begun, and {"of": (index, name), ...} with
+    what is known of a row: a check, a status and reason, seconds [n][2].
+    """
+    for index, problem, providers in _problems(work, device_type):
+
+        def tell(name, index=index, **what):
+            _tell({"at" if not what else "of": (index, name), **what})
+
+        time_case(problem, providers, mode, budget, tell)
+
+
+def measure_memory(work, device_type):
+    """Record peaks, told as {"of": (index, name), "memory": ...}; of one provider in a process."""
+    warm = set()
+    for index, problem, providers in _problems(work, device_type, copies=1):
+        for provider in providers:
+            _tell({"at": (index, provider.name)})
+            key = provider.name, problem.case.source
+            usage, failure = _tried(
+                lambda p=provider, q=problem, w=key in warm: largest(footprint(p, q, w)), problem
+            )
+            warm.add(key)
+            _tell({"of": (index, provider.name), **(failure or {"memory": usage})})
+
+
+def time_case(problem, providers, mode, budget, tell):
+    """Check every provider against float64, then time those that pass, and the roof."""
+    sharded = problem.case.nproc > 1
+    contenders = timing.roof_contenders(problem.source)
+    contenders += _right_ones(problem, providers, mode, tell)
+    tell("timing")
+    for name, failure in timing.rounds(contenders, problem.source.device, sharded, budget, failed):
+        tell(name, **failure)
+    for contender in contenders:
+        seconds = timing.slowest(contender.seconds) if sharded else contender.seconds
+        if seconds:
+            tell(contender.name, seconds=seconds)
+
+
+def _right_ones(problem, providers, mode, tell):
+    """The contenders that pass the check; of the others is told why."""
+    oracle, contenders = Oracle(problem), []
+    for provider in providers:
+        tell(provider.name)
+        made, failure = _tried(lambda p=provider: _checked(p, problem, oracle), problem)
+        if failure:
+            tell(provider.name, **failure)
+            continue
+        function, check = made
+        tell(provider.name, check={**asdict(check), "ok": check.ok})
+        if check.ok:
+            timed = (provider.name, function, problem, mode, provider.writes)
+            contenders.append(timing.provider_contender(*timed))
+        else:
+            tell(provider.name, status="wrong", reason=check.reason)
+    return contenders
+
+
+def _problems(work, device_type, copies=None):
+    """(index, Problem, providers); logits are drawn anew only where they differ.
+
+    copies  buffers to work on in turn; None: as many as no cache holds
+    """
+    warnings.filterwarnings("ignore")  # of peers, about what they could not import
+    _always_fresh_pages()
+    device = _device(device_type)
+    source = None
+    for index, case, providers in work:
+        if source is None or source.case != case.source:
+            source = None  # before the next is drawn
+            _tell({"at": (index, "logits")})
+            source = Source(case.source, device, copies or ring(case, machine.cache(device)))
+        yield index, Problem(case, source), providers
+
+
+def _always_fresh_pages():
+    """Buffers come from the system every time, as those of a real batch always do.
+
+    Some tens of MiB glibc would now and then serve from memory that it kept, and the same work
+    would take three times as long one time as the next.
+    """
+    try:
+        ctypes.CDLL(None).mallopt(*FRESH)
+    except (AttributeError, OSError, TypeError):  # not glibc
+        pass
+
+
+def _device(device_type):
+    """This rank's device, with Megatron's groups set up where Megatron is."""
+    device = torch.device(device_type)
+    if device_type == "cuda":
+        device = torch.device("cuda", dist.get_rank() if dist.is_initialized() else 0)
+        torch.cuda.set_device(device)
+    try:
+        from megatron.core import parallel_state
+    except ImportError:
+        return device
+    if dist.is_initialized():
+        parallel_state.initialize_model_parallel(dist.get_world_size())
+    if device_type == "cpu":  # Megatron's gather makes its buffer on "the current CUDA device"
+        torch.cuda.current_device = lambda: device
+    return device
+
+
+def _checked(provider, problem, oracle):
+    """(function, Check), the worst of all ranks'."""
+    function = provider.function(problem)
+    loss, gradient = run_once(function, problem)
+    check = oracle.check(loss, gradient, provider.precision)
+    if problem.group is not None:
+        everyone = [None] * problem.case.nproc
+        dist.all_gather_object(everyone, check)
+        check = max(everyone, key=lambda one: (not one.ok, one.gradient_error))
+    return function, check
+
+
+def _tried(work, problem):
+    """(result, None), or (None, why not). Alone only: with peers it would leave them waiting."""
+    try:
+        return work(), None
+    except Exception as error:
+        if problem.group is not None:
+            raise
+        return None, failed(error)
+
+
+def failed(error):
+    """A row's status and reason for an exception of a provider."""
+    text = str(error)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(s in text for s in OOM):
+        return {"status": "OOM", "reason": text.strip().split("\n")[0][:200]}
+    first = text.strip().split("\n")[0][:200]
+    return {"status": "failed", "reason": f"{type(error).__name__}: {first}"}
+
+
+def _tell(message):
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        send_to_parent(message)
