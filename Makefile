@@ -67,7 +67,8 @@ audit: $(VENV)/.installed
 
 # A second copy of the package in build/, so that the installed one stays as it is. leaks: CPython's own.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g
-NATIVE_TESTS := test_against_oracle test_exp test_traps test_traps_of_masks test_determinism test_module_and_metrics
+NATIVE_TESTS := test_against_oracle test_exp test_traps test_traps_of_masks test_determinism test_module_and_metrics \
+    test_grad_in_forward
 sanitize: $(VENV)/.installed
 	FUSED_SFT_LOSS_BUILD=cpu CXXFLAGS="$(SANITIZE)" $(BIN)/python setup.py -q build --build-base build/sanitize \
 	    --build-lib build/sanitize/lib

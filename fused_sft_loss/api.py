@@ -1,7 +1,6 @@
 """sft_loss, SFTLoss and token_metrics: defaults, validation, and the way into the operators."""
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -10,66 +9,11 @@ from torch import Tensor
 from . import autograd as _operators  # noqa: F401  (registers them)
 from . import checks, onepass
 from .backends import choose
+from .options import Options, expect
 from .rowmath import RowMath
 from .targets import Targets
 
 REDUCTIONS = ("mean", "sum", "none")
-
-
-@dataclass(frozen=True)
-class Options:
-    """The keyword options of :func:`sft_loss` but reduction; see there."""
-
-    shift: bool = True
-    layout: str = "bsv"
-    cu_seqlens: Tensor | None = None
-    ignore_index: int = -100
-    label_smoothing: float = 0.0
-    z_loss: float = 0.0
-    softcap: float | None = None
-    logit_scale: float = 1.0
-    vocab_size: int | None = None
-    tp_group: Any = None
-    vocab_start: int | None = None
-    inplace_backward: bool = False
-    grad_in_forward: bool | float | Tensor = False
-    backend: str | None = None
-
-    def validate(self) -> None:
-        """Raise ValueError for options that are wrong whatever the tensors."""
-        _expect(self.layout in ("bsv", "sbv"), "layout 'bsv' or 'sbv'", self.layout)
-        _expect(0.0 <= self.label_smoothing < 1.0, "0 <= label_smoothing < 1", self.label_smoothing)
-        _expect(0.0 <= self.z_loss < float("inf"), "a finite z_loss >= 0", self.z_loss)
-        _expect(
-            self.softcap is None or 0.0 < self.softcap < float("inf"),
-            "softcap > 0 or None",
-            self.softcap,
-        )
-        _expect(0.0 < self.logit_scale < float("inf"), "a finite logit_scale > 0", self.logit_scale)
-        _expect(
-            self.vocab_size is None or self.vocab_size > 0,
-            "vocab_size > 0 or None",
-            self.vocab_size,
-        )
-        if self.cu_seqlens is not None and not self.shift:
-            raise ValueError(
-                "expected no cu_seqlens with shift=False, where labels are taken as they are and "
-                "there is no neighbour to look at; pass it to shift_targets, or use shift=True"
-            )
-        expected = self.grad_in_forward
-        if isinstance(expected, Tensor):
-            good = expected.dim() == 0 and expected.is_floating_point()
-        else:
-            good = isinstance(expected, (bool, int, float)) and abs(expected) < float("inf")
-        _expect(
-            good, "grad_in_forward False, True, a finite number or a 0-d float tensor", expected
-        )
-
-    @property
-    def one_read(self) -> bool:
-        """Whether forward is asked to compute the gradient too."""
-        expected = self.grad_in_forward
-        return isinstance(expected, Tensor) or (expected is not False and expected != 0)
 
 
 class LossTerms(NamedTuple):
@@ -165,7 +109,7 @@ def sft_loss(
             position; without that check such a label makes its row's loss NaN.
         NotImplementedError: the backend asked for cannot run here.
     """
-    _expect(reduction in REDUCTIONS, f"reduction in {REDUCTIONS}", reduction)
+    expect(reduction in REDUCTIONS, f"reduction in {REDUCTIONS}", reduction)
     options = Options(
         shift=shift,
         layout=layout,
@@ -269,7 +213,7 @@ class SFTLoss(torch.nn.Module):
 
     def __init__(self, *, reduction: str = "mean", **options):
         super().__init__()
-        _expect(reduction in REDUCTIONS, f"reduction in {REDUCTIONS}", reduction)
+        expect(reduction in REDUCTIONS, f"reduction in {REDUCTIONS}", reduction)
         Options(**options).validate()
         self.reduction = reduction
         self.options = options
@@ -362,8 +306,3 @@ def _vocabulary(columns: int, options: Options) -> tuple[int, int, str]:
             "shards pass vocab_start"
         )
     return dist.get_rank(group) * columns, size, group.group_name
-
-
-def _expect(holds: bool, expected: str, got) -> None:
-    if not holds:
-        raise ValueError(f"expected {expected}, got {got!r}")

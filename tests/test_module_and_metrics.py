@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from test_against_oracle import PRODUCT
 
 import fused_sft_loss as fsl
-from fused_sft_loss.api import Options, loss_terms, loss_terms_and_metrics
+from fused_sft_loss.api import loss_terms, loss_terms_and_metrics
+from fused_sft_loss.options import Options
 
 
 @pytest.mark.parametrize("name", ON_CPU)

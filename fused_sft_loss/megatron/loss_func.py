@@ -1,6 +1,7 @@
 """sft_loss_func: the loss_func of a forward_step whose model returned logits."""
 
-from ..api import Options, check_call, token_metrics
+from ..api import check_call, token_metrics
+from ..options import Options
 from . import checks
 from .packing import shift_packed_targets
 from .reports import Convention, Sums

@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..api import Options, loss_terms, loss_terms_and_metrics, weighted_mean
+from ..api import loss_terms, loss_terms_and_metrics, weighted_mean
+from ..options import Options
 from . import versions
 
 #: What can be reported beside "lm loss" -> its sum over scored tokens, from `TokenMetrics` and the

@@ -12,7 +12,8 @@ import functools
 import inspect
 from contextlib import ExitStack, contextmanager
 
-from ..api import Options, check_call
+from ..api import check_call
+from ..options import Options
 from . import checks, versions
 from .head import ResponseOnlyHead, selected
 from .reports import Sums
