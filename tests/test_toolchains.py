@@ -53,7 +53,8 @@ def tree(tmp_path):
     (tree / "csrc").mkdir(parents=True)
     for name in ("setup.py", "pyproject.toml", "README.md", "MANIFEST.in", "Makefile"):
         shutil.copy(ROOT / name, tree)
-    for name in ("fused_sft_loss", "fused_sft_loss/backends", "triton_kernels"):
+    names = ("fused_sft_loss", "fused_sft_loss/backends", "fused_sft_loss/megatron")
+    for name in (*names, "triton_kernels"):
         (tree / name).mkdir()
         (tree / name / "__init__.py").touch()
     shutil.copy(ROOT / "csrc/toolchains.py", tree / "csrc")
