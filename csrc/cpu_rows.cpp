@@ -272,7 +272,7 @@ void grad(const GradArgs& a, const RowGrad& g, const void* row, void* out, int64
 
 template <class T>
 void rescale_row(void* row, int64_t columns, float factor) {
-  auto* w = const_cast<Word<T>*>(words<T>(row, 0));
+  Word<T>* w = const_cast<Word<T>*>(words<T>(row, 0));  // not auto: that would forget how it is aligned
   const int64_t n = columns / 2;
   const auto scaled = [factor](float x) { return canonical(x * factor); };
   int64_t i = 0;
