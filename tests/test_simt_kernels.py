@@ -55,31 +55,28 @@ def test_thread_sanitizer_finds_no_race(tmp_path):
         assert done.returncode == 0 and "data race" not in done.stderr, done.stderr
 
 
-def test_a_missing_barrier_before_the_targets_own_gradient_shows(tmp_path):
-    """One thread writes it, over what another wrote there."""
+def program_without(barrier, name, folder):
+    """The passes, under ThreadSanitizer, of sources in which one barrier of a file is taken out."""
     for source in (simt_build.ROOT / "csrc").glob("*"):
         if source.suffix in (".h", ".cuh", ".cu"):
             text = source.read_text()
-            if source.name == "row_stats_grad.cuh":
-                assert text.count("barrier();  // its own logit") == 1
-                text = text.replace("barrier();  // its own logit", "//")
-            (tmp_path / source.name).write_text(text)
-    program = build(tmp_path, 32, (f"-I{tmp_path}", *simt_build.TSAN), tmp_path)
-    done = run(program, FEW, 1)
-    assert done.returncode and "data race" in done.stderr
-    assert "row_stats_grad.cuh" in done.stderr
+            if source.name == name:
+                assert text.count(barrier) == 1
+                text = text.replace(barrier, "\n    //")
+            (folder / source.name).write_text(text)
+    return build(folder, 32, (f"-I{folder}", *simt_build.TSAN), folder)
 
 
-def test_thread_sanitizer_names_a_missing_barrier(tmp_path):
-    """The test above can fail: the barrier of block_reduce is taken out."""
-    for source in (simt_build.ROOT / "csrc").glob("*"):
-        if source.suffix in (".h", ".cuh", ".cu"):
-            text = source.read_text()
-            if source.name == "gpu_block.cuh":
-                assert text.count("  barrier();\n") == 1
-                text = text.replace("  barrier();\n", "\n")
-            (tmp_path / source.name).write_text(text)
-    program = build(tmp_path, 32, (f"-I{tmp_path}", *simt_build.TSAN), tmp_path)
-    done = run(program, FEW, 1)
+@pytest.mark.parametrize(
+    ("barrier", "name"),
+    [
+        ("  barrier();", "gpu_block.cuh"),  # of block_reduce
+        # One thread writes the target's own gradient, over what another wrote there.
+        ("    barrier();  // its own logit is written over", "row_stats_grad.cuh"),
+    ],
+)
+def test_thread_sanitizer_names_a_missing_barrier(tmp_path, barrier, name):
+    """The test above can fail."""
+    done = run(program_without(barrier, name, tmp_path), FEW, 1)
     assert done.returncode and "data race" in done.stderr
-    assert "gpu_block.cuh" in done.stderr
+    assert name in done.stderr
