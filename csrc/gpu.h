@@ -181,11 +181,10 @@ FSL_DEVICE uint16_t bits16(_Float16 x) { return __builtin_bit_cast(uint16_t, x);
 FSL_DEVICE float widen_half(uint32_t half) {
   return static_cast<float>(__builtin_bit_cast(_Float16, static_cast<uint16_t>(half)));
 }
-template <class T>
-FSL_DEVICE uint32_t pack(float low, float high) {
-  return bits16(static_cast<T>(low)) | static_cast<uint32_t>(bits16(static_cast<T>(high))) << 16;
+FSL_DEVICE uint32_t pack_half(float low, float high) {
+  return bits16(static_cast<_Float16>(low)) | static_cast<uint32_t>(bits16(static_cast<_Float16>(high)))
+                                                  << 16;
 }
-FSL_DEVICE uint32_t pack_half(float low, float high) { return pack<_Float16>(low, high); }
 FSL_DEVICE uint32_t pack_bf16(float low, float high) { return pack_bf16_bits(low, high); }
 
 // Global memory, said aloud: of a pointer inside a kernel's argument the compiler only assumes that it is

@@ -207,8 +207,10 @@ def test_an_upstream_gradient_that_is_no_number_leaves_padding_alone(backend):
     case = build("bsv", torch.bfloat16, 1, 2, 50, 2, "none", {"vocab_size": 45, "shift": False})
     case.labels = torch.tensor([[3, 9]])
     with using(backend) as name:
-        _, grad = one_read(case, name, torch.nan, inplace_backward=True)
-    assert grad[..., :45].isnan().all() and not grad[..., 45:].count_nonzero()
+        payload = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+        for nan in (torch.tensor(torch.nan), payload):
+            _, grad = one_read(case, name, nan, inplace_backward=True)
+            assert grad[..., :45].isnan().all() and not grad[..., 45:].count_nonzero()
 
 
 @pytest.mark.parametrize("inplace", [False, True])
