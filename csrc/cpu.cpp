@@ -13,6 +13,7 @@
 #include <dlfcn.h>
 #endif
 
+#include "cpu_pages.h"
 #include "cpu_rows.h"
 #include "parallel.h"
 
@@ -135,6 +136,16 @@ void zero(const Rows& rows, int64_t row, int64_t begin, int64_t end) {
   else std::memset(at(rows, row, begin), 0, bytes);
 }
 
+// A gradient of its own, every byte of which is written: dense, in whatever order its rows lie.
+void claim_gradient(const GradArgs& a, int threads) {
+  const Rows& rows = a.grad;
+  if (rows.data == a.logits.data || a.stored || rows.count() == 0) return;
+  const int64_t elements = rows.count() * rows.columns;
+  const int64_t last = (rows.batch - 1) * rows.stride_b + (rows.seq - 1) * rows.stride_s + rows.columns;
+  if (last == elements)
+    claim_pages(rows.data, elements * static_cast<int64_t>(bytes_of(rows.dtype)), threads);
+}
+
 // Part `part` of a row's gradient, of parts of `width` columns.
 void write_grad(const GradArgs& a, const RowKernels& kernels, int64_t row, int64_t part, int64_t width) {
   const int64_t columns = a.logits.columns, valid = a.logits.valid;
@@ -185,6 +196,7 @@ void row_grad(const GradArgs& a, int threads) {
   const bool split = too_few(a.scale, rows, threads) && valid > kChunk;
   const int64_t parts = split ? chunks_of(a.logits) : 1;
   const int64_t width = split ? kChunk : valid;
+  claim_gradient(a, threads);
   parallel_for(rows * parts, threads, [&](int64_t item) {
     // Last row first: it is what forward left in the cache.
     write_grad(a, kernels, rows - 1 - item / parts, item % parts, width);
@@ -209,6 +221,7 @@ void row_stats_grad(const StatsGradArgs& a, int threads) {
     row_grad(g, threads);
     return;
   }
+  claim_gradient(g, threads);
   parallel_for(rows, threads, [&](int64_t row) {
     if (a.weight[row] != 0) whole_row_stats(stats, kernels, row);
     merge_row(loss, row);

@@ -1,5 +1,5 @@
-"""The ways of running on a CPU: every backend, the native one per instruction set, and the GPU
-ones over the SIMT shim."""
+"""The ways of running on a CPU: every backend, the native one per instruction set, the eager one
+also as it runs on an accelerator, and the GPU ones over the SIMT shim."""
 
 from contextlib import contextmanager
 from unittest import mock
@@ -15,7 +15,9 @@ def _native_isas():
 
 #: CUDA and HIP device code executed by the shim, where it can be built.
 ON_SHIM = [] if simt_build.missing() else ["cuda-simt", "hip-simt"]
-ON_CPU = ["eager", *(f"cpu-{isa}" for isa in _native_isas()), *ON_SHIM]
+_ISAS = _native_isas()
+BUILT = ["eager", "cpu"] if _ISAS else ["eager"]
+ON_CPU = ["eager", "eager-accelerator", *(f"cpu-{isa}" for isa in _ISAS), *ON_SHIM]
 
 
 @contextmanager
@@ -24,6 +26,9 @@ def using(name: str):
     backend, _, variant = name.partition("-")
     if variant == "simt":
         with on_shim(backend):
+            yield backend
+    elif variant == "accelerator":
+        with mock.patch("fused_sft_loss.backends.eager.chooses_rows", lambda tensor: False):
             yield backend
     elif variant:
         native = choose.load("cpu")

@@ -2,16 +2,14 @@
 
 import pytest
 import torch
-from backends import ON_CPU, using
+from backends import BUILT, using
 from cases import build
 
 import fused_sft_loss as fsl
 from fused_sft_loss.rowmath import RowMath
 
-BACKENDS = ["eager", "cpu"] if len(ON_CPU) > 1 else ["eager"]
 
-
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BUILT)
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize(
@@ -84,7 +82,7 @@ def operator_arguments(backend):
     }
 
 
-@pytest.mark.parametrize("name", ON_CPU[:2])
+@pytest.mark.parametrize("name", BUILT)
 @pytest.mark.parametrize(
     "operator",
     [

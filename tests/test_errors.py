@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from backends import ON_CPU, using
+from backends import BUILT, ON_CPU, using
 
 import fused_sft_loss as fsl
 
@@ -202,7 +202,7 @@ TABLE = {
 }
 
 
-@pytest.mark.parametrize("backend", ["eager", "cpu"] if len(ON_CPU) > 1 else ["eager"])
+@pytest.mark.parametrize("backend", BUILT)
 @pytest.mark.parametrize("what", TABLE)
 def test_message_says_expected_got_and_fix(what, backend):
     logits, labels, mask, options, error, words = TABLE[what]

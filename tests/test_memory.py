@@ -1,15 +1,17 @@
 """Promise: O(N) bytes beyond the logits forward, one gradient backward, nothing in place."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
-from backends import ON_CPU
+from backends import BUILT
 
 import fused_sft_loss as fsl
 from bench.memory import MemoryRecord
 
 B, S, V = 2, 64, 65536  # 16 MiB of bf16
 LOGITS_BYTES = B * S * V * 2
-BACKENDS = ["eager", "cpu"] if len(ON_CPU) > 1 else ["eager"]
 SCRATCH = {
     "eager": 64 * 2**20,
     "cpu": 0,
@@ -48,7 +50,7 @@ def transposed():
 
 
 @pytest.mark.parametrize("make_logits", [owned, transposed])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BUILT)
 def test_forward_holds_vectors_of_rows_only(backend, make_logits):
     forward, held, _ = peaks(backend, False, make_logits)
     assert forward <= SCRATCH[backend] + VECTORS
@@ -56,20 +58,20 @@ def test_forward_holds_vectors_of_rows_only(backend, make_logits):
 
 
 @pytest.mark.parametrize("make_logits", [owned, transposed])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BUILT)
 def test_backward_holds_one_gradient(backend, make_logits):
     _, _, backward = peaks(backend, False, make_logits)
     assert LOGITS_BYTES <= backward <= LOGITS_BYTES + SCRATCH[backend] + VECTORS
 
 
 @pytest.mark.parametrize("make_logits", [owned, transposed])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BUILT)
 def test_in_place_backward_holds_nothing(backend, make_logits):
     _, _, backward = peaks(backend, True, make_logits)
     assert backward <= SCRATCH[backend] + VECTORS
 
 
-@pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the native kernels")
+@pytest.mark.skipif("cpu" not in BUILT, reason="needs the native kernels")
 @pytest.mark.parametrize("make_logits", [owned, transposed])
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("expect", [True, 0.5], ids=["as expected", "rescaled"])
@@ -100,3 +102,32 @@ def test_eager_scratch_stays_under_64_mib(shape):
     assert record.usage("begin", "forward").peak < 64 * 2**20
     assert record.usage("forward", "metrics").peak < 64 * 2**20
     assert record.usage("metrics", "backward").peak - gradient < 64 * 2**20
+
+
+def advised(address):
+    """Whether huge pages are asked for where `address` lies; None where Linux does not tell."""
+    inside = None
+    try:
+        lines = Path("/proc/self/smaps").read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        if found := re.match("([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(found[1], 16) <= address < int(found[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            return "hg" in line.split()
+    return None
+
+
+@pytest.mark.skipif("cpu" not in BUILT, reason="needs the native kernels")
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="Linux's")
+@pytest.mark.parametrize("one_read", [False, True])
+@pytest.mark.parametrize("rows", [2, 40])  # cut over the threads, and shared out
+def test_pages_of_a_new_gradient_are_asked_for_at_once(one_read, rows):
+    logits = torch.randn(1, rows, 2**23 // rows).bfloat16().requires_grad_()
+    labels = torch.randint(0, 1000, (1, rows))
+    loss = fsl.sft_loss(logits, labels, shift=False, backend="cpu", grad_in_forward=one_read)
+    (grad,) = torch.autograd.grad(loss, logits)
+    if advised(logits.data_ptr()) is None:
+        pytest.skip("the kernel does not tell how memory is advised")
+    assert advised(grad.data_ptr() + grad.numel())

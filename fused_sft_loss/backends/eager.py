@@ -1,8 +1,9 @@
 """Plain PyTorch, on any device, tile by tile: what runs where nothing else does.
 
-It reads masked rows (choosing rows would need a host synchronisation on an accelerator) but never
-lets them through. Scratch stays under 64 MiB whatever the logits: a tile is 2^20 elements, 4 MiB in
-fp32, and at most eight of them are alive at once.
+On a CPU rows under the mask are not read, as the kernels do not; on an accelerator choosing rows
+would need a host synchronisation: they are read, and never let through. Scratch stays under 64 MiB
+whatever the logits: a tile has 2^20 elements at most, 4 MiB in fp32, and eight of them are alive at
+once at most.
 """
 
 from collections.abc import Iterator
@@ -17,48 +18,82 @@ from ..targets import row_targets
 __all__ = ["merge", "merge_metrics", "row_grad", "row_stats", "row_targets"]
 
 TILE = 2**20
+CORE_TILE = 2**16  # elements of a tile for each core: those alive at once stay in its own cache
+
+Block = tuple[int, slice]  # a sequence and its positions
 
 
-def tiles(logits: Tensor, valid: int) -> Iterator[tuple[tuple, slice]]:
+def chooses_rows(tensor: Tensor) -> bool:
+    """Whether rows can be chosen by their weights without a synchronisation."""
+    return tensor.device.type == "cpu"
+
+
+def blocks(scored: Tensor, batch: int, seq: int) -> Iterator[tuple[Block, bool]]:
+    """Neighbouring rows, and whether to read them: the scored, or all where those are not known."""
+    if not chooses_rows(scored):
+        yield from (((b, slice(0, seq)), True) for b in range(batch))
+        return
+    for b, row in enumerate(scored.view(batch, seq)):
+        values, counts = row.unique_consecutive(return_counts=True)
+        ends = counts.cumsum(0)
+        starts = ends - counts
+        for value, *ends_of in zip(*(x.tolist() for x in (values, starts, ends)), strict=True):
+            yield (b, slice(*ends_of)), value
+
+
+def tiles(block: Block, seq: int, valid: int, device: torch.device) -> Iterator[tuple]:
     """Each tile's index within `[b, s, valid]` and its rows (of N). Columns vary fastest."""
-    batch, seq, _ = logits.shape
+    b, positions = block
+    size = min(TILE, CORE_TILE * torch.get_num_threads()) if device.type == "cpu" else TILE
     width = max(1, min(valid, TILE))
-    height = max(1, TILE // width)
-    for b in range(batch):
-        for s in range(0, seq, height):
-            end = min(s + height, seq)
-            for c in range(0, valid, width):
-                yield (
-                    (b, slice(s, end), slice(c, min(c + width, valid))),
-                    slice(b * seq + s, b * seq + end),
-                )
+    height = max(1, size // width)
+    for s in range(positions.start, positions.stop, height):
+        end = min(s + height, positions.stop)
+        for c in range(0, valid, width):
+            yield (
+                (b, slice(s, end), slice(c, min(c + width, valid))),
+                slice(b * seq + s, b * seq + end),
+            )
 
 
-def transform(x: Tensor, math: RowMath) -> tuple[Tensor, Tensor | float]:
-    """z and dz/dx of fp32 logits `[rows, columns]`."""
+def transform(x: Tensor, math: RowMath) -> tuple[Tensor, Tensor | None]:
+    """(z, tanh of the softcap or None) of fp32 logits."""
     if not math.softcap:
-        return (x if math.logit_scale == 1 else x * math.logit_scale), math.logit_scale
+        return (x if math.logit_scale == 1 else x * math.logit_scale), None
     bent = torch.tanh(x * (math.logit_scale / math.softcap))
-    z = torch.where(x.isinf(), x, math.softcap * bent)
-    return z, (1 - bent.square_()).mul_(math.logit_scale)
+    numbers = torch.finfo(x.dtype)
+    # Infinities pass the cap: what is out of range is added, 0 for all other logits.
+    return (bent * math.softcap).add_(x - x.clamp(numbers.min, numbers.max)), bent
 
 
-def local_target(target: Tensor, first: int, columns: int) -> tuple[Tensor, Tensor]:
-    """Column `[rows, 1]` of each target (clamped into range) and whether it is really there."""
-    column = (target - first).unsqueeze(-1)
-    return column.clamp(0, columns - 1), (column >= 0) & (column < columns) & (
-        target >= 0
-    ).unsqueeze(-1)
+def chain(grad: Tensor, bent: Tensor | None, math: RowMath) -> Tensor:
+    """Turn the gradient of z into that of the logits, in place."""
+    if bent is not None:
+        return grad.mul_(bent.square_().neg_().add_(1).mul_(math.logit_scale))
+    return grad if math.logit_scale == 1 else grad.mul_(math.logit_scale)
 
 
-def tile_stats(z: Tensor, target: Tensor, first: int, columns: int) -> Tensor:
-    """Statistics `[rows, columns]` of one tile whose first column has global id `first`."""
+def at_targets(logits: Tensor, target: Tensor, scored: Tensor, math: RowMath) -> tuple:
+    """Rows (of N) to read, the index of their targets in `[b, s, v]` (another column where the
+    target is elsewhere), and whether each is scored and its target among these logits."""
+    _, seq, columns = logits.shape
+    rows = torch.arange(len(scored), device=logits.device)
+    if chooses_rows(logits):
+        rows = rows[scored]
+    target = target[rows]
+    column = target - math.vocab_start
+    here = (target >= 0) & (column >= 0) & (column < math.valid_columns(columns)) & scored[rows]
+    return rows, (rows // seq, rows % seq, column.clamp(0, columns - 1)), here
+
+
+def tile_stats(z: Tensor, first: int, columns: int) -> Tensor:
+    """Statistics `[rows, columns]` of one tile whose first column has global id `first`; all but
+    that of the target."""
     maximum = z.amax(-1, keepdim=True)
-    shifted = torch.where(maximum == -torch.inf, -torch.inf, z - maximum)
-    exponentials = shifted.exp()
-    column, here = local_target(target, first, z.shape[-1])
-    z_target = torch.where(here, z.gather(-1, column), 0.0)
-    parts = [maximum, exponentials.sum(-1, keepdim=True), z_target]
+    # Where all are -inf, differences to the lowest number are, and not NaN.
+    shifted = z - maximum.clamp(min=torch.finfo(z.dtype).min)
+    exponentials = shifted.exp() if columns > 4 else shifted.exp_()
+    parts = [maximum, exponentials.sum(-1, keepdim=True), torch.zeros_like(maximum)]
     if columns > 3:
         parts.append(z.sum(-1, keepdim=True))
     if columns > 4:
@@ -94,32 +129,46 @@ def empty_stats(rows: int, columns: int, like: Tensor) -> Tensor:
 def row_stats(
     logits: Tensor, target: Tensor, weight: Tensor, math: RowMath, columns: int
 ) -> Tensor:
-    valid = math.valid_columns(logits.shape[-1])
+    batch, seq, width = logits.shape
+    valid, scored = math.valid_columns(width), weight != 0
     stats = empty_stats(weight.numel(), columns, like=logits)
-    for index, rows in tiles(logits, valid):
-        z, _ = transform(logits[index].float(), math)
-        first = math.vocab_start + index[-1].start
-        part = tile_stats(z, target[rows], first, columns)
-        stats[rows] = part if index[-1].start == 0 else merge_tiles(stats[rows], part)
-    return torch.where((weight != 0).unsqueeze(-1), stats, 0.0)
+    for block, read in blocks(scored, batch, seq):
+        for index, rows in tiles(block, seq, valid, logits.device) if read else ():
+            z, _ = transform(logits[index].float(), math)
+            part = tile_stats(z, math.vocab_start + index[-1].start, columns)
+            stats[rows] = part if index[-1].start == 0 else merge_tiles(stats[rows], part)
+    rows, targets, here = at_targets(logits, target, scored, math)
+    stats[rows, 2] = torch.where(here, transform(logits[targets].float(), math)[0], 0.0)
+    return torch.where(scored.unsqueeze(-1), stats, 0.0)
 
 
 def row_grad(
     logits: Tensor, lse: Tensor, target: Tensor, scale: Tensor, math: RowMath, out: Tensor
 ) -> None:
-    valid = math.valid_columns(logits.shape[-1])
-    scored = (scale != 0).unsqueeze(-1)
+    batch, seq, width = logits.shape
+    valid, scored = math.valid_columns(width), scale != 0
     softmax_factor = (scale * (1 + 2 * math.z_loss * lse)).unsqueeze(-1)
     smoothing = (scale * (math.label_smoothing / math.vocab_size)).unsqueeze(-1)
-    target_factor = (scale * (1 - math.label_smoothing)).unsqueeze(-1)
     lse = lse.unsqueeze(-1)
-    for index, rows in tiles(logits, valid):
-        z, slope = transform(logits[index].float(), math)
-        grad = (z - lse[rows]).exp_().mul_(softmax_factor[rows]).sub_(smoothing[rows])
-        column, here = local_target(
-            target[rows], math.vocab_start + index[-1].start, grad.shape[-1]
-        )
-        grad.scatter_add_(-1, column, torch.where(here, -target_factor[rows], 0.0))
-        grad.mul_(slope)
-        out[index].copy_(torch.where(scored[rows], grad, 0.0))
+
+    def softmax_part(z, rows):
+        grad = (z - lse[rows]).exp_().mul_(softmax_factor[rows])
+        return grad.sub_(smoothing[rows]) if math.label_smoothing else grad
+
+    # Before `out`, which may be the logits, is written.
+    rows, targets, here = at_targets(logits, target, scored, math)
+    z, bent = transform(logits[targets].float().unsqueeze(-1), math)
+    grad = softmax_part(z, rows) - (scale[rows] * (1 - math.label_smoothing)).unsqueeze(-1)
+    grad_of_target = chain(grad, bent, math).squeeze(-1).to(out.dtype)
+    for block, read in blocks(scored, batch, seq):
+        if not read:
+            out[block].zero_()
+            continue
+        for index, rows in tiles(block, seq, valid, logits.device):
+            z, bent = transform(logits[index].float(), math)
+            grad = chain(softmax_part(z, rows), bent, math)
+            if not chooses_rows(logits):
+                grad.masked_fill_(~scored[rows].unsqueeze(-1), 0.0)
+            out[index].copy_(grad)
     out[..., valid:].zero_()
+    out[targets] = torch.where(here, grad_of_target, out[targets])
