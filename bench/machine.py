@@ -32,7 +32,7 @@ def describe(command, argv, device="cpu"):
         "processor": processor(),
         "cores": usable_cores(),
         "threads": torch.get_num_threads(),
-        "last_level_cache_bytes": last_level_cache(),
+        "last_level_cache_bytes": cache(device),
         "memory_bytes": _total_memory(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),

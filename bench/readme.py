@@ -74,6 +74,7 @@ def section(measured, path):
 
 def _where(measured):
     machine, settings = measured["machine"], measured["settings"]
+    text = record.remark(measured)
     versions = machine["versions"]
     copies = sorted(case["roof"]["copy_gb_per_s"] for case in measured["cases"] if case["roof"])
     alone = [c["roof"]["copy_gb_per_s"] for c in measured["cases"] if c["roof"] and c["nproc"] == 1]
@@ -85,7 +86,7 @@ def _where(measured):
         f"**{machine['device']}**, {machine['threads']} threads, {machine['date'][:10]}, commit "
         f"{machine['commit']}, torch {versions['torch']}, megatron-core "
         f"{versions['megatron-core']}, seed {settings['seed']}; it copies {fastest}{busy}.\n"
-        f"`{machine['command']}`"
+        f"`{machine['command']}`" + (f"\n{text}." if text else "")
     )
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from bench_providers import case_of, problem_of
 
-from bench.kernels import cases, oracle, record, timing, worker
+from bench.kernels import cases, oracle, record, table, timing, worker
 from bench.kernels.cases import MODELS
 from bench.kernels.footprint import footprint
 from bench.kernels.problem import Source
@@ -160,6 +160,45 @@ def test_more_than_a_cache_lies_between_two_uses_of_a_buffer():
     source = Source(case_of().source, "cpu", 3)
     taken = [source.take().data_ptr() for _ in range(6)]
     assert len(set(taken[:3])) == 3 and taken[:3] == taken[3:]
+
+
+@pytest.mark.parametrize(
+    ("provider", "row", "status", "said"),
+    [
+        ("ours-cpu-inplace", {}, 0, ""),
+        ("ours-cpu-inplace", {"status": "unavailable", "reason": "no compiler"}, 0, ""),
+        ("ours-cpu-inplace", {"status": "wrong", "reason": "off"}, 1, "wrong: off"),
+        ("ours-cpu-inplace", {"memory": {"forward": 0, "full": 2**20}}, 1, "full peak of 1048576"),
+        ("ours-cpu-new", {"memory": {"forward": 2**20, "full": 2**20}}, 1, "forward peak of"),
+        ("ours-cpu-new", {"memory": {"forward": 0, "full": 2**20}}, 0, ""),
+        ("ours-cpu-new", {"speedup": 3.0}, 0, "3.0x in "),
+        ("other", {"status": "wrong", "reason": "off", "speedup": 0.1}, 0, ""),
+    ],
+)
+def test_the_verdict_is_about_what_ours_promises(provider, row, status, said, capsys):
+    fine = {"status": "ok", "reason": None, "memory": {"forward": 0, "full": 0}, "speedup": 9.0}
+    case = vars(case_of()) | {"rows": 2, "logits_bytes": 2**20}
+    rows = [{"case": 0, "provider": provider, "title": "ours", **fine, **row}]
+    rows.append({"case": None, "provider": "ours-cuda-new", "title": "not here"})
+    assert table.verdict({"cases": [case], "rows": rows}) == status
+    told = capsys.readouterr().err
+    assert said in told and bool(said) == bool(told)
+
+
+def test_logits_are_larger_than_a_cache_that_belongs_to_the_cores():
+    mib = 2**20
+    assert cases.wanted_bytes("cpu", 32 * mib, 2, 2**18) == 40 * mib
+    assert cases.wanted_bytes("cpu", None, 2, 2**18) == 40 * mib
+    assert cases.wanted_bytes("cpu", 504 * mib, 2, 2**18) == 40 * mib  # a whole socket's
+    assert cases.wanted_bytes("cpu", 504 * mib, 64, 2**18) == 504 * mib
+    assert cases.wanted_bytes("cuda", 50 * mib, 2, 2**18) == cases.GPU_ROWS * 2**18
+
+
+def test_a_cache_that_holds_the_logits_is_remarked():
+    case = {"logits_bytes": 2**24, "nproc": 2}
+    for cache, said in ((None, False), (2**24, False), (2**25, True)):
+        made_of = {"machine": {"last_level_cache_bytes": cache}, "cases": [case]}
+        assert bool(record.remark(made_of)) == said
 
 
 def test_a_forward_that_computes_the_gradient_says_so_beside_those_that_do_not():

@@ -13,6 +13,7 @@ MODES = ("fwd", "bwd", "full")
 BATCH = 2  # sequences, where --shape does not say
 GPU_ROWS = 4096  # a micro-batch of SFT on one accelerator
 SMALLEST_CPU_LOGITS = 40 * 2**20
+CPU_LOGITS_PER_CORE = 20 * 2**20  # at most: a few cores may see a cache that serves a hundred
 FEWEST_ROWS = 8
 MOST_COPIES = 64  # of logits so small that nobody asks how fast they are
 MEGATRON_MULTIPLE = 128  # Megatron's make-vocab-size-divisible-by
@@ -144,11 +145,12 @@ def model_case(model, tp, nproc, batch, seq, dtype, scored, seed):
     )
 
 
-def wanted_bytes(device_type, cache, columns, element_size):
-    """Bytes of logits, of all processes together, that no cache holds along with a gradient."""
+def wanted_bytes(device_type, cache, cores, row_bytes):
+    """Bytes of logits, of all processes together: as many as no cache holds along with a gradient,
+    and no more than `cores` read in a few milliseconds."""
     if device_type == "cuda":
-        return GPU_ROWS * columns * element_size
-    return max(SMALLEST_CPU_LOGITS, cache or 0)
+        return GPU_ROWS * row_bytes
+    return max(SMALLEST_CPU_LOGITS, min(cache or 0, CPU_LOGITS_PER_CORE * cores))
 
 
 def fit(make, wanted, free, needed):

@@ -8,8 +8,18 @@ import torch
 
 from .. import interrupts, machine
 from ..errors import UserError, need, writable_file, writable_folder
-from . import cases as case_table
-from .cases import BATCH, DEGREES, DTYPES, MODELS, MODES, Model, fit, model_case, must_fit
+from .cases import (
+    BATCH,
+    DEGREES,
+    DTYPES,
+    MODELS,
+    MODES,
+    Model,
+    fit,
+    model_case,
+    must_fit,
+    wanted_bytes,
+)
 from .timing import FEWEST
 
 SCRATCH = 2**28  # the oracle's tiles, the interpreter, the libraries
@@ -121,7 +131,7 @@ def _cases(args, device, chosen):
     for value in args.scored:
         _expect(0 < value <= 1, "--scored", "parts above 0, up to 1", value)
     needed, free = partial(needed_bytes, device=device, providers=chosen), _free(device)
-    cases = []
+    cores, cases = machine.usable_cores(), []
     for model, shape in _models(args):
         for tp in args.tp:
             nproc = tp if tp <= args.nproc else 1
@@ -132,9 +142,8 @@ def _cases(args, device, chosen):
                     sized = make(shape[1])
                     must_fit(sized, free, needed)
                 else:
-                    one = make(2)
-                    cache = machine.cache(device)
-                    wanted = case_table.wanted_bytes(device, cache, one.columns, one.element_size)
+                    row_bytes = make(1).logits_bytes / batch
+                    wanted = wanted_bytes(device, machine.cache(device), cores, row_bytes)
                     sized = fit(make, wanted / (nproc if device == "cpu" else 1), free, needed)
                 cases += [make(sized.seq, scored) for scored in args.scored]
     return cases

@@ -212,6 +212,18 @@ def never_ran(record):
     return found
 
 
+def remark(record):
+    """What to know where the last cache holds the logits of some cases; None elsewhere."""
+    cache = record["machine"].get("last_level_cache_bytes") or 0
+    sizes = [case["logits_bytes"] * case["nproc"] for case in record["cases"]]
+    if not any(size <= cache for size in sizes):
+        return None
+    return (
+        f"The last cache has {cache / 2**20:.0f} MiB, the logits {min(sizes) / 2**20:.0f} or more: "
+        "a forward pass never finds them there, a backward pass may"
+    )
+
+
 def _key(record, row):
     case = record["cases"][row["case"]]
     return (*(case[key] for key in CASE_KEY), row["provider"], row["mode"])

@@ -15,7 +15,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 
 from .provider import Provider
-from .record import never_ran
+from .record import never_ran, remark
 
 MIB = 2**20
 WIDTH = 170  # of a table that goes to a file
@@ -77,6 +77,8 @@ def show(record, old=None):
         if case["roof"]:
             roof = "copy {copy_gb_per_s:.1f} GB/s, zero {zero_gb_per_s:.1f} GB/s"
             out.print(f"roof of {_case(case)}: {roof.format(**case['roof'])}")
+    if text := remark(record):
+        out.print(text)
     for (status, title, reason), names in _reasons(record).items():
         more = f" and {len(names) - 1} more" if names[1:] else ""
         out.print(f"{status}: {title}: {reason}: {names[0]}{more}")
@@ -175,10 +177,10 @@ def show_files(paths):
 def verdict(record):
     """Exit status: 1 where ours is wrong or takes more memory than it promises, each with a line.
 
-    A row slower than SLOW times the reference's speed gets a line and no more: times depend on
-    what else the machine does.
+    What is slower than SLOW times the reference's speed gets a line for its provider and no more:
+    times depend on what else the machine does.
     """
-    broken, slow = [], []
+    broken, slow = [], {}
     for row in record["rows"]:
         if row["case"] is None or not row["provider"].startswith("ours-"):
             continue
@@ -187,9 +189,14 @@ def verdict(record):
             broken.append(f"{name}: {row['status']}: {row['reason']}")
         broken += [f"{name}: {text}" for text in over_promise(row, record["cases"][row["case"]])]
         if row["speedup"] is not None and row["speedup"] < SLOW:
-            slow.append(f"{name}: {row['speedup']:.1f}x the reference, less than {SLOW}x")
-    for line in slow:
-        print(f"bench: slow: {line}", file=sys.stderr)
+            slow.setdefault(row["title"], []).append((row["speedup"], name))
+    for title, found in slow.items():
+        least, name = min(found)
+        print(
+            f"bench: slow: {title}: less than {SLOW}x the reference in {len(found)} of "
+            f"{len(record['cases'])} cases; {least:.1f}x in {name.partition(':')[0]}",
+            file=sys.stderr,
+        )
     for line in broken:
         print(f"bench: broken promise: {line}", file=sys.stderr)
     return 1 if broken else 0
