@@ -1,7 +1,8 @@
 """Peak memory of a training step's loss stage by the way the loss is called, in logits.
 
-The stage begins when the output layer is called and ends when the gradient of what it wrote is
-known: the logits themselves are in it, the layer's own products are not. Imports no pytest.
+The stage begins when the output layer has written the logits and ends when their gradient is known.
+The logits themselves are in it; what the layer's product takes while it computes them is not: on
+some processors it has scratch of its own. Imports no pytest.
 """
 
 from functools import partial
@@ -80,14 +81,15 @@ def _peak(forward_step, model):
     with MemoryRecord() as record:
         handles = [
             layer.register_forward_pre_hook(lambda *_: record.mark("begin")),
-            layer.register_forward_hook(
-                lambda module, args, out: (
-                    out[0].register_hook(lambda grad: record.mark("end")) and None
-                )
-            ),
+            layer.register_forward_hook(lambda module, args, out: _written(out[0], record)),
         ]
         output, loss_func = forward_step(iter([_batch()]), model)
         loss_func(output)[0].backward()
     for handle in handles:
         handle.remove()
-    return record.usage("begin", "end").peak / LOGITS_BYTES
+    return record.usage("logits", "end", base="begin").peak / LOGITS_BYTES
+
+
+def _written(logits, record):
+    record.mark("logits")
+    logits.register_hook(lambda grad: record.mark("end"))
