@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import autograd as _operators  # noqa: F401  (registers them)
-from . import checks, onepass
+from . import checks, onepass, shards
 from .backends import choose
 from .options import Options, expect
 from .rowmath import RowMath
@@ -234,7 +234,7 @@ def _prepare(logits: Tensor, labels: Tensor, loss_mask: Tensor | None, options: 
     """Validate, find the targets, and line up the operators' arguments."""
     options.validate()
     checks.tensors(logits, labels, loss_mask, options.cu_seqlens, options.layout)
-    start, size, group_name = _vocabulary(logits.shape[-1], options)
+    start, size, group_name = shards.placed(logits.shape[-1], options)
     math = RowMath(
         label_smoothing=float(options.label_smoothing),
         z_loss=float(options.z_loss),
@@ -274,35 +274,3 @@ def _prepare(logits: Tensor, labels: Tensor, loss_mask: Tensor | None, options: 
         logits = logits.transpose(0, 1)
     call = (logits, targets.target, targets.weight, *math.as_args(), group_name, backend)
     return targets, call
-
-
-def _vocabulary(columns: int, options: Options) -> tuple[int, int, str]:
-    """(vocab_start, vocab_size, group name or "") of this rank."""
-    group, start, size = options.tp_group, options.vocab_start, options.vocab_size
-    ranks = 1 if group is None else dist.get_world_size(group)
-    if ranks == 1:
-        if start:
-            raise ValueError(f"expected vocab_start 0 or None without a tp_group, got {start}")
-        if size is not None and size > columns:
-            raise ValueError(
-                f"expected at least vocab_size={size} columns without a tp_group, got {columns}; "
-                "if these logits are one shard of the vocabulary, pass tp_group"
-            )
-        return 0, columns if size is None else size, ""
-    if start is not None:
-        if size is None or not 0 <= start:
-            raise ValueError(
-                "expected vocab_size and vocab_start >= 0 for shards placed by vocab_start (no "
-                f"rank sees the others' sizes), got vocab_size={size}, vocab_start={start}"
-            )
-        return start, size, group.group_name
-    total = columns * ranks
-    size = total if size is None else size
-    if not total - columns < size <= total:
-        gathered = "; these look like gathered logits: drop tp_group" if columns >= size else ""
-        raise ValueError(
-            f"expected {ranks} equal shards that add up to vocab_size={size} (the last one may "
-            f"end in padding), got {ranks} x {columns} = {total} columns{gathered}. For uneven "
-            "shards pass vocab_start"
-        )
-    return dist.get_rank(group) * columns, size, group.group_name

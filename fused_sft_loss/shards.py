@@ -1,12 +1,46 @@
-"""A vocabulary cut over ranks: one all-gather of row statistics, one merge in rank order."""
+"""A vocabulary cut over ranks: which columns are here, one all-gather of row statistics, one merge
+in rank order."""
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
+from .options import Options
 from .rowmath import RowMath
 from .targets import OUT_OF_VOCABULARY
+
+
+def placed(columns: int, options: Options) -> tuple[int, int, str]:
+    """(vocab_start, vocab_size, group name or "") of this rank."""
+    group, start, size = options.tp_group, options.vocab_start, options.vocab_size
+    ranks = 1 if group is None else dist.get_world_size(group)
+    if ranks == 1:
+        if start:
+            raise ValueError(f"expected vocab_start 0 or None without a tp_group, got {start}")
+        if size is not None and size > columns:
+            raise ValueError(
+                f"expected at least vocab_size={size} columns without a tp_group, got {columns}; "
+                "if these logits are one shard of the vocabulary, pass tp_group"
+            )
+        return 0, columns if size is None else size, ""
+    if start is not None:
+        if size is None or not 0 <= start:
+            raise ValueError(
+                "expected vocab_size and vocab_start >= 0 for shards placed by vocab_start (no "
+                f"rank sees the others' sizes), got vocab_size={size}, vocab_start={start}"
+            )
+        return start, size, group.group_name
+    total = columns * ranks
+    size = total if size is None else size
+    if not total - columns < size <= total:
+        gathered = "; these look like gathered logits: drop tp_group" if columns >= size else ""
+        raise ValueError(
+            f"expected {ranks} equal shards that add up to vocab_size={size} (the last one may "
+            f"end in padding), got {ranks} x {columns} = {total} columns{gathered}. For uneven "
+            "shards pass vocab_start"
+        )
+    return dist.get_rank(group) * columns, size, group.group_name
 
 
 def gather(stats: Tensor, math: RowMath, columns: int, group_name: str, *, check: bool) -> Tensor:
