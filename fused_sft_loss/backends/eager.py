@@ -41,12 +41,17 @@ def blocks(scored: Tensor, batch: int, seq: int) -> Iterator[tuple[Block, bool]]
             yield (b, slice(*ends_of)), value
 
 
+def tile_shape(valid: int, device: torch.device) -> tuple[int, int]:
+    """(rows, columns) of a tile at most, of logits with `valid` columns."""
+    size = min(TILE, CORE_TILE * torch.get_num_threads()) if device.type == "cpu" else TILE
+    width = max(1, min(valid, TILE))
+    return max(1, size // width), width
+
+
 def tiles(block: Block, seq: int, valid: int, device: torch.device) -> Iterator[tuple]:
     """Each tile's index within `[b, s, valid]` and its rows (of N). Columns vary fastest."""
     b, positions = block
-    size = min(TILE, CORE_TILE * torch.get_num_threads()) if device.type == "cpu" else TILE
-    width = max(1, min(valid, TILE))
-    height = max(1, size // width)
+    height, width = tile_shape(valid, device)
     for s in range(positions.start, positions.stop, height):
         end = min(s + height, positions.stop)
         for c in range(0, valid, width):
@@ -56,20 +61,37 @@ def tiles(block: Block, seq: int, valid: int, device: torch.device) -> Iterator[
             )
 
 
-def transform(x: Tensor, math: RowMath) -> tuple[Tensor, Tensor | None]:
-    """(z, tanh of the softcap or None) of fp32 logits."""
+def scratch(valid: int, device: torch.device) -> Tensor:
+    """Three tiles in fp32, for all tiles in turn: fresh memory for each of them would take a CPU
+    longer than their arithmetic."""
+    height, width = tile_shape(valid, device)
+    return torch.empty(3, height * width, dtype=torch.float32, device=device)
+
+
+def load(tile: Tensor, memory: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """A tile in fp32, and the memory of two more; all of it in `memory` where that is given."""
+    if memory is None:
+        memory = torch.empty(3, tile.numel(), dtype=torch.float32, device=tile.device)
+    memory = memory[:, : tile.numel()].view(3, *tile.shape)
+    return memory[0].copy_(tile), memory[1:]
+
+
+def transform(x: Tensor, spare: Tensor, math: RowMath) -> tuple[Tensor, Tensor | None]:
+    """(z, tanh of the softcap or None) of fp32 logits, in their memory and that of `spare`."""
     if not math.softcap:
-        return (x if math.logit_scale == 1 else x * math.logit_scale), None
-    bent = torch.tanh(x * (math.logit_scale / math.softcap))
+        return (x if math.logit_scale == 1 else x.mul_(math.logit_scale)), None
+    bent, within = spare
+    torch.mul(x, math.logit_scale / math.softcap, out=bent).tanh_()
     numbers = torch.finfo(x.dtype)
     # Infinities pass the cap: what is out of range is added, 0 for all other logits.
-    return (bent * math.softcap).add_(x - x.clamp(numbers.min, numbers.max)), bent
+    x.sub_(torch.clamp(x, numbers.min, numbers.max, out=within))
+    return x.add_(bent, alpha=math.softcap), bent
 
 
 def chain(grad: Tensor, bent: Tensor | None, math: RowMath) -> Tensor:
-    """Turn the gradient of z into that of the logits, in place."""
+    """Turn the gradient of z into that of the logits, in place, as `bent` is."""
     if bent is not None:
-        return grad.mul_(bent.square_().neg_().add_(1).mul_(math.logit_scale))
+        grad.mul_(bent.square_().neg_().add_(1))
     return grad if math.logit_scale == 1 else grad.mul_(math.logit_scale)
 
 
@@ -88,19 +110,19 @@ def at_targets(logits: Tensor, target: Tensor, scored: Tensor, math: RowMath) ->
 
 def tile_stats(z: Tensor, first: int, columns: int) -> Tensor:
     """Statistics `[rows, columns]` of one tile whose first column has global id `first`; all but
-    that of the target."""
+    that of the target. Writes over `z`."""
     maximum = z.amax(-1, keepdim=True)
-    # Where all are -inf, differences to the lowest number are, and not NaN.
-    shifted = z - maximum.clamp(min=torch.finfo(z.dtype).min)
-    exponentials = shifted.exp() if columns > 4 else shifted.exp_()
-    parts = [maximum, exponentials.sum(-1, keepdim=True), torch.zeros_like(maximum)]
-    if columns > 3:
-        parts.append(z.sum(-1, keepdim=True))
+    sums = [z.sum(-1, keepdim=True)] if columns > 3 else []
     if columns > 4:
-        parts.append((z.argmax(-1, keepdim=True) + first).float())
+        sums.append((z.argmax(-1, keepdim=True) + first).float())
+    # Where all are -inf, differences to the lowest number are, and not NaN.
+    shifted = z.sub_(maximum.clamp(min=torch.finfo(z.dtype).min))
+    exponentials = shifted.exp() if columns > 4 else shifted.exp_()
+    denominator = exponentials.sum(-1, keepdim=True)
+    if columns > 4:
         weighted = torch.where(exponentials == 0, 0.0, shifted.mul_(exponentials))
-        parts.append(weighted.sum(-1, keepdim=True))
-    return torch.cat(parts, -1)
+        sums.append(weighted.sum(-1, keepdim=True))
+    return torch.cat([maximum, denominator, torch.zeros_like(maximum), *sums], -1)
 
 
 def merge_tiles(left: Tensor, right: Tensor) -> Tensor:
@@ -132,13 +154,15 @@ def row_stats(
     batch, seq, width = logits.shape
     valid, scored = math.valid_columns(width), weight != 0
     stats = empty_stats(weight.numel(), columns, like=logits)
+    memory = scratch(valid, logits.device)
     for block, read in blocks(scored, batch, seq):
         for index, rows in tiles(block, seq, valid, logits.device) if read else ():
-            z, _ = transform(logits[index].float(), math)
+            z, _ = transform(*load(logits[index], memory), math)
             part = tile_stats(z, math.vocab_start + index[-1].start, columns)
             stats[rows] = part if index[-1].start == 0 else merge_tiles(stats[rows], part)
     rows, targets, here = at_targets(logits, target, scored, math)
-    stats[rows, 2] = torch.where(here, transform(logits[targets].float(), math)[0], 0.0)
+    z, _ = transform(*load(logits[targets]), math)
+    stats[rows, 2] = torch.where(here, z, 0.0)
     return torch.where(scored.unsqueeze(-1), stats, 0.0)
 
 
@@ -152,20 +176,21 @@ def row_grad(
     lse = lse.unsqueeze(-1)
 
     def softmax_part(z, rows):
-        grad = (z - lse[rows]).exp_().mul_(softmax_factor[rows])
+        grad = z.sub_(lse[rows]).exp_().mul_(softmax_factor[rows])
         return grad.sub_(smoothing[rows]) if math.label_smoothing else grad
 
     # Before `out`, which may be the logits, is written.
     rows, targets, here = at_targets(logits, target, scored, math)
-    z, bent = transform(logits[targets].float().unsqueeze(-1), math)
-    grad = softmax_part(z, rows) - (scale[rows] * (1 - math.label_smoothing)).unsqueeze(-1)
+    z, bent = transform(*load(logits[targets].unsqueeze(-1)), math)
+    grad = softmax_part(z, rows).sub_((scale[rows] * (1 - math.label_smoothing)).unsqueeze(-1))
     grad_of_target = chain(grad, bent, math).squeeze(-1).to(out.dtype)
+    memory = scratch(valid, logits.device)
     for block, read in blocks(scored, batch, seq):
         if not read:
             out[block].zero_()
             continue
         for index, rows in tiles(block, seq, valid, logits.device):
-            z, bent = transform(logits[index].float(), math)
+            z, bent = transform(*load(logits[index], memory), math)
             grad = chain(softmax_part(z, rows), bent, math)
             if not chooses_rows(logits):
                 grad.masked_fill_(~scored[rows].unsqueeze(-1), 0.0)
