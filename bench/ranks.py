@@ -175,13 +175,14 @@ def _die_with_parent():
 def _context(gpus):
     """The forkserver where there is one, with the slow imports done once in the server.
 
-    Not with GPUs: some libraries start CUDA when they are imported, and it does not survive a fork.
+    With GPUs torch alone: some libraries start CUDA when imported, and no fork survives that.
     """
-    if gpus or "forkserver" not in multiprocessing.get_all_start_methods():
+    if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     preload = ["torch", "torch.distributed"]
-    if importlib.util.find_spec("megatron") and importlib.util.find_spec("megatron.core"):
+    found = importlib.util.find_spec("megatron") and importlib.util.find_spec("megatron.core")
+    if found and not gpus:
         preload.append("bench.megatron_preload")
     context.set_forkserver_preload(preload)
     return context
