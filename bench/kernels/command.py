@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from .. import interrupts, machine
+from ..clock import LEAD_BYTES
 from ..errors import UserError, need, writable_file, writable_folder
 from .cases import (
     BATCH,
@@ -181,7 +182,9 @@ def needed_bytes(case, device, providers):
     logits, answer = 3 * case.logits_bytes + ring, 4 * case.rows * case.columns
     able = [p for p in providers if p.reason_against(case, device) is None]
     peak = max((max(p.predicted_bytes(case)) for p in able), default=0)
-    return (logits + answer + peak + SCRATCH) * (case.nproc if device == "cpu" else 1)
+    if device == "cuda":
+        return logits + answer + peak + SCRATCH + LEAD_BYTES
+    return (logits + answer + peak + SCRATCH) * case.nproc
 
 
 def _free(device):

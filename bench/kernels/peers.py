@@ -43,7 +43,10 @@ def megatron_fused(problem):
 
 
 def liger(problem):
-    """Liger's cross-entropy, which leaves the gradient in the logits' memory already forward."""
+    """Liger's cross-entropy, which leaves the gradient in the logits' memory already forward.
+
+    It stores each row's loss in the logits' dtype before it takes the mean.
+    """
     from liger_kernel.transformers.functional import liger_cross_entropy
 
     def loss(logits):
@@ -153,6 +156,7 @@ PEERS = (
         module="liger_kernel",
         install="liger-kernel",
         sharded=False,
+        precision="logits",
         softcap=True,
         early=True,
         **ON_GPU,

@@ -16,7 +16,7 @@ from .peers import PEERS, reason_without_megatron
 from .provider import Provider
 
 BACKENDS = ("cpu", "cuda", "hip", "triton", "eager")
-EAGER_SCRATCH = 64 * 2**20  # tiles, whatever the logits
+EAGER_SCRATCH = 2**27  # tiles, whatever the logits
 
 INPLACE, ONE_READ = {"inplace_backward": True}, {"grad_in_forward": True}
 

@@ -74,7 +74,7 @@ def rounds(contenders, device, sharded, budget, failed):
     budget  seconds that one contender's timings should take; a number of timings that follows from
             it only where there is no collective.
     """
-    clock, counts = Clock(device), {}
+    clock, counts = Clock(device, ahead=True), {}
 
     def turn(contender, work):
         try:

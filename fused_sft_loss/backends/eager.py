@@ -1,9 +1,8 @@
 """Plain PyTorch, on any device, tile by tile: what runs where nothing else does.
 
 On a CPU rows under the mask are not read, as the kernels do not; on an accelerator choosing rows
-would need a host synchronisation: they are read, and never let through. Scratch stays under 64 MiB
-whatever the logits: a tile has 2^20 elements at most, 4 MiB in fp32, and eight of them are alive at
-once at most.
+would need a host synchronisation: they are read, and never let through. Scratch is a few tiles
+whatever the logits: under 64 MiB on a CPU, under 128 MiB on an accelerator.
 """
 
 from collections.abc import Iterator
@@ -17,8 +16,11 @@ from ..targets import row_targets
 
 __all__ = ["merge", "merge_metrics", "row_grad", "row_stats", "row_targets"]
 
+# Elements of a tile at most. An accelerator's fp32 copies stay in its cache, and are work for about
+# as long as a launch takes the host; a core's stay in its own cache.
 TILE = 2**20
-CORE_TILE = 2**16  # elements of a tile for each core: those alive at once stay in its own cache
+ACCELERATOR_TILE = 2**22
+CORE_TILE = 2**16
 
 Block = tuple[int, slice]  # a sequence and its positions
 
@@ -43,8 +45,11 @@ def blocks(scored: Tensor, batch: int, seq: int) -> Iterator[tuple[Block, bool]]
 
 def tile_shape(valid: int, device: torch.device) -> tuple[int, int]:
     """(rows, columns) of a tile at most, of logits with `valid` columns."""
-    size = min(TILE, CORE_TILE * torch.get_num_threads()) if device.type == "cpu" else TILE
-    width = max(1, min(valid, TILE))
+    if device.type == "cpu":
+        most, size = TILE, min(TILE, CORE_TILE * torch.get_num_threads())
+    else:
+        most = size = ACCELERATOR_TILE
+    width = max(1, min(valid, most))
     return max(1, size // width), width
 
 
