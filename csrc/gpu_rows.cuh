@@ -63,6 +63,32 @@ FSL_DEVICE void store_eight(char* at, const uint32_t* words) {
   }
 }
 
+// Whether neighbouring lanes trade halves of their vectors, so that what a warp stores at once fills 32-byte
+// sectors: of fp32 each lane alone would store every other 16 bytes. Measured on an H100: the gradient of
+// fp32 logits takes 0.76 ms so and 0.93 ms otherwise, at 95 and 78 % of what a copy moves.
+template <class T, bool kShifted>
+constexpr bool kTrades = T::kBytes == 4 && !kShifted && !kLoadsAnywhere;
+
+// store_eight by all lanes of a warp together, whose vectors lie one after the other.
+template <class T, bool kShifted>
+FSL_DEVICE void store_eight_of_warp(char* at, const uint32_t* words) {
+  if constexpr (kTrades<T, kShifted>) {
+    // Of both vectors an even lane stores the first half, its neighbour the second.
+    const int half = thread_id() % 2;
+    Chunk even, odd;
+    FSL_UNROLL for (int i = 0; i < 4; ++i) {
+      const uint32_t theirs = lane_xor(half ? words[i] : words[4 + i], 1);
+      even.word[i] = half ? theirs : words[i];
+      odd.word[i] = half ? words[4 + i] : theirs;
+    }
+    char* first = at - 16 * half;
+    store(first, even);
+    store(first + 32, odd);
+  } else {
+    store_eight<T>(at, words);
+  }
+}
+
 // Whether the chunks that load_eight takes for logits [column, column + count) all lie in the row.
 template <class T, bool kShifted>
 FSL_DEVICE bool chunks_inside(const Row& row, int64_t column, int64_t count, int skew) {

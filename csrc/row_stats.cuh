@@ -36,18 +36,18 @@ FSL_DEVICE float sum_eight(const float* x) {
 
 // Take the kRuns vectors that a thread has of a tile: `eight(x, r)` gives the fp32 logits of vector r, which
 // starts at column first + r * stride, and -inf for those that are not there; `sum(x, r)` adds up those that
-// are. kUnroll 1 asks for each vector twice instead of keeping them all: at the ends of a row.
-template <int kColumns, int kUnroll, class Eight, class Sum>
+// are.
+template <int kColumns, class Eight, class Sum>
 FSL_DEVICE void accumulate(Running& s, const Eight& eight, const Sum& sum, int first, int stride,
                            const Scales& z) {
   float top = s.top, x[8];
-  FSL_UNROLL_BY(kUnroll) for (int r = 0; r < kRuns; ++r) {
+  FSL_UNROLL for (int r = 0; r < kRuns; ++r) {
     eight(x, r);
     FSL_UNROLL for (int i = 0; i < 8; ++i) top = max(top, x[i]);
     settle(top);
   }
   if (kColumns > kArgmax && top > s.top) {
-    FSL_UNROLL_BY(kUnroll) for (int r = kRuns - 1; r >= 0; --r) {
+    FSL_UNROLL for (int r = kRuns - 1; r >= 0; --r) {
       eight(x, r);
       FSL_UNROLL for (int i = 7; i >= 0; --i) s.top_at = x[i] == top ? first + r * stride + i : s.top_at;
     }
@@ -55,7 +55,7 @@ FSL_DEVICE void accumulate(Running& s, const Eight& eight, const Sum& sum, int f
   const float reference = not_minus_infinity(top) * z.log2;
   const float delta = s.top * z.log2 - reference, shrink = exp2(delta);
   float total = 0, x_sum = 0, moment = 0;
-  FSL_UNROLL_BY(kUnroll) for (int r = 0; r < kRuns; ++r) {
+  FSL_UNROLL for (int r = 0; r < kRuns; ++r) {
     float e[8], u[8];
     keep_order();
     eight(x, r);
@@ -89,24 +89,33 @@ struct RowStats {
     const auto eight = [&](float* x, int r) {
       FSL_UNROLL for (int i = 0; i < 8; ++i) x[i] = capped<kSoftcap>(T::element(words[r], i), z);
     };
-    accumulate<kColumns, kRuns>(s, eight, [](const float* x, int) { return sum_eight(x); }, first, stride, z);
+    accumulate<kColumns>(s, eight, [](const float* x, int) { return sum_eight(x); }, first, stride, z);
   }
 
-  // The tile at either end of a row, logit by logit.
+  // The tile at either end of a row: vectors that lie in it as those of a whole one, others logit by logit.
   static FSL_DEVICE void edge_tile(Running& s, const Row& row, int first, int end, const Scales& z) {
     const int stride = 8 * block_threads();
-    const auto eight = [&](float* x, int r) {
-      FSL_UNROLL for (int i = 0; i < 8; ++i) {
-        const int column = first + r * stride + i;  // clamped: a load for every lane costs no branch
-        const float there = capped<kSoftcap>(load_one<T>(row, column < end ? column : end - 1), z);
-        x[i] = column < end ? there : -kInfinity;
+    uint32_t words[kRuns][T::kWords];
+    FSL_UNROLL for (int r = 0; r < kRuns; ++r) {
+      const int column = first + r * stride;
+      if (column + 8 <= end && chunks_inside<T, kShifted>(row, column, 8, row.skew)) {
+        load_eight<T, kShifted>(words[r], row.start + int64_t{column} * T::kBytes, row.skew);
+      } else {
+        float x[8];
+        FSL_UNROLL for (int i = 0; i < 8; ++i) x[i] =
+            column + i < end ? load_one<T>(row, column + i) : -kInfinity;
+        T::put(words[r], x);
       }
+    }
+    const auto eight = [&](float* x, int r) {
+      FSL_UNROLL for (int i = 0; i < 8; ++i) x[i] = capped<kSoftcap>(T::element(words[r], i), z);
     };
-    const auto sum = [&](float* x, int r) {
-      FSL_UNROLL for (int i = 0; i < 8; ++i) x[i] = first + r * stride + i < end ? x[i] : 0.0f;
-      return sum_eight(x);
+    const auto sum = [&](const float* x, int r) {
+      float there[8];
+      FSL_UNROLL for (int i = 0; i < 8; ++i) there[i] = first + r * stride + i < end ? x[i] : 0.0f;
+      return sum_eight(there);
     };
-    accumulate<kColumns, 1>(s, eight, sum, first, stride, z);
+    accumulate<kColumns>(s, eight, sum, first, stride, z);
   }
 
   // Columns [begin, end) on top of those in `s`.

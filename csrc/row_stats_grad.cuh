@@ -33,7 +33,7 @@ FSL_DEVICE void held_tile(Running& s, uint32_t (&words)[kRuns][T::kWords], T, co
     FSL_UNROLL for (int i = 0; i < 8; ++i) x[i] = capped<kSoftcap>(T::element(words[r], i), z);
   };
   const auto sum = [&](const float* x, int r) { return there(r) ? sum_eight(x) : 0.0f; };
-  accumulate<4, kRuns>(s, eight, sum, 0, 0, z);
+  accumulate<4>(s, eight, sum, 0, 0, z);
 }
 
 template <class T>
