@@ -5,7 +5,10 @@ labels under the mask as its ignored ones where it knows such.
 """
 
 import importlib.util
-from functools import partial
+from functools import cache, partial
+
+import torch
+import torch.distributed as dist
 
 from .provider import Provider
 
@@ -15,8 +18,21 @@ def reason_without_megatron(case=None, device_type=None):
     return None if found else "not installed: pip install megatron-core"
 
 
+@cache
+def set_up_megatron(device):
+    """Megatron's groups, over all processes: once, and only for those who need them, since its
+    import takes seconds."""
+    from megatron.core import parallel_state
+
+    if dist.is_initialized():
+        parallel_state.initialize_model_parallel(dist.get_world_size())
+    if device.type == "cpu":  # its gather makes its buffer on "the current CUDA device"
+        torch.cuda.current_device = lambda: device
+
+
 def megatron(problem):
     """megatron-core's default loss: [s, b, v/tp] logits, labels [s, b]."""
+    set_up_megatron(problem.source.device)
     from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 
     target = problem.inside.view(-1, 1)
@@ -30,6 +46,7 @@ def megatron(problem):
 
 def megatron_fused(problem):
     """megatron-core's loss under cross_entropy_loss_fusion; its gradient is always bf16."""
+    set_up_megatron(problem.source.device)
     from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
     from megatron.core.parallel_state import get_tensor_model_parallel_group
 

@@ -12,7 +12,7 @@ from fused_sft_loss.backends import choose
 
 from ..errors import UserError
 from ..reference import gather_vocabulary, reference_loss
-from .peers import PEERS, reason_without_megatron
+from .peers import PEERS, reason_without_megatron, set_up_megatron
 from .provider import Provider
 
 BACKENDS = ("cpu", "cuda", "hip", "triton", "eager")
@@ -72,7 +72,10 @@ def _our_providers():
 
 def _whole(problem, logits):
     """The logits of all shards on every process, for losses that cannot do with less."""
-    return logits if problem.group is None else gather_vocabulary(logits)
+    if problem.group is None:
+        return logits
+    set_up_megatron(problem.source.device)
+    return gather_vocabulary(logits)
 
 
 def reference(problem):

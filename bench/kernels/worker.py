@@ -115,19 +115,11 @@ def _always_fresh_pages():
 
 
 def _device(device_type):
-    """This rank's device, with Megatron's groups set up where Megatron is."""
+    """This rank's device."""
     device = torch.device(device_type)
     if device_type == "cuda":
         device = torch.device("cuda", dist.get_rank() if dist.is_initialized() else 0)
         torch.cuda.set_device(device)
-    try:
-        from megatron.core import parallel_state
-    except ImportError:
-        return device
-    if dist.is_initialized():
-        parallel_state.initialize_model_parallel(dist.get_world_size())
-    if device_type == "cpu":  # Megatron's gather makes its buffer on "the current CUDA device"
-        torch.cuda.current_device = lambda: device
     return device
 
 
