@@ -169,3 +169,20 @@ def test_eager_cut_into_small_tiles(tile, case):
     assert_grad(grad, storage_grad(case, want.grad), case.storage.dtype, scale)
     assert torch.equal(metrics.correct.flatten(), want.correct)
     torch.testing.assert_close(metrics.entropy.flatten().double(), want.entropy, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_a_targets_own_gradient_wherever_in_a_vector_it_lies(backend, dtype, inplace):
+    """Of the last vectors of a tile, after which lanes no longer meet, and of the first."""
+    v, places = 4096, 32
+    labels = torch.cat([torch.arange(places), v - 1 - torch.arange(places)]).unsqueeze(0)
+    logits = torch.randn(1, 2 * places, v).to(dtype)
+    want = torch.softmax(logits.double(), -1)
+    want.scatter_add_(-1, labels.unsqueeze(-1), torch.full_like(want[..., :1], -1.0))
+    leaf = logits.clone().requires_grad_()
+    with using(backend) as name:
+        options = {"shift": False, "reduction": "sum", "inplace_backward": inplace}
+        fsl.sft_loss(leaf * 1, labels, backend=name, **options).backward()
+    assert_grad(leaf.grad, want, dtype, 1.0)
