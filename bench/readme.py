@@ -83,7 +83,7 @@ def _where(measured):
         f"; load average {machine['load_average']:.1f} before" if "load_average" in machine else ""
     )
     return (
-        f"**{machine['device']}**, {machine['threads']} threads, {machine['date'][:10]}, commit "
+        f"**{record.device_and_threads(machine)}**, {machine['date'][:10]}, commit "
         f"{machine['commit']}, torch {versions['torch']}, megatron-core "
         f"{versions['megatron-core']}, seed {settings['seed']}; it copies {fastest}{busy}.\n"
         f"`{machine['command']}`" + (f"\n{text}." if text else "")
@@ -131,7 +131,10 @@ PEAKS = ("forward_x_logits", "full_x_logits")
 
 
 def _ms(row):
-    return f"{row['ms']['p50']:.1f}" if row and row["ms"] else ""
+    if not row or not row["ms"]:
+        return ""
+    p50 = row["ms"]["p50"]
+    return f"{p50:.1f}" if p50 >= 10 else f"{p50:.2f}"
 
 
 def _reasons(measured):

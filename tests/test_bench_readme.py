@@ -1,9 +1,11 @@
 """The README's figures are those of the committed records, and a changed one is noticed."""
 
+import warnings
+
 import pytest
 
 from bench.__main__ import main
-from bench.kernels import record
+from bench.kernels import plots, record
 from bench.readme import BEGIN, END, ROOT, with_figures
 
 
@@ -15,6 +17,19 @@ def readme():
 def test_the_committed_figures_are_those_of_the_records(readme, capsys):
     assert main(["readme", "--check"]) == 0, capsys.readouterr().err
     assert with_figures(readme, ROOT / "bench/results") == readme
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "bench/results").glob("*.json")), ids=lambda path: path.stem
+)
+def test_the_plots_of_the_records_have_room_for_what_is_in_them(path, tmp_path):
+    """Many providers and few models, and the other way round; matplotlib warns where it gives up."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plots.draw(record.read(path), tmp_path / "plot.svg")
+    providers = {row["title"] for row in record.read(path)["rows"] if row["ms"]}
+    drawn = (tmp_path / "plot.svg").read_text(encoding="utf-8")
+    assert all(drawn.count(f">{title}<") == 2 for title in providers)  # a bar, the legend
 
 
 def test_a_figure_that_was_changed_by_hand_is_noticed(readme, tmp_path, capsys):

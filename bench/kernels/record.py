@@ -194,6 +194,12 @@ def read(path):
     return record
 
 
+def device_and_threads(machine):
+    """What was measured; of a processor also on how many threads."""
+    threads = f", {machine['threads']} threads" if machine["device"] == machine["processor"] else ""
+    return machine["device"] + threads
+
+
 def compare(record, old):
     """Add to each row of `record` its "change": p50 over that of the same row of `old`, less 1."""
     before = {_key(old, row): row["ms"]["p50"] for row in old["rows"] if row["ms"]}
