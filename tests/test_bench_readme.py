@@ -23,7 +23,7 @@ def test_the_committed_figures_are_those_of_the_records(readme, capsys):
     "path", sorted((ROOT / "bench/results").glob("*.json")), ids=lambda path: path.stem
 )
 def test_the_plots_of_the_records_have_room_for_what_is_in_them(path, tmp_path):
-    """Many providers and few models, and the other way round; matplotlib warns where it gives up."""
+    """Many providers or many models: matplotlib warns where it gives up."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         plots.draw(record.read(path), tmp_path / "plot.svg")
