@@ -272,5 +272,5 @@ def _prepare(logits: Tensor, labels: Tensor, loss_mask: Tensor | None, options: 
         logits = logits.unsqueeze(0)
     elif options.layout == "sbv":
         logits = logits.transpose(0, 1)
-    call = (logits, targets.target, targets.weight, *math.as_args(), group_name, backend)
+    call = (logits, targets.target, targets.weight, *math, group_name, backend)
     return targets, call

@@ -1,23 +1,25 @@
 """The schedule as torch.library operators: targets -> statistics -> merge -> loss -> gradient.
 
-Operators rather than an autograd.Function, so that torch.compile and opcheck see schemas, shapes
-and what is mutated. Saved for backward: the logits themselves and vectors of N rows; nothing else
-of the logits' size.
+Operators, so that torch.compile and opcheck see schemas, shapes and what is mutated. Saved for
+backward: the logits themselves and vectors of N rows; nothing else of the logits' size.
 """
 
 import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import rowmath, shards, targets
 from .backends import choose
+from .operators import differentiable, operator
 from .rowmath import RowMath
 
 CHECK_VARIABLE = "FUSED_SFT_LOSS_CHECK"
 
 _MATH = rowmath.SCHEMA
-_MATH_FIELDS = len(RowMath.__dataclass_fields__)
+_MATH_FIELDS = len(RowMath._fields)
 
 
 def may_synchronise(tensor: Tensor) -> bool:
@@ -25,11 +27,10 @@ def may_synchronise(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" or os.environ.get(CHECK_VARIABLE, "0") not in ("", "0")
 
 
-@torch.library.custom_op(
-    "fused_sft_loss::row_targets",
-    mutates_args=(),
-    schema="(Tensor labels, Tensor? loss_mask, Tensor? cu_seqlens, bool shift, int ignore_index, "
-    "SymInt vocab_size, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+@operator(
+    "row_targets(Tensor labels, Tensor? loss_mask, Tensor? cu_seqlens, bool shift, "
+    "int ignore_index, SymInt vocab_size, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    lambda labels, *rest: tuple(targets.Targets.empty(labels)),
 )
 def row_targets(labels, loss_mask, cu_seqlens, shift, ignore_index, vocab_size, backend):
     """See :func:`.targets.row_targets`; raises ValueError for values that cannot be right."""
@@ -43,41 +44,58 @@ def row_targets(labels, loss_mask, cu_seqlens, shift, ignore_index, vocab_size, 
     return tuple(result)
 
 
-@row_targets.register_fake
-def _(labels, loss_mask, cu_seqlens, shift, ignore_index, vocab_size, backend):
-    return tuple(targets.Targets.empty(labels))
-
-
 def merged_rows(logits, target, weight, math: RowMath, group_name: str, backend: str, columns: int):
     """Statistics of every shard, `[ranks, N, columns]`."""
     stats = choose.load(backend).row_stats(logits, target, weight, math, columns)
     return shards.gather(stats, math, logits.shape[-1], group_name, check=may_synchronise(logits))
 
 
-@torch.library.custom_op(
-    "fused_sft_loss::token_losses",
-    mutates_args=(),
-    schema=f"(Tensor logits, Tensor target, Tensor weight, {_MATH}, str group_name, str backend, "
-    "bool inplace_backward) -> (Tensor, Tensor)",
+@operator(
+    f"row_losses(Tensor logits, Tensor target, Tensor weight, {_MATH}, str group_name, "
+    "str backend) -> (Tensor, Tensor)",
+    lambda logits, target, weight, *rest: vectors_like(weight, 2),
 )
-def token_losses(logits, target, weight, *rest):
-    """(weight * loss `[N]`, lse `[N]`), fp32, of logits `[b, s, v]`, differentiable in them."""
-    math, (group_name, backend, _) = RowMath(*rest[:_MATH_FIELDS]), rest[_MATH_FIELDS:]
+def row_losses(logits, target, weight, *rest):
+    """(weight * loss `[N]`, lse `[N]`), fp32, of logits `[b, s, v]`."""
+    math, (group_name, backend) = RowMath(*rest[:_MATH_FIELDS]), rest[_MATH_FIELDS:]
     columns = 4 if math.label_smoothing else 3
     gathered = merged_rows(logits, target, weight, math, group_name, backend, columns)
     return choose.load(backend).merge(gathered, target, weight, math)
 
 
-@token_losses.register_fake
-def _(logits, target, weight, *rest):
-    return torch.empty_like(weight), torch.empty_like(weight)
+@operator(
+    "row_losses_and_metrics(Tensor logits, Tensor target, Tensor weight, "
+    f"{_MATH}, str group_name, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    lambda logits, target, weight, *rest: vectors_like(weight, 6, truths=(4,)),
+)
+def row_losses_and_metrics(logits, target, weight, *rest):
+    """(losses, lse) of `row_losses`, then (loss, log_prob, correct, entropy) of `token_metrics`,
+    `[N]` each, of one read."""
+    math, (group_name, backend) = RowMath(*rest[:_MATH_FIELDS]), rest[_MATH_FIELDS:]
+    gathered = merged_rows(logits, target, weight, math, group_name, backend, 6)
+    losses, lse = choose.load(backend).merge(gathered, target, weight, math)
+    loss, log_prob, _, correct, entropy = choose.load(backend).merge_metrics(
+        gathered, target, weight, math
+    )
+    return losses, lse, loss, log_prob, correct, entropy
 
 
-@torch.library.custom_op(
-    "fused_sft_loss::row_grad",
-    mutates_args=(),
-    schema=f"(Tensor grad, Tensor logits, Tensor target, Tensor weight, Tensor lse, {_MATH}, "
+@operator(
+    f"token_metrics(Tensor logits, Tensor target, Tensor weight, {_MATH}, str group_name, "
+    "str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    lambda logits, target, weight, *rest: vectors_like(weight, 5, truths=(3,)),
+)
+def token_metrics(logits, target, weight, *rest):
+    """(loss, log_prob, lse, correct, entropy), `[N]` each, of one read of the scored rows."""
+    math, (group_name, backend) = RowMath(*rest[:_MATH_FIELDS]), rest[_MATH_FIELDS:]
+    gathered = merged_rows(logits, target, weight, math, group_name, backend, 6)
+    return choose.load(backend).merge_metrics(gathered, target, weight, math)
+
+
+@operator(
+    f"row_grad(Tensor grad, Tensor logits, Tensor target, Tensor weight, Tensor lse, {_MATH}, "
     "str backend) -> Tensor",
+    lambda grad, logits, *rest: torch.empty_like(logits),
 )
 def row_grad(grad, logits, target, weight, lse, *rest):
     """Gradient of the logits, in their dtype, for the gradient `[N]` of the token losses."""
@@ -86,16 +104,11 @@ def row_grad(grad, logits, target, weight, lse, *rest):
     return out
 
 
-@row_grad.register_fake
-def _(grad, logits, target, weight, lse, *rest):
-    return torch.empty_like(logits)
-
-
-@torch.library.custom_op(
-    "fused_sft_loss::row_grad_",
-    mutates_args=("logits",),
-    schema=f"(Tensor grad, Tensor(a!) logits, Tensor target, Tensor weight, Tensor lse, {_MATH}, "
+@operator(
+    f"row_grad_(Tensor grad, Tensor(a!) logits, Tensor target, Tensor weight, Tensor lse, {_MATH}, "
     "str backend) -> ()",
+    lambda *args: None,
+    changes=1,
 )
 def row_grad_(grad, logits, target, weight, lse, *rest):
     """:func:`row_grad` over the logits themselves."""
@@ -115,75 +128,55 @@ def rows_scale(grad: Tensor, weight: Tensor) -> Tensor:
     return torch.where(weight != 0, grad.float() * weight, 0.0)
 
 
-def _save(ctx, inputs, output):
-    logits, target, weight, *rest = inputs
-    ctx.save_for_backward(logits, target, weight, output[1])
-    ctx.math, (_, ctx.backend, ctx.inplace) = rest[:_MATH_FIELDS], rest[_MATH_FIELDS:]
+def vectors_like(weight: Tensor, count: int, truths: tuple[int, ...] = ()) -> tuple[Tensor, ...]:
+    """`count` results `[N]` without data, fp32, those at `truths` bool."""
+    dtypes = (torch.bool if at in truths else torch.float32 for at in range(count))
+    return tuple(torch.empty_like(weight, dtype=dtype) for dtype in dtypes)
 
 
-def _backward(ctx, grad_losses, _grad_lse):
-    logits, target, weight, lse = ctx.saved_tensors
-    args = (grad_losses, logits, target, weight, lse, *ctx.math, ctx.backend)
-    if ctx.inplace:
-        row_grad_(*args)
-        grad_logits = logits.detach()
-    else:
-        grad_logits = row_grad(*args)
-    return (grad_logits, *[None] * (2 + _MATH_FIELDS + 3))
+class _Differentiable(torch.autograd.Function):
+    """The first result of an operator has a gradient in the logits, all others are figures."""
+
+    operator: Callable
+
+    @classmethod
+    def forward(cls, ctx, logits, target, weight, *rest):
+        *rest, ctx.inplace = rest
+        losses, lse, *figures = cls.operator(logits, target, weight, *rest)
+        ctx.save_for_backward(logits, target, weight, lse)
+        ctx.rest = (*rest[:_MATH_FIELDS], rest[-1])
+        ctx.mark_non_differentiable(lse, *figures)
+        return losses, lse, *figures
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_losses, *_grads_of_figures):
+        logits, target, weight, lse = ctx.saved_tensors
+        args = (grad_losses, logits, target, weight, lse, *ctx.rest)
+        if ctx.inplace:
+            row_grad_(*args)
+            grad_logits = logits.detach()
+        else:
+            grad_logits = row_grad(*args)
+        return (grad_logits, *[None] * (2 + _MATH_FIELDS + 3))
 
 
-torch.library.register_autograd("fused_sft_loss::token_losses", _backward, setup_context=_save)
-
-
-@torch.library.custom_op(
-    "fused_sft_loss::token_metrics",
-    mutates_args=(),
-    schema=f"(Tensor logits, Tensor target, Tensor weight, {_MATH}, str group_name, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+@differentiable(
+    f"token_losses(Tensor logits, Tensor target, Tensor weight, {_MATH}, str group_name, "
+    "str backend, bool inplace_backward) -> (Tensor, Tensor)"
 )
-def token_metrics(logits, target, weight, *rest):
-    """(loss, log_prob, lse, correct, entropy), `[N]` each, of one read of the scored rows."""
-    math, (group_name, backend) = RowMath(*rest[:_MATH_FIELDS]), rest[_MATH_FIELDS:]
-    gathered = merged_rows(logits, target, weight, math, group_name, backend, 6)
-    return choose.load(backend).merge_metrics(gathered, target, weight, math)
+class TokenLosses(_Differentiable):
+    """:func:`row_losses`, differentiable in the logits."""
+
+    operator = staticmethod(row_losses)
 
 
-@token_metrics.register_fake
-def _(logits, target, weight, *rest):
-    vectors = [torch.empty_like(weight) for _ in range(5)]
-    vectors[3] = torch.empty_like(weight, dtype=torch.bool)
-    return tuple(vectors)
-
-
-@torch.library.custom_op(
-    "fused_sft_loss::token_losses_and_metrics",
-    mutates_args=(),
-    schema=f"(Tensor logits, Tensor target, Tensor weight, {_MATH}, str group_name, str backend, "
-    "bool inplace_backward) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+@differentiable(
+    "token_losses_and_metrics(Tensor logits, Tensor target, Tensor weight, "
+    f"{_MATH}, str group_name, str backend, bool inplace_backward) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-def token_losses_and_metrics(logits, target, weight, *rest):
-    """(losses, lse) of `token_losses`, then (loss, log_prob, correct, entropy) of `token_metrics`,
-    `[N]` each, of one read. Only the first has a gradient."""
-    math, (group_name, backend, _) = RowMath(*rest[:_MATH_FIELDS]), rest[_MATH_FIELDS:]
-    gathered = merged_rows(logits, target, weight, math, group_name, backend, 6)
-    losses, lse = choose.load(backend).merge(gathered, target, weight, math)
-    loss, log_prob, _, correct, entropy = choose.load(backend).merge_metrics(
-        gathered, target, weight, math
-    )
-    return losses, lse, loss, log_prob, correct, entropy
+class TokenLossesAndMetrics(_Differentiable):
+    """:func:`row_losses_and_metrics`, its losses differentiable in the logits."""
 
-
-@token_losses_and_metrics.register_fake
-def _(logits, target, weight, *rest):
-    vectors = [torch.empty_like(weight) for _ in range(6)]
-    vectors[4] = torch.empty_like(weight, dtype=torch.bool)
-    return tuple(vectors)
-
-
-def _backward_of_losses(ctx, grad_losses, *_grads_of_the_metrics):
-    return _backward(ctx, grad_losses, None)
-
-
-torch.library.register_autograd(
-    "fused_sft_loss::token_losses_and_metrics", _backward_of_losses, setup_context=_save
-)
+    operator = staticmethod(row_losses_and_metrics)

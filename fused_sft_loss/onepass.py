@@ -8,10 +8,12 @@ they were, exactly; over the logits by the ratio, which rounds a second time.
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import rowmath
-from .autograd import rows_scale
+from .autograd import rows_scale, vectors_like
 from .backends import choose
+from .operators import differentiable, operator
 from .rowmath import RowMath
 
 _MATH = rowmath.SCHEMA
@@ -36,10 +38,10 @@ def token_losses(logits: Tensor, target: Tensor, weight: Tensor, *rest) -> Tenso
                 "one of them, or keep the loss out of the compiled graph (fullgraph=False does)"
             )
         logits = _SameMemory.apply(logits)
-        losses, lse = torch.ops.fused_sft_loss.row_stats_grad_(*call)
+        losses, lse = row_stats_grad_(*call)
         grad = None
     else:
-        losses, lse, grad = torch.ops.fused_sft_loss.row_stats_grad(*call)
+        losses, lse, grad = row_stats_grad(*call)
     return torch.ops.fused_sft_loss.with_grad(
         logits, losses, grad, target, weight, lse, stored, *math, backend
     )
@@ -61,11 +63,10 @@ class _SameMemory(torch.autograd.Function):
         return grad
 
 
-@torch.library.custom_op(
-    "fused_sft_loss::row_stats_grad",
-    mutates_args=(),
-    schema=f"(Tensor logits, Tensor target, Tensor weight, Tensor scale, {_MATH}, str backend) "
-    "-> (Tensor, Tensor, Tensor)",
+@operator(
+    f"row_stats_grad(Tensor logits, Tensor target, Tensor weight, Tensor scale, {_MATH}, "
+    "str backend) -> (Tensor, Tensor, Tensor)",
+    lambda logits, target, weight, *rest: (*vectors_like(weight, 2), torch.empty_like(logits)),
 )
 def row_stats_grad(logits, target, weight, scale, *rest):
     """(weight * loss `[N]`, lse `[N]`, the gradient of scale * loss in the logits' dtype)."""
@@ -73,25 +74,15 @@ def row_stats_grad(logits, target, weight, scale, *rest):
     return (*_write(logits, target, weight, scale, rest, out), out)
 
 
-@row_stats_grad.register_fake
-def _(logits, target, weight, scale, *rest):
-    return torch.empty_like(weight), torch.empty_like(weight), torch.empty_like(logits)
-
-
-@torch.library.custom_op(
-    "fused_sft_loss::row_stats_grad_",
-    mutates_args=("logits",),
-    schema=f"(Tensor(a!) logits, Tensor target, Tensor weight, Tensor scale, {_MATH}, "
+@operator(
+    f"row_stats_grad_(Tensor(a!) logits, Tensor target, Tensor weight, Tensor scale, {_MATH}, "
     "str backend) -> (Tensor, Tensor)",
+    lambda logits, target, weight, *rest: vectors_like(weight, 2),
+    changes=0,
 )
 def row_stats_grad_(logits, target, weight, scale, *rest):
     """:func:`row_stats_grad` over the logits themselves."""
     return _write(logits, target, weight, scale, rest, logits)
-
-
-@row_stats_grad_.register_fake
-def _(logits, target, weight, scale, *rest):
-    return torch.empty_like(weight), torch.empty_like(weight)
 
 
 def _write(logits, target, weight, scale, rest, out):
@@ -99,48 +90,11 @@ def _write(logits, target, weight, scale, rest, out):
     return choose.load(backend).row_stats_grad(logits, target, weight, scale, math, out)
 
 
-@torch.library.custom_op(
-    "fused_sft_loss::with_grad",
-    mutates_args=(),
-    schema="(Tensor logits, Tensor losses, Tensor? grad, Tensor target, Tensor weight, Tensor lse, "
-    f"Tensor stored, {_MATH}, str backend) -> Tensor",
-)
-def with_grad(logits, losses, grad, target, weight, lse, stored, *rest):
-    """The losses `[N]`, whose gradient in the logits is `grad`, or where that is None lies in their
-    memory; both for the scale `stored` `[N]`."""
-    return losses.clone()
-
-
-@with_grad.register_fake
-def _(logits, losses, grad, target, weight, lse, stored, *rest):
-    return torch.empty_like(losses)
-
-
-def _save(ctx, inputs, output):
-    logits, _, grad, target, weight, lse, stored, *rest = inputs
-    ctx.save_for_backward(logits, grad, target, weight, lse, stored)
-    ctx.rest = rest
-
-
-def _backward(ctx, grad_losses):
-    logits, grad, target, weight, lse, stored = ctx.saved_tensors
-    scale = rows_scale(grad_losses, weight)
-    if grad is None:
-        torch.ops.fused_sft_loss.row_rescale_(logits, scale, stored, *ctx.rest)
-        grad = logits.detach()
-    else:
-        torch.ops.fused_sft_loss.row_regrad_(grad, logits, target, lse, scale, stored, *ctx.rest)
-    return (grad, *[None] * (6 + len(ctx.rest)))
-
-
-torch.library.register_autograd("fused_sft_loss::with_grad", _backward, setup_context=_save)
-
-
-@torch.library.custom_op(
-    "fused_sft_loss::row_regrad_",
-    mutates_args=("grad",),
-    schema="(Tensor(a!) grad, Tensor logits, Tensor target, Tensor lse, Tensor scale, "
+@operator(
+    "row_regrad_(Tensor(a!) grad, Tensor logits, Tensor target, Tensor lse, Tensor scale, "
     f"Tensor stored, {_MATH}, str backend) -> ()",
+    lambda *args: None,
+    changes=0,
 )
 def row_regrad_(grad, logits, target, lse, scale, stored, *rest):
     """The gradient of scale * loss in those rows of `grad` that hold it for another scale."""
@@ -148,12 +102,39 @@ def row_regrad_(grad, logits, target, lse, scale, stored, *rest):
     choose.load(backend).row_grad(logits, lse, target, scale, math, grad, stored)
 
 
-@torch.library.custom_op(
-    "fused_sft_loss::row_rescale_",
-    mutates_args=("grad",),
-    schema=f"(Tensor(a!) grad, Tensor scale, Tensor stored, {_MATH}, str backend) -> ()",
+@operator(
+    f"row_rescale_(Tensor(a!) grad, Tensor scale, Tensor stored, {_MATH}, str backend) -> ()",
+    lambda *args: None,
+    changes=0,
 )
 def row_rescale_(grad, scale, stored, *rest):
     """:func:`row_regrad_` where the logits are gone: such rows times scale / stored."""
     math, backend = RowMath(*rest[:-1]), rest[-1]
     choose.load(backend).row_rescale(grad, scale, stored, math)
+
+
+@differentiable(
+    "with_grad(Tensor logits, Tensor losses, Tensor? grad, Tensor target, Tensor weight, "
+    f"Tensor lse, Tensor stored, {_MATH}, str backend) -> Tensor"
+)
+class WithGrad(torch.autograd.Function):
+    """The losses `[N]`, whose gradient in the logits is `grad`, or where that is None lies in their
+    memory; both for the scale `stored` `[N]`."""
+
+    @staticmethod
+    def forward(ctx, logits, losses, grad, target, weight, lse, stored, *rest):
+        ctx.save_for_backward(logits, grad, target, weight, lse, stored)
+        ctx.rest = rest
+        return losses.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_losses):
+        logits, grad, target, weight, lse, stored = ctx.saved_tensors
+        scale = rows_scale(grad_losses, weight)
+        if grad is None:
+            row_rescale_(logits, scale, stored, *ctx.rest)
+            grad = logits.detach()
+        else:
+            row_regrad_(grad, logits, target, lse, scale, stored, *ctx.rest)
+        return (grad, *[None] * (6 + len(ctx.rest)))

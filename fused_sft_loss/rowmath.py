@@ -1,6 +1,6 @@
 """What is computed on a row: the options every kernel of every backend takes, and nothing else."""
 
-from dataclasses import astuple, dataclass
+from typing import NamedTuple
 
 #: The same fields as an operator schema; see ``autograd.py``.
 SCHEMA = (
@@ -9,8 +9,7 @@ SCHEMA = (
 )
 
 
-@dataclass(frozen=True)
-class RowMath:
+class RowMath(NamedTuple):
     """loss = (1-eps) * (lse - z_y) + eps * (lse - mean z) + z_loss * lse^2, with eps =
     label_smoothing.
 
@@ -27,10 +26,6 @@ class RowMath:
     logit_scale: float
     vocab_start: int  # global id of this shard's column 0
     vocab_size: int  # true global vocabulary
-
-    def as_args(self) -> tuple:
-        """The fields in the order of ``SCHEMA``."""
-        return astuple(self)
 
     def valid_columns(self, columns: int) -> int:
         """How many of a shard's `columns` are vocabulary rather than padding."""

@@ -71,7 +71,7 @@ def operator_arguments(backend):
     weight[2] = 0
     lse, grad = torch.randn(6) + 10, torch.randn(6)
     labels, mask = torch.randint(0, 90, (2, 3)), torch.rand(2, 3)
-    fixed = math.as_args()
+    fixed = math
     return {
         "row_targets": (labels, mask, torch.tensor([0, 4, 6]), True, -100, 90, backend),
         "token_losses": (logits, target, weight, *fixed, "", backend, False),

@@ -194,3 +194,13 @@ def test_oracle_agrees_with_torch():
         label_smoothing=0.2,
     )
     torch.testing.assert_close(expected(case).reduce("mean"), want)
+
+
+@pytest.mark.parametrize("one_read", [False, True])
+def test_the_gradients_own_gradient_is_refused_not_zero(one_read):
+    logits = torch.randn(1, 4, 50, requires_grad=True)
+    options = {"grad_in_forward": one_read, "backend": "cpu" if one_read else "eager"}
+    loss = fsl.sft_loss(logits, torch.randint(0, 50, (1, 4)), **options)
+    (grad,) = torch.autograd.grad(loss.square(), logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
