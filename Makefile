@@ -27,7 +27,8 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m bench sft
 
 test: $(VENV)/.installed build/peers/.installed build/megatron/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder \
+	    $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

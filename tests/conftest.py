@@ -30,7 +30,23 @@ def backend(request):
         yield name
 
 
+#: Few tests and many minutes: begun last, they would run when one worker has nothing left to do.
+FIRST = (
+    "test_triton_interpreted",
+    "test_codegen_gpu",
+    "test_simt_kernels",
+    "test_bench_kernels_runs",
+    "test_megatron_versions",
+    "test_triton_offline",
+    "test_bench_sft",
+    "test_build",
+)
+
+
 def pytest_collection_modifyitems(items):
+    items.sort(
+        key=lambda item: FIRST.index(name) if (name := item.path.stem) in FIRST else len(FIRST)
+    )
     if torch.cuda.is_available():
         return
     for item in items:
