@@ -185,11 +185,12 @@ def test_the_verdict_is_about_what_ours_promises(provider, row, status, said, ca
     assert said in told and bool(said) == bool(told)
 
 
-def test_logits_are_larger_than_a_cache_that_belongs_to_the_cores():
+def test_logits_grow_with_cache_and_cores():
     mib = 2**20
-    assert cases.wanted_bytes("cpu", 32 * mib, 2, 2**18) == 40 * mib
-    assert cases.wanted_bytes("cpu", None, 2, 2**18) == 40 * mib
-    assert cases.wanted_bytes("cpu", 504 * mib, 2, 2**18) == 40 * mib  # a whole socket's
+    assert cases.wanted_bytes("cpu", 32 * mib, 2, 2**18) == 20 * mib
+    assert cases.wanted_bytes("cpu", None, 2, 2**18) == 20 * mib
+    assert cases.wanted_bytes("cpu", 32 * mib, 16, 2**18) == 32 * mib
+    assert cases.wanted_bytes("cpu", 504 * mib, 2, 2**18) == 20 * mib  # a whole socket's
     assert cases.wanted_bytes("cpu", 504 * mib, 64, 2**18) == 504 * mib
     assert cases.wanted_bytes("cuda", 50 * mib, 2, 2**18) == cases.GPU_ROWS * 2**18
 

@@ -12,8 +12,8 @@ FRACTIONS = (1.0, 0.7, 0.5, 0.3, 0.1)
 MODES = ("fwd", "bwd", "full")
 BATCH = 2  # sequences, where --shape does not say
 GPU_ROWS = 4096  # a micro-batch of SFT on one accelerator
-SMALLEST_CPU_LOGITS = 40 * 2**20
-CPU_LOGITS_PER_CORE = 20 * 2**20  # at most: a few cores may see a cache that serves a hundred
+SMALLEST_CPU_LOGITS = 20 * 2**20
+CPU_LOGITS_PER_CORE = 10 * 2**20  # at most: all providers on all models within minutes
 FEWEST_ROWS = 8
 MOST_COPIES = 64  # of logits so small that nobody asks how fast they are
 MEGATRON_MULTIPLE = 128  # Megatron's make-vocab-size-divisible-by
@@ -146,8 +146,8 @@ def model_case(model, tp, nproc, batch, seq, dtype, scored, seed):
 
 
 def wanted_bytes(device_type, cache, cores, row_bytes):
-    """Bytes of logits, of all processes together: as many as no cache holds along with a gradient,
-    and no more than `cores` read in a few milliseconds."""
+    """Bytes of logits, of all processes together: as many as the last cache holds, but no more than
+    `cores` read in a few milliseconds. Copies take turns, so that they are in no cache."""
     if device_type == "cuda":
         return GPU_ROWS * row_bytes
     return max(SMALLEST_CPU_LOGITS, min(cache or 0, CPU_LOGITS_PER_CORE * cores))
