@@ -1,6 +1,6 @@
 """Run a function in several local processes that form one gloo process group, and never hang.
 
-Workers are forked from a clean server process that has torch (and megatron-core, when installed)
+Workers are forked from a clean server process that has torch and fused_sft_loss (and megatron-core)
 imported already and has run nothing: a group starts in a fraction of a second, whatever threads and
 autograd state the caller has.
 """
@@ -181,9 +181,10 @@ def _context(gpus):
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     preload = ["torch", "torch.distributed"]
-    found = importlib.util.find_spec("megatron") and importlib.util.find_spec("megatron.core")
-    if found and not gpus:
-        preload.append("bench.megatron_preload")
+    if not gpus:
+        preload.append("fused_sft_loss")
+        if importlib.util.find_spec("megatron") and importlib.util.find_spec("megatron.core"):
+            preload.append("bench.megatron_preload")
     context.set_forkserver_preload(preload)
     return context
 

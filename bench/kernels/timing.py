@@ -15,7 +15,7 @@ from ..clock import Clock
 from .problem import attached
 
 FEWEST, MOST = 4, 25  # timings of a provider
-SHARDED = 4  # with collectives every rank must time as often as its peers, whatever it measures
+SHARDED = 3  # with collectives every rank must time as often as its peers, whatever it measures
 WARM_S = 0.05  # of untimed runs after that of the check; sharded none, as theirs are few
 ROOF = ("copy", "zero")
 
