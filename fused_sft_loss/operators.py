@@ -20,12 +20,11 @@ def operator(schema: str, fake: Callable, changes: int | None = None) -> Callabl
     """
 
     def register(kernel: Callable) -> Callable:
-        def run(*args):
-            if changes is not None:
-                torch.autograd.graph.increment_version(args[changes])
+        def change(*args):
+            torch.autograd.graph.increment_version(args[changes])
             return kernel(*args)
 
-        name = _define(schema)
+        name, run = _define(schema), kernel if changes is None else change
         # Not for torch.compile to look into, when what it compiled calls the operator.
         _library.impl(name, torch.compiler.disable(run), "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)

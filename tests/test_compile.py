@@ -71,14 +71,13 @@ def operator_arguments(backend):
     weight[2] = 0
     lse, grad = torch.randn(6) + 10, torch.randn(6)
     labels, mask = torch.randint(0, 90, (2, 3)), torch.rand(2, 3)
-    fixed = math
     return {
         "row_targets": (labels, mask, torch.tensor([0, 4, 6]), True, -100, 90, backend),
-        "token_losses": (logits, target, weight, *fixed, "", backend, False),
-        "token_losses_and_metrics": (logits, target, weight, *fixed, "", backend, False),
-        "row_grad": (grad, logits.detach(), target, weight, lse, *fixed, backend),
-        "row_grad_": (grad, logits.detach().clone(), target, weight, lse, *fixed, backend),
-        "token_metrics": (logits.detach(), target, weight, *fixed, "", backend),
+        "token_losses": (logits, target, weight, *math, "", backend, False),
+        "token_losses_and_metrics": (logits, target, weight, *math, "", backend, False),
+        "row_grad": (grad, logits.detach(), target, weight, lse, *math, backend),
+        "row_grad_": (grad, logits.detach().clone(), target, weight, lse, *math, backend),
+        "token_metrics": (logits.detach(), target, weight, *math, "", backend),
     }
 
 
