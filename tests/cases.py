@@ -129,6 +129,12 @@ def expected(case: Case, upstream: Tensor | None = None):
     return evaluate(case.full(), case.labels2d, mask, upstream=upstream, **options)
 
 
+def gradient_scale(case: Case, want, upstream: Tensor) -> float:
+    """The largest term of the gradient, with the rounding that p has from an lse in fp32."""
+    scale = (want.weight * upstream).abs().max().item() * case.options["logit_scale"]
+    return scale * (1 + want.lse.abs().max().item() / 32)
+
+
 def run(case: Case, backend: str, upstream: Tensor | None = None, dtype=None, **more):
     """(weighted losses, gradient of the storage) of the package."""
     storage = case.storage if dtype is None else case.storage.to(dtype)

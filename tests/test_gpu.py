@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from cases import DTYPES, Case, build, cases, expected, run, storage_grad
+from cases import DTYPES, Case, build, cases, expected, gradient_scale, run, storage_grad
 from hypothesis import given, settings
 from test_against_oracle import PRODUCT, assert_grad, assert_losses
 
@@ -48,12 +48,6 @@ def on_device(case: Case, device="cuda") -> Case:
         loss_mask=mask,
         options=options,
     )
-
-
-def gradient_scale(case, want, upstream):
-    """The largest term of the gradient, with the rounding that p has from an lse in fp32."""
-    scale = (want.weight * upstream).abs().max().item() * case.options["logit_scale"]
-    return scale * (1 + want.lse.abs().max().item() / 32)
 
 
 @on_every_backend
