@@ -6,8 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import autograd as _operators  # noqa: F401  (registers them)
-from . import checks, onepass, shards
+from . import autograd, checks, inplace, onepass, shards
 from .backends import choose
 from .options import Options, expect
 from .rowmath import RowMath
@@ -52,7 +51,7 @@ def sft_loss(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,
-    logit_scale: float = 1.0,
+    logit_scale: float | Tensor = 1.0,
     vocab_size: int | None = None,
     tp_group: "dist.ProcessGroup | None" = None,
     vocab_start: int | None = None,
@@ -83,12 +82,18 @@ def sft_loss(
         reduction: "mean" = sum(w * loss) / sum(w), 0 when nothing is scored; "sum" = sum(w * loss);
             "none" = w * loss in labels' shape, exactly 0 where not scored. fp32.
         label_smoothing, z_loss, softcap, logit_scale: see :class:`fused_sft_loss.rowmath.RowMath`.
+            Constants: none of them gets a gradient, nor does loss_mask. A logit_scale that changes
+            from step to step may be a 0-d CPU tensor: torch.compile then compiles the step once.
         vocab_size: true global vocabulary; columns beyond it are padding, outside the softmax,
             gradient 0.
         tp_group: process group over which the vocabulary is sharded. Every rank gets the same loss.
         vocab_start: first global id on this rank, for uneven shards (needs vocab_size); None: equal
             shards in rank order.
         inplace_backward: the gradient overwrites the logits' memory; a second backward raises.
+            Refused where autograd could not notice that another operator needs the old values:
+            under saved_tensors_hooks (non-reentrant checkpointing, save_on_cpu, activation
+            offloading) and torch.func. Inside a torch.compile graph the gradient is a new tensor,
+            because the compiler owns the memory there.
         grad_in_forward: compute the gradient in forward, from the same read of the logits, for the
             gradient that the result will be given by backward: True means 1, another one is a
             number or a 0-d tensor (a loss scale, 1 / micro-batches). Bytes per bf16 element: 4, not
@@ -97,9 +102,8 @@ def sft_loss(
             logits are gone when forward returns, and such rows are multiplied by the ratio, which
             rounds 16-bit gradients a second time (not when it is a power of two). Worth it where
             the gradient is known and rows are many. It needs the whole vocabulary (no tp_group) and
-            backend "cpu", "cuda" or "hip"; backward runs once; together with inplace_backward it
-            stays out of torch.compile's graphs. Where no gradient is asked for (no_grad, logits
-            that do not require it) nothing is written.
+            backend "cpu", "cuda" or "hip"; backward runs once. Where no gradient is asked for
+            (no_grad, logits that do not require it) nothing is written.
         backend: "cpu", "eager", "triton", "cuda", "hip", or None for the best there is (see
             ``python -m fused_sft_loss env``).
 
@@ -147,13 +151,13 @@ def loss_terms(
     quotient is divided by it, too.
     """
     if options.inplace_backward:
-        checks.inplace(logits)
+        inplace.prepare(logits)
     targets, call = _prepare(logits, labels, loss_mask, options)
     if options.one_read and logits.requires_grad and torch.is_grad_enabled():
         expected = _expected_gradient(options.grad_in_forward, targets.weight_sum, mean)
         losses = onepass.token_losses(*call, expected, options.inplace_backward)
     else:
-        losses, _ = torch.ops.fused_sft_loss.token_losses(*call, options.inplace_backward)
+        losses, _ = autograd.token_losses(*call, options.inplace_backward)
     return LossTerms(losses.view(labels.shape), targets.weight_sum, targets.count)
 
 
@@ -167,9 +171,9 @@ def loss_terms_and_metrics(
             f"{options.grad_in_forward!r}; drop it, or report the loss alone"
         )
     if options.inplace_backward:
-        checks.inplace(logits)
+        inplace.prepare(logits)
     targets, call = _prepare(logits, labels, loss_mask, options)
-    vectors = torch.ops.fused_sft_loss.token_losses_and_metrics(*call, options.inplace_backward)
+    vectors = autograd.token_losses_and_metrics(*call, options.inplace_backward)
     losses, lse, loss, log_prob, correct, entropy = (v.view(labels.shape) for v in vectors)
     metrics = (loss, log_prob, lse, correct, entropy)
     terms = LossTerms(losses, targets.weight_sum, targets.count)
@@ -197,14 +201,14 @@ def token_metrics(
     """
     with torch.no_grad():
         _, call = _prepare(logits, labels, loss_mask, Options(**options))
-        vectors = torch.ops.fused_sft_loss.token_metrics(*call)
+        vectors = autograd.token_metrics(*call)
     return TokenMetrics(*(vector.view(labels.shape) for vector in vectors))
 
 
 def check_call(logits: Tensor, labels: Tensor, loss_mask: Tensor | None, options: Options) -> None:
     """Raise what :func:`loss_terms` would of this rank's arguments, without talking to others."""
     if options.inplace_backward:
-        checks.inplace(logits)
+        inplace.prepare(logits)
     _prepare(logits, labels, loss_mask, options)
 
 
@@ -234,12 +238,13 @@ def _prepare(logits: Tensor, labels: Tensor, loss_mask: Tensor | None, options: 
     """Validate, find the targets, and line up the operators' arguments."""
     options.validate()
     checks.tensors(logits, labels, loss_mask, options.cu_seqlens, options.layout)
+    checks.constant_mask(loss_mask)
     start, size, group_name = shards.placed(logits.shape[-1], options)
     math = RowMath(
         label_smoothing=float(options.label_smoothing),
         z_loss=float(options.z_loss),
         softcap=float(options.softcap or 0.0),
-        logit_scale=float(options.logit_scale),
+        logit_scale=options.logit_scale,
         vocab_start=start,
         vocab_size=size,
     )
@@ -257,7 +262,7 @@ def _prepare(logits: Tensor, labels: Tensor, loss_mask: Tensor | None, options: 
         else choose.resolve(options.backend, device)
     )
     targets = Targets(
-        *torch.ops.fused_sft_loss.row_targets(
+        *autograd.row_targets(
             labels,
             loss_mask,
             options.cu_seqlens,
@@ -272,5 +277,5 @@ def _prepare(logits: Tensor, labels: Tensor, loss_mask: Tensor | None, options: 
         logits = logits.unsqueeze(0)
     elif options.layout == "sbv":
         logits = logits.transpose(0, 1)
-    call = (logits, targets.target, targets.weight, *math, group_name, backend)
+    call = (logits, targets.target, targets.weight, *math.arguments(), group_name, backend)
     return targets, call

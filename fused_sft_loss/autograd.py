@@ -9,11 +9,11 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import rowmath, shards, targets
 from .backends import choose
-from .operators import differentiable, operator
+from .inplace import traced
+from .operators import differentiable, first_order, operator
 from .rowmath import RowMath
 
 CHECK_VARIABLE = "FUSED_SFT_LOSS_CHECK"
@@ -57,7 +57,7 @@ def merged_rows(logits, target, weight, math: RowMath, group_name: str, backend:
 )
 def row_losses(logits, target, weight, *rest):
     """(weight * loss `[N]`, lse `[N]`), fp32, of logits `[b, s, v]`."""
-    math, (group_name, backend) = RowMath(*rest[:_MATH_FIELDS]), rest[_MATH_FIELDS:]
+    math, (group_name, backend) = RowMath.of_arguments(*rest[:_MATH_FIELDS]), rest[_MATH_FIELDS:]
     columns = 4 if math.label_smoothing else 3
     gathered = merged_rows(logits, target, weight, math, group_name, backend, columns)
     return choose.load(backend).merge(gathered, target, weight, math)
@@ -71,7 +71,7 @@ def row_losses(logits, target, weight, *rest):
 def row_losses_and_metrics(logits, target, weight, *rest):
     """(losses, lse) of `row_losses`, then (loss, log_prob, correct, entropy) of `token_metrics`,
     `[N]` each, of one read."""
-    math, (group_name, backend) = RowMath(*rest[:_MATH_FIELDS]), rest[_MATH_FIELDS:]
+    math, (group_name, backend) = RowMath.of_arguments(*rest[:_MATH_FIELDS]), rest[_MATH_FIELDS:]
     gathered = merged_rows(logits, target, weight, math, group_name, backend, 6)
     losses, lse = choose.load(backend).merge(gathered, target, weight, math)
     loss, log_prob, _, correct, entropy = choose.load(backend).merge_metrics(
@@ -87,7 +87,7 @@ def row_losses_and_metrics(logits, target, weight, *rest):
 )
 def token_metrics(logits, target, weight, *rest):
     """(loss, log_prob, lse, correct, entropy), `[N]` each, of one read of the scored rows."""
-    math, (group_name, backend) = RowMath(*rest[:_MATH_FIELDS]), rest[_MATH_FIELDS:]
+    math, (group_name, backend) = RowMath.of_arguments(*rest[:_MATH_FIELDS]), rest[_MATH_FIELDS:]
     gathered = merged_rows(logits, target, weight, math, group_name, backend, 6)
     return choose.load(backend).merge_metrics(gathered, target, weight, math)
 
@@ -116,7 +116,7 @@ def row_grad_(grad, logits, target, weight, lse, *rest):
 
 
 def _write_grad(grad, logits, target, weight, lse, rest, out):
-    math, backend = RowMath(*rest[:-1]), rest[-1]
+    math, backend = RowMath.of_arguments(*rest[:-1]), rest[-1]
     choose.load(backend).row_grad(logits, lse, target, rows_scale(grad, weight), math, out)
 
 
@@ -140,20 +140,23 @@ class _Differentiable(torch.autograd.Function):
     operator: Callable
 
     @classmethod
-    def forward(cls, ctx, logits, target, weight, *rest):
+    def forward(cls, logits, target, weight, *rest):
+        return cls.operator(logits, target, weight, *rest[:-1])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        (logits, target, weight, *rest), (_losses, lse, *figures) = inputs, output
         *rest, ctx.inplace = rest
-        losses, lse, *figures = cls.operator(logits, target, weight, *rest)
         ctx.save_for_backward(logits, target, weight, lse)
         ctx.rest = (*rest[:_MATH_FIELDS], rest[-1])
         ctx.mark_non_differentiable(lse, *figures)
-        return losses, lse, *figures
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad_losses, *_grads_of_figures):
         logits, target, weight, lse = ctx.saved_tensors
         args = (grad_losses, logits, target, weight, lse, *ctx.rest)
-        if ctx.inplace:
+        if ctx.inplace and not traced(logits):
             row_grad_(*args)
             grad_logits = logits.detach()
         else:
@@ -161,22 +164,26 @@ class _Differentiable(torch.autograd.Function):
         return (grad_logits, *[None] * (2 + _MATH_FIELDS + 3))
 
 
-@differentiable(
-    f"token_losses(Tensor logits, Tensor target, Tensor weight, {_MATH}, str group_name, "
-    "str backend, bool inplace_backward) -> (Tensor, Tensor)"
-)
 class TokenLosses(_Differentiable):
     """:func:`row_losses`, differentiable in the logits."""
 
     operator = staticmethod(row_losses)
 
 
-@differentiable(
-    "token_losses_and_metrics(Tensor logits, Tensor target, Tensor weight, "
-    f"{_MATH}, str group_name, str backend, bool inplace_backward) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
 class TokenLossesAndMetrics(_Differentiable):
     """:func:`row_losses_and_metrics`, its losses differentiable in the logits."""
 
     operator = staticmethod(row_losses_and_metrics)
+
+
+token_losses = differentiable(
+    f"token_losses(Tensor logits, Tensor target, Tensor weight, {_MATH}, str group_name, "
+    "str backend, bool inplace_backward) -> (Tensor, Tensor)",
+    TokenLosses,
+)
+token_losses_and_metrics = differentiable(
+    "token_losses_and_metrics(Tensor logits, Tensor target, Tensor weight, "
+    f"{_MATH}, str group_name, str backend, bool inplace_backward) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    TokenLossesAndMetrics,
+)

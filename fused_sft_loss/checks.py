@@ -49,20 +49,13 @@ def tensors(
     _one_device(logits, labels=labels, loss_mask=loss_mask, cu_seqlens=cu_seqlens)
 
 
-def inplace(logits: Tensor) -> None:
-    """Raise ValueError where overwriting the logits with their gradient would be wrong."""
-    if logits.requires_grad and logits.is_leaf:
+def constant_mask(loss_mask: Tensor | None) -> None:
+    """Raise ValueError for a mask that wants a gradient, which the loss does not compute."""
+    if loss_mask is not None and loss_mask.requires_grad and torch.is_grad_enabled():
         raise ValueError(
-            "expected non-leaf logits for inplace_backward, got a leaf that requires grad: its "
-            "value would be replaced by its gradient. Pass a model's output, or "
-            "inplace_backward=False"
-        )
-    if any(
-        stride == 0 and size > 1 for size, stride in zip(logits.shape, logits.stride(), strict=True)
-    ):
-        raise ValueError(
-            f"expected logits whose rows do not share memory for inplace_backward, got strides "
-            f"{list(logits.stride())} for shape {list(logits.shape)}; pass inplace_backward=False"
+            "expected loss_mask without requires_grad, got one that wants a gradient, which the "
+            "loss does not compute. Pass loss_mask.detach(), or weigh the losses yourself: with "
+            'losses of reduction="none", (losses * weights).sum() / weights.sum()'
         )
 
 

@@ -8,12 +8,12 @@ they were, exactly; over the logits by the ratio, which rounds a second time.
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import rowmath
 from .autograd import rows_scale, vectors_like
 from .backends import choose
-from .operators import differentiable, operator
+from .inplace import traced
+from .operators import differentiable, first_order, operator
 from .rowmath import RowMath
 
 _MATH = rowmath.SCHEMA
@@ -29,22 +29,13 @@ def token_losses(logits: Tensor, target: Tensor, weight: Tensor, *rest) -> Tenso
     *math, _group_name, backend, expected, inplace = rest
     stored = rows_scale(expected, weight)
     call = (logits.detach(), target, weight, stored, *math, backend)
-    if inplace:
-        if torch.compiler.is_compiling():
-            # Inductor lays out a part of a tensor anew and then takes it for what it was: loss and
-            # gradient would be wrong (torch 2.13), and which logits are a part does not show here.
-            raise NotImplementedError(
-                "expected grad_in_forward or inplace_backward under torch.compile, got both; drop "
-                "one of them, or keep the loss out of the compiled graph (fullgraph=False does)"
-            )
+    if inplace and not traced(logits):
         logits = _SameMemory.apply(logits)
         losses, lse = row_stats_grad_(*call)
         grad = None
     else:
         losses, lse, grad = row_stats_grad(*call)
-    return torch.ops.fused_sft_loss.with_grad(
-        logits, losses, grad, target, weight, lse, stored, *math, backend
-    )
+    return with_grad(logits, losses, grad, target, weight, lse, stored, *math, backend)
 
 
 class _SameMemory(torch.autograd.Function):
@@ -86,7 +77,7 @@ def row_stats_grad_(logits, target, weight, scale, *rest):
 
 
 def _write(logits, target, weight, scale, rest, out):
-    math, backend = RowMath(*rest[:-1]), rest[-1]
+    math, backend = RowMath.of_arguments(*rest[:-1]), rest[-1]
     return choose.load(backend).row_stats_grad(logits, target, weight, scale, math, out)
 
 
@@ -98,7 +89,7 @@ def _write(logits, target, weight, scale, rest, out):
 )
 def row_regrad_(grad, logits, target, lse, scale, stored, *rest):
     """The gradient of scale * loss in those rows of `grad` that hold it for another scale."""
-    math, backend = RowMath(*rest[:-1]), rest[-1]
+    math, backend = RowMath.of_arguments(*rest[:-1]), rest[-1]
     choose.load(backend).row_grad(logits, lse, target, scale, math, grad, stored)
 
 
@@ -109,32 +100,38 @@ def row_regrad_(grad, logits, target, lse, scale, stored, *rest):
 )
 def row_rescale_(grad, scale, stored, *rest):
     """:func:`row_regrad_` where the logits are gone: such rows times scale / stored."""
-    math, backend = RowMath(*rest[:-1]), rest[-1]
+    math, backend = RowMath.of_arguments(*rest[:-1]), rest[-1]
     choose.load(backend).row_rescale(grad, scale, stored, math)
 
 
-@differentiable(
-    "with_grad(Tensor logits, Tensor losses, Tensor? grad, Tensor target, Tensor weight, "
-    f"Tensor lse, Tensor stored, {_MATH}, str backend) -> Tensor"
-)
 class WithGrad(torch.autograd.Function):
     """The losses `[N]`, whose gradient in the logits is `grad`, or where that is None lies in their
     memory; both for the scale `stored` `[N]`."""
 
     @staticmethod
-    def forward(ctx, logits, losses, grad, target, weight, lse, stored, *rest):
-        ctx.save_for_backward(logits, grad, target, weight, lse, stored)
-        ctx.rest = rest
+    def forward(logits, losses, *rest):
         return losses.clone()
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx, inputs, output):
+        logits, _losses, grad, target, weight, lse, stored, *ctx.rest = inputs
+        ctx.save_for_backward(logits, grad, target, weight, lse, stored)
+
+    @staticmethod
+    @first_order
     def backward(ctx, grad_losses):
         logits, grad, target, weight, lse, stored = ctx.saved_tensors
         scale = rows_scale(grad_losses, weight)
         if grad is None:
-            row_rescale_(logits, scale, stored, *ctx.rest)
-            grad = logits.detach()
+            grad = logits.clone() if traced(logits) else logits.detach()
+            row_rescale_(grad, scale, stored, *ctx.rest)
         else:
             row_regrad_(grad, logits, target, lse, scale, stored, *ctx.rest)
         return (grad, *[None] * (6 + len(ctx.rest)))
+
+
+with_grad = differentiable(
+    "with_grad(Tensor logits, Tensor losses, Tensor? grad, Tensor target, Tensor weight, "
+    f"Tensor lse, Tensor stored, {_MATH}, str backend) -> Tensor",
+    WithGrad,
+)

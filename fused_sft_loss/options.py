@@ -17,7 +17,7 @@ class Options:
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     softcap: float | None = None
-    logit_scale: float = 1.0
+    logit_scale: float | Tensor = 1.0
     vocab_size: int | None = None
     tp_group: Any = None
     vocab_start: int | None = None
@@ -28,6 +28,11 @@ class Options:
     def validate(self) -> None:
         """Raise ValueError for options that are wrong whatever the tensors."""
         expect(self.layout in ("bsv", "sbv"), "layout 'bsv' or 'sbv'", self.layout)
+        for name in ("label_smoothing", "z_loss", "softcap"):
+            if isinstance(value := getattr(self, name), Tensor):
+                raise TypeError(
+                    f"expected {name} to be a number, got {value!r}; pass {name}.item()"
+                )
         expect(0.0 <= self.label_smoothing < 1.0, "0 <= label_smoothing < 1", self.label_smoothing)
         expect(0.0 <= self.z_loss < float("inf"), "a finite z_loss >= 0", self.z_loss)
         expect(
@@ -35,7 +40,7 @@ class Options:
             "softcap > 0 or None",
             self.softcap,
         )
-        expect(0.0 < self.logit_scale < float("inf"), "a finite logit_scale > 0", self.logit_scale)
+        _scale(self.logit_scale)
         expect(
             self.vocab_size is None or self.vocab_size > 0,
             "vocab_size > 0 or None",
@@ -64,3 +69,21 @@ def expect(holds: bool, expected: str, got) -> None:
     """Raise ValueError unless it holds."""
     if not holds:
         raise ValueError(f"expected {expected}, got {got!r}")
+
+
+def _scale(logit_scale: float | Tensor) -> None:
+    """Raise unless it is a positive number or may be read as one without waiting for a device."""
+    if not isinstance(logit_scale, Tensor):
+        expect(0.0 < logit_scale < float("inf"), "a finite logit_scale > 0", logit_scale)
+    elif logit_scale.requires_grad:
+        raise ValueError(
+            "expected logit_scale without requires_grad, got a tensor that wants a gradient, which "
+            "the loss does not compute. Multiply the logits by it (z = scale * logits) and leave "
+            "logit_scale out, or pass logit_scale.detach()"
+        )
+    elif logit_scale.dim() or logit_scale.device.type != "cpu":
+        raise ValueError(
+            "expected logit_scale to be a number or a 0-d CPU tensor, got "
+            f"{list(logit_scale.shape)} on {logit_scale.device}; a tensor on an accelerator could "
+            "be read only by waiting for it"
+        )

@@ -2,9 +2,15 @@
 
 from typing import NamedTuple
 
-#: The same fields as an operator schema; see ``autograd.py``.
+import torch
+from torch import Tensor
+
+from .options import expect
+
+#: The same fields as an operator schema; see ``autograd.py``. torch.compile would compile
+#: anew for each value of a float, so logit_scale travels as a 0-d CPU tensor.
 SCHEMA = (
-    "float label_smoothing, float z_loss, float softcap, float logit_scale, "
+    "float label_smoothing, float z_loss, float softcap, Tensor logit_scale, "
     "SymInt vocab_start, SymInt vocab_size"
 )
 
@@ -23,9 +29,24 @@ class RowMath(NamedTuple):
     label_smoothing: float
     z_loss: float
     softcap: float  # 0: none
-    logit_scale: float
+    logit_scale: float | Tensor  # a 0-d CPU tensor on its way through operators
     vocab_start: int  # global id of this shard's column 0
     vocab_size: int  # true global vocabulary
+
+    @classmethod
+    def of_arguments(cls, *arguments) -> "RowMath":
+        """From an operator's arguments, which :meth:`arguments` made."""
+        math = cls(*arguments)
+        scale = float(math.logit_scale)
+        expect(0.0 < scale < float("inf"), "a finite logit_scale > 0", scale)
+        return math._replace(logit_scale=scale)
+
+    def arguments(self) -> tuple:
+        """The fields as an operator takes them."""
+        scale = self.logit_scale
+        if not isinstance(scale, Tensor):
+            scale = torch.tensor(float(scale), dtype=torch.float64, device="cpu")
+        return self._replace(logit_scale=scale)
 
     def valid_columns(self, columns: int) -> int:
         """How many of a shard's `columns` are vocabulary rather than padding."""

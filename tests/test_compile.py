@@ -73,11 +73,19 @@ def operator_arguments(backend):
     labels, mask = torch.randint(0, 90, (2, 3)), torch.rand(2, 3)
     return {
         "row_targets": (labels, mask, torch.tensor([0, 4, 6]), True, -100, 90, backend),
-        "token_losses": (logits, target, weight, *math, "", backend, False),
-        "token_losses_and_metrics": (logits, target, weight, *math, "", backend, False),
-        "row_grad": (grad, logits.detach(), target, weight, lse, *math, backend),
-        "row_grad_": (grad, logits.detach().clone(), target, weight, lse, *math, backend),
-        "token_metrics": (logits.detach(), target, weight, *math, "", backend),
+        "token_losses": (logits, target, weight, *math.arguments(), "", backend, False),
+        "token_losses_and_metrics": (logits, target, weight, *math.arguments(), "", backend, False),
+        "row_grad": (grad, logits.detach(), target, weight, lse, *math.arguments(), backend),
+        "row_grad_": (
+            grad,
+            logits.detach().clone(),
+            target,
+            weight,
+            lse,
+            *math.arguments(),
+            backend,
+        ),
+        "token_metrics": (logits.detach(), target, weight, *math.arguments(), "", backend),
     }
 
 

@@ -192,7 +192,7 @@ TABLE = {
         ["non-leaf", "inplace_backward=False"],
     ),
     "in place on shared rows": (
-        LOGITS[:1].expand(2, 5, 100),
+        (LOGITS[:1].clone().requires_grad_() * 1).expand(2, 5, 100),
         LABELS,
         MASK,
         {"inplace_backward": True},

@@ -296,26 +296,6 @@ def test_compiled_step_equals_the_eager_one(dynamic, expect):
             assert torch.equal(got, want) and torch.equal(traced.grad, eager.grad)
 
 
-def test_in_place_is_left_to_eager_mode():
-    """A part of a tensor, which Inductor would get wrong: refused in a graph, right outside."""
-    torch._dynamo.reset()
-    x, labels = torch.randn(2, 5, 103), torch.randint(0, 100, (2, 5))
-
-    def step(leaf):
-        logits = (leaf * 1.5)[..., 1:101]
-        options = {"grad_in_forward": True, "inplace_backward": True, "backend": name}
-        return fsl.sft_loss(logits, labels, **options)
-
-    with using(ONE_READ[0]) as name:
-        want, got = (x.clone().requires_grad_() for _ in range(2))
-        with pytest.raises(Exception, match="grad_in_forward or inplace_backward under torch"):
-            torch.compile(step, fullgraph=True)(want)
-        torch._dynamo.reset()
-        step(want).backward()
-        torch.compile(step)(got).backward()
-    torch.testing.assert_close(got.grad, want.grad, rtol=1e-5, atol=1e-7)
-
-
 def test_opcheck():
     case = build("bsv", torch.float32, 2, 3, 50, 0, "float", {})
     logits = case.storage.clone()
@@ -323,7 +303,7 @@ def test_opcheck():
     math = RowMath(0.1, 1e-3, 9.0, 1.5, 0, 50)
     ops = torch.ops.fused_sft_loss
     with using(ONE_READ[0]) as name:
-        call = (logits, target, weight, weight, *math, name)
+        call = (logits, target, weight, weight, *math.arguments(), name)
         opcheck(ops.row_stats_grad, call)
         opcheck(ops.row_stats_grad_, call)
         losses, lse, grad = ops.row_stats_grad(*call)
@@ -331,9 +311,12 @@ def test_opcheck():
         for held in (grad, None):
             opcheck(
                 ops.with_grad,
-                (leaf, losses, held, target, weight, lse, weight, *math, name),
+                (leaf, losses, held, target, weight, lse, weight, *math.arguments(), name),
                 # Backward may write over what it is given: it runs once.
                 test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
             )
-        opcheck(ops.row_regrad_, (grad, logits, target, lse, weight * 2, weight, *math, name))
-        opcheck(ops.row_rescale_, (grad, weight * 2, weight, *math, name))
+        opcheck(
+            ops.row_regrad_,
+            (grad, logits, target, lse, weight * 2, weight, *math.arguments(), name),
+        )
+        opcheck(ops.row_rescale_, (grad, weight * 2, weight, *math.arguments(), name))

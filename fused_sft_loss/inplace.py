@@ -1,0 +1,117 @@
+"""When the gradient may overwrite the logits.
+
+Overwriting is safe when nobody reads the old values afterwards. The operators upstream and beside
+the loss may have saved the logits for their own backward. Autograd's version counter makes such a
+backward raise, so the rule is: in place only where the version counter works, and only over memory
+that belongs to the logits.
+
+    the version counter is off                   what happens
+    inside a graph (torch.compile, export)       the gradient is a new tensor: see `traced`
+    saved_tensors_hooks around the loss          refused; non-reentrant checkpointing, save_on_cpu
+                                                 and activation offloading are such hooks
+    hooks that saved the logits for the          refused
+    operator that made them
+    torch.func transforms                        refused
+
+    the memory is not the logits' own            refused: a leaf, a view of a leaf, overlapping rows
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.utils._pytree import tree_leaves
+
+ADVICE = "pass inplace_backward=False"
+
+
+def traced(tensor: Tensor) -> bool:
+    """Whether a compiler is recording what is done to the tensor.
+
+    A graph has no version counters: a write would change what other operators of the graph saved.
+    The compiler owns the memory there, so the gradient is a new tensor.
+    """
+    return torch.compiler.is_compiling() or isinstance(tensor, (FunctionalTensor, FakeTensor))
+
+
+def prepare(logits: Tensor) -> None:
+    """Raise ValueError unless the logits' memory may be overwritten; call once, before the loss."""
+    if traced(logits) or not (logits.requires_grad and torch.is_grad_enabled()):
+        return  # nothing will be overwritten
+    _rows_apart(logits)
+    _not_a_parameter(logits)
+    _no_hooks(logits)
+    _keep_place_in_graph(logits)
+
+
+def _rows_apart(logits: Tensor) -> None:
+    """Every row's columns are contiguous, so dimensions sorted by stride must not overlap."""
+    span = logits.shape[-1]
+    rows = zip(logits.stride()[:-1], logits.shape[:-1], strict=True)
+    for stride, size in sorted((stride, size) for stride, size in rows if size > 1):
+        if stride < span:
+            raise ValueError(
+                "expected logits whose rows do not share memory for inplace_backward, got strides "
+                f"{list(logits.stride())} for shape {list(logits.shape)}; {ADVICE}"
+            )
+        span += (size - 1) * stride
+
+
+def _not_a_parameter(logits: Tensor) -> None:
+    owner = logits._base if logits._is_view() else logits
+    if owner.is_leaf and owner.requires_grad:
+        view = "" if owner is logits else "a view of "
+        raise ValueError(
+            f"expected non-leaf logits for inplace_backward, got {view}a leaf that requires grad: "
+            f"its value would be replaced by its gradient. Pass a model's output, or {ADVICE}"
+        )
+
+
+def _no_hooks(logits: Tensor) -> None:
+    if torch._C._are_functorch_transforms_active():
+        raise ValueError(
+            f"expected no inplace_backward under torch.func transforms, got one active; {ADVICE}"
+        )
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        raise ValueError(
+            "expected no inplace_backward under saved_tensors_hooks, got hooks around the loss "
+            "(torch.utils.checkpoint with use_reentrant=False, save_on_cpu and activation "
+            "offloading set them): autograd would not notice that saved logits are overwritten. "
+            f"Compute the loss outside of them, or {ADVICE}"
+        )
+    if any(_shares_memory(kept, logits) for kept in _saved_under_hooks(logits)):
+        raise ValueError(
+            "expected logits that nobody needs after the loss for inplace_backward, got logits "
+            f"that {logits.grad_fn.name()} saved for its backward under saved_tensors_hooks, where "
+            f"autograd would not notice that they are overwritten; {ADVICE}"
+        )
+
+
+def _saved_under_hooks(logits: Tensor) -> Iterator[Tensor]:
+    """Results that the operator which wrote the logits saved, as hooks packed them.
+
+    torch 2.6 does not show what hooks packed; then there is nothing to look at.
+    """
+    maker = (logits._base if logits._is_view() else logits).grad_fn
+    saved = (getattr(maker, f"_raw_saved_{name}", None) for name in ("result", "output", "tensors"))
+    for entry in tree_leaves(list(saved)):
+        if getattr(entry, "unpack_hook", None) is not None:
+            yield from (kept for kept in tree_leaves(entry.data) if isinstance(kept, Tensor))
+
+
+def _shares_memory(a: Tensor, b: Tensor) -> bool:
+    return a.device == b.device and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+def _keep_place_in_graph(logits: Tensor) -> None:
+    """Let hooks that are registered after the loss find the logits where the loss found them.
+
+    When memory is written to, autograd makes a new grad_fn for each view of it: a hook would be
+    attached there, where no gradient passes, and `register_hook` then crashes the process
+    (torch 2.13). A view that has its dictionary of hooks, even an empty one, keeps it at the
+    grad_fn of before, and later hooks are added to the dictionary.
+    """
+    if logits._is_view():
+        logits.register_hook(lambda grad: None).remove()
