@@ -95,10 +95,11 @@ def _saved_under_hooks(logits: Tensor) -> Iterator[Tensor]:
     torch 2.6 does not show what hooks packed; then there is nothing to look at.
     """
     maker = (logits._base if logits._is_view() else logits).grad_fn
-    saved = (getattr(maker, f"_raw_saved_{name}", None) for name in ("result", "output", "tensors"))
-    for entry in tree_leaves(list(saved)):
-        if getattr(entry, "unpack_hook", None) is not None:
-            yield from (kept for kept in tree_leaves(entry.data) if isinstance(kept, Tensor))
+    for name in ("_raw_saved_result", "_raw_saved_output", "_raw_saved_tensors"):
+        saved = getattr(maker, name, ())
+        for entry in saved if isinstance(saved, tuple) else (saved,):
+            if getattr(entry, "unpack_hook", None) is not None:
+                yield from (kept for kept in tree_leaves(entry.data) if isinstance(kept, Tensor))
 
 
 def _shares_memory(a: Tensor, b: Tensor) -> bool:
