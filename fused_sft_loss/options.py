@@ -1,9 +1,14 @@
 """The options of a loss, and whether they can be right whatever the tensors."""
 
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
+import torch
 from torch import Tensor
+
+FP32 = torch.finfo(torch.float32)
+RANGE = "a normal fp32 number (1.2e-38 to 3.4e38)"
 
 
 @dataclass(frozen=True)
@@ -26,16 +31,36 @@ class Options:
     backend: str | None = None
 
     def validate(self) -> None:
-        """Raise ValueError for options that are wrong whatever the tensors."""
+        """Raise TypeError or ValueError for options that are wrong whatever the tensors."""
         expect(self.layout in ("bsv", "sbv"), "layout 'bsv' or 'sbv'", self.layout)
-        expect(0.0 <= self.label_smoothing < 1.0, "0 <= label_smoothing < 1", self.label_smoothing)
-        expect(0.0 <= self.z_loss < float("inf"), "a finite z_loss >= 0", self.z_loss)
+        for name in ("shift", "inplace_backward"):
+            _typed(self, name, "a bool", bool)
+        for name in ("ignore_index", "vocab_size", "vocab_start"):
+            _typed(self, name, "an int", Integral)
+        for name in ("label_smoothing", "z_loss", "softcap", "logit_scale"):
+            _typed(self, name, "a number", Real, Tensor)
         expect(
-            self.softcap is None or 0.0 < self.softcap < float("inf"),
-            "softcap > 0 or None",
+            -(2**63) <= self.ignore_index < 2**63, "ignore_index within int64", self.ignore_index
+        )
+        expect(
+            self.label_smoothing == 0 or FP32.tiny <= self.label_smoothing < 1.0 - 2.0**-25,
+            "0 <= label_smoothing < 1 (where not 0, from 1.2e-38 to 1 - 6e-8)",
+            self.label_smoothing,
+        )
+        expect(
+            self.z_loss == 0 or in_fp32(self.z_loss),
+            f"z_loss 0 or positive and {RANGE}",
+            self.z_loss,
+        )
+        expect(
+            self.softcap is None or in_fp32(self.softcap),
+            f"softcap None or positive and {RANGE}",
             self.softcap,
         )
-        expect(0.0 < self.logit_scale < float("inf"), "a finite logit_scale > 0", self.logit_scale)
+        expect(in_fp32(self.logit_scale), f"logit_scale positive and {RANGE}", self.logit_scale)
+        if self.softcap is not None:
+            ratio = self.logit_scale / self.softcap
+            expect(in_fp32(ratio), f"logit_scale / softcap {RANGE}", ratio)
         expect(
             self.vocab_size is None or self.vocab_size > 0,
             "vocab_size > 0 or None",
@@ -58,6 +83,21 @@ class Options:
         """Whether forward is asked to compute the gradient too."""
         expected = self.grad_in_forward
         return isinstance(expected, Tensor) or (expected is not False and expected != 0)
+
+
+def in_fp32(value: float) -> bool:
+    """Whether the kernels, which compute in fp32, see a positive number as it is (but rounded)."""
+    return FP32.tiny <= value <= FP32.max
+
+
+def _typed(options: Options, name: str, expected: str, *types: type) -> None:
+    """Raise TypeError unless the option is of one of the types (a bool counts as no number), or
+    None where that is its default."""
+    value = getattr(options, name)
+    if value is None and getattr(Options, name) is None:
+        return
+    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+        raise TypeError(f"expected {name} to be {expected}, got {type(value).__name__} {value!r}")
 
 
 def expect(holds: bool, expected: str, got) -> None:

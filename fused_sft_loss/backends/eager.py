@@ -104,7 +104,7 @@ def at_targets(logits: Tensor, target: Tensor, scored: Tensor, math: RowMath) ->
     """Rows (of N) to read, the index of their targets in `[b, s, v]` (another column where the
     target is elsewhere), and whether each is scored and its target among these logits."""
     _, seq, columns = logits.shape
-    rows = torch.arange(len(scored), device=logits.device)
+    rows = torch.arange(len(scored), dtype=torch.int64, device=logits.device)
     if chooses_rows(logits):
         rows = rows[scored]
     target = target[rows]

@@ -12,7 +12,6 @@ import functools
 import inspect
 from contextlib import ExitStack, contextmanager
 
-from ..api import check_call
 from ..options import Options
 from . import checks, versions
 from .head import ResponseOnlyHead, selected
@@ -116,7 +115,7 @@ class Seam:
             ignore_index = self.options.get("ignore_index", -100)
             select = functools.partial(self.head.select, labels, mask, ignore_index)
             group = checks.vocab_group(self.options)
-            rows = checks.agreed(select, group, lambda rows: (rows.index, rows.labels, rows.mask))
+            rows = checks.agreed(select, group, _batch_of_rows)
         if versions.accepts(self.model, "output_processor"):
             if given.get("output_processor") is not None:
                 raise ValueError("expected no output_processor of your own inside this context")
@@ -182,9 +181,6 @@ class Seam:
         else:
             logits, labels, mask = logits.squeeze(1), rows.labels, rows.mask
             options = Options(**options)
-        if checks.agreeing(options.tp_group):
-            check = functools.partial(check_call, logits, labels, mask, options)
-            checks.agreed(check, options.tp_group, lambda _: (labels, mask))
         sums = Sums.of(logits, labels, mask, options, self.report)
         if rows is None:
             self.sums = sums
@@ -192,6 +188,10 @@ class Seam:
         losses = ResponseOnlyHead.scatter(sums.losses, rows, shape)
         self.sums = dataclasses.replace(sums, losses=losses)
         return losses
+
+
+def _batch_of_rows(rows):
+    return {"scored positions": rows.index, "labels": rows.labels, "loss_mask": rows.mask}
 
 
 def _replaced(stack, owner, name, method):
