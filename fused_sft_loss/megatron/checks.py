@@ -98,8 +98,8 @@ def labels_here(labels):
 def vocab_group(options, columns=None, vocabulary=None):
     """The group whose ranks hold the vocabulary's shards, or None for a whole vocabulary.
 
-    options: of the loss; tp_group ("megatron" when absent, or what `sft_loss` takes) and vocab_start,
-    which allows uneven shards. columns: of the logits, and vocabulary: the model's padded one,
+    options: of the loss; tp_group ("megatron" when absent, or what `sft_loss` takes) and
+    vocab_start, which allows uneven shards, count. columns: of the logits, and vocabulary: the model's padded one,
     where they are known.
     """
     group, placed = options.get("tp_group", "megatron"), options.get("vocab_start") is not None
