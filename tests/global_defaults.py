@@ -67,6 +67,11 @@ def megatron(case, backend):
         yield ResponseOnlyHead.scatter(rows.mask.float(), rows, case.labels.shape)
 
 
+def backends(number):
+    """The shim runs thread by thread and is slow: in every fourth case."""
+    return [name for name in BACKENDS if not name.endswith("simt") or number % 4 == 1]
+
+
 def results(case, name):
     """Every tensor that the public functions return for a case."""
     shifted = fsl.shift_targets(case.labels, case.loss_mask, case.options.get("cu_seqlens"))
@@ -92,7 +97,7 @@ def main(setting, cases_file, results_file):
     got = {
         (number, name): [tensor.detach() for tensor in results(case, name)]
         for number, case in enumerate(cases)
-        for name in BACKENDS
+        for name in backends(number)
     }
     torch.set_default_dtype(torch.float32)
     torch.set_default_device("cpu")

@@ -19,22 +19,22 @@ REFERENCE = "as it comes"
 
 
 def some_cases():
-    """A dozen cases, each of other options, layout, dtype and mask."""
+    """Cases, each of other options, layout, dtype and mask."""
     choose = random.Random(13).choice
-    for seed in range(12):
+    for seed in range(8):
         options = {
             "shift": choose([True, True, False]),
             "label_smoothing": choose([0.0, 0.1]),
             "z_loss": choose([0.0, 1e-3]),
             "softcap": choose([None, 5.0]),
             "logit_scale": choose([1.0, 2.5]),
-            "vocab_size": choose([None, 90]),
+            "vocab_size": choose([None, 33]),
             "ignore_index": choose([-100, 0]),
         }
         if options["shift"] and seed % 2:
             options["cu_seqlens"] = torch.tensor([0, 3, 7], dtype=torch.int32)
         mask = choose(["none", "none", "bool", "int", "half", "float", "empty"])
-        yield build(LAYOUTS[seed % 6], DTYPES[seed % 3], 2, 6, 100, seed, mask, options)
+        yield build(LAYOUTS[seed % 6], DTYPES[seed % 3], 2, 6, 40, seed, mask, options)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def run(tmp_path_factory):
 @pytest.mark.parametrize("setting", [s for s in global_defaults.SETTINGS if s != REFERENCE])
 def test_trap_a_global_default_changes_no_bit(run, setting):
     want, got = run(REFERENCE), run(setting)
-    assert len(want) >= 12 and got.keys() == want.keys()
+    assert len(want) >= 16 and got.keys() == want.keys()
     for key, tensors in want.items():
         assert len(got[key]) == len(tensors) > 20
         for number, (a, b) in enumerate(zip(got[key], tensors, strict=True)):

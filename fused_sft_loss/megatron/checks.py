@@ -98,9 +98,9 @@ def labels_here(labels):
 def vocab_group(options, columns=None, vocabulary=None):
     """The group whose ranks hold the vocabulary's shards, or None for a whole vocabulary.
 
-    options: of the loss; tp_group ("megatron" when absent, or what `sft_loss` takes) and
-    vocab_start, which allows uneven shards, count. columns: of the logits, and vocabulary: the model's padded one,
-    where they are known.
+    options: of the loss; tp_group ("megatron" when absent, or what `sft_loss` takes) counts, and
+    vocab_start, which allows uneven shards. columns: of the logits, and vocabulary: the model's
+    padded one, where they are known.
     """
     group, placed = options.get("tp_group", "megatron"), options.get("vocab_start") is not None
     parallel = versions.parallel_state()
@@ -129,6 +129,24 @@ def _is_megatrons(group, parallel):
         raise ValueError(
             f"tp_group: expected Megatron's tensor-parallel group of ranks {tensor}, got ranks "
             f"{mine}. Leave tp_group out; shards that are placed otherwise need vocab_start"
+        )
+
+
+def runs_as_it_is(module, what):
+    """Raise NotImplementedError where other code than the module's forward runs, or runs later."""
+    compiled = getattr(module, "_compiled_call_impl", None) is not None
+    inside = getattr(module, "__dict__", {}).get("_modules") or {}
+    if compiled or versions.COMPILED in inside:
+        raise NotImplementedError(
+            f"expected {what} itself, got one under torch.compile ({type(module).__name__}): "
+            "compiled code does not see that its loss is replaced. Compile the layers: "
+            "for layer in model.decoder.layers: layer.compile()"
+        )
+    if versions.CHECKPOINTED in inside:
+        raise NotImplementedError(
+            f"expected {what} itself, got one under checkpoint_wrapper ({type(module).__name__}): "
+            "backward computes it again, when its loss is no longer replaced. Wrap the layers: "
+            "model.decoder.layers[i] = checkpoint_wrapper(model.decoder.layers[i])"
         )
 
 
