@@ -16,14 +16,10 @@ def tensors(
 ) -> None:
     """Raise TypeError or ValueError unless the tensors fit as ``sft_loss`` says."""
     _are_tensors(logits=logits, labels=labels, loss_mask=loss_mask, cu_seqlens=cu_seqlens)
+    _not_soft(labels)
     _not_losses(logits, labels)
     if logits.dtype not in DTYPES:
         raise TypeError(f"expected logits in {_names(DTYPES)}, got {logits.dtype}")
-    if labels.is_floating_point() and labels.shape == logits.shape:
-        raise TypeError(
-            f"expected labels [b, s] of token ids, got {labels.dtype} {list(labels.shape)}, the "
-            "shape of the logits: soft labels (probabilities) are not supported"
-        )
     _integers(labels)
     if logits.dim() not in (2, 3):
         raise ValueError(
@@ -112,6 +108,15 @@ def _dense(value: Tensor, name: str) -> str:
 def _integers(labels: Tensor) -> None:
     if labels.dtype not in LABELS:
         raise TypeError(f"expected labels of an integer dtype, got {labels.dtype}")
+
+
+def _not_soft(labels: Tensor) -> None:
+    if labels.is_floating_point() and labels.dim() == 3:
+        raise TypeError(
+            f"expected labels [b, s] of token ids, got {labels.dtype} {list(labels.shape)}: soft "
+            "labels (probabilities of every id) are not supported; pass argmax(-1), or use "
+            "torch.nn.functional.cross_entropy"
+        )
 
 
 def _not_losses(logits: Tensor, labels: Tensor) -> None:

@@ -37,7 +37,7 @@ def blocks(
     """At most `height` rows at a time: the scored ones (`read`) or the others; or where those are
     not known all of them, of one sequence at a time, and no others."""
     if not chooses_rows(scored):
-        for first in range(0, batch * seq if read else 0, seq):
+        for first in range(0, batch * seq if read else 0, seq or 1):
             for start in range(first, first + seq, height):
                 yield neighbours(start, min(start + height, first + seq), seq)
         return
