@@ -1,18 +1,20 @@
 """sft_loss, SFTLoss and token_metrics: defaults, validation, and the way into the operators."""
 
+import contextlib
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import autograd, checks, inplace, onepass, shards
+from . import agreement, autograd, checks, groups, inplace, onepass, shards
 from .backends import choose
 from .options import Options, expect
 from .rowmath import RowMath
 from .targets import Targets
 
 REDUCTIONS = ("mean", "sum", "none")
+METRICS = "token_metrics"
 
 
 class LossTerms(NamedTuple):
@@ -86,7 +88,10 @@ def sft_loss(
             from step to step may be a 0-d CPU tensor: torch.compile then compiles the step once.
         vocab_size: true global vocabulary; columns beyond it are padding, outside the softmax,
             gradient 0.
-        tp_group: process group over which the vocabulary is sharded. Every rank gets the same loss.
+        tp_group: process group over which the vocabulary is sharded, or a DeviceMesh of one
+            dimension. Every rank gets the same loss, by one all-gather of `[N, 3]`. Before it, on a
+            CPU (elsewhere with FUSED_SFT_LOSS_CHECK=1), the ranks tell each other in one small
+            exchange what they were called with.
         vocab_start: first global id on this rank, for uneven shards (needs vocab_size); None: equal
             shards in rank order.
         inplace_backward: the gradient overwrites the logits' memory; a second backward raises.
@@ -110,7 +115,9 @@ def sft_loss(
     Raises:
         TypeError, ValueError: expected, got, and the fix. On a CPU (elsewhere with
             FUSED_SFT_LOSS_CHECK=1) also for a label outside the vocabulary or a negative weight, by
-            position; without that check such a label makes its row's loss NaN.
+            position; without that check such a label makes its row's loss NaN. Under the same
+            condition ranks of a tp_group that differ in shape, options, labels, mask or shards, or
+            one of which raises, all raise (but for what raises while torch.compile traces).
         NotImplementedError: the backend asked for cannot run here.
     """
     expect(reduction in REDUCTIONS, f"reduction in {REDUCTIONS}", reduction)
@@ -150,9 +157,7 @@ def loss_terms(
     `mean`: the caller divides by weight_sum, so the gradient that grad_in_forward expects for the
     quotient is divided by it, too.
     """
-    if options.inplace_backward:
-        inplace.prepare(logits)
-    targets, call = _prepare(logits, labels, loss_mask, options)
+    targets, call = _prepare(logits, labels, loss_mask, options, "mean loss" if mean else "loss")
     if options.one_read and logits.requires_grad and torch.is_grad_enabled():
         expected = _expected_gradient(options.grad_in_forward, targets.weight_sum, mean)
         losses = onepass.token_losses(*call, expected, options.inplace_backward)
@@ -170,9 +175,7 @@ def loss_terms_and_metrics(
             "expected no grad_in_forward where more than the loss is reported, got "
             f"{options.grad_in_forward!r}; drop it, or report the loss alone"
         )
-    if options.inplace_backward:
-        inplace.prepare(logits)
-    targets, call = _prepare(logits, labels, loss_mask, options)
+    targets, call = _prepare(logits, labels, loss_mask, options, "loss and metrics")
     vectors = autograd.token_losses_and_metrics(*call, options.inplace_backward)
     losses, lse, loss, log_prob, correct, entropy = (v.view(labels.shape) for v in vectors)
     metrics = (loss, log_prob, lse, correct, entropy)
@@ -200,20 +203,18 @@ def token_metrics(
     Takes the arguments of :func:`sft_loss` but `reduction` and `inplace_backward`; same errors.
     """
     with torch.no_grad():
-        _, call = _prepare(logits, labels, loss_mask, Options(**options))
+        _, call = _prepare(logits, labels, loss_mask, Options(**options), METRICS)
         vectors = autograd.token_metrics(*call)
     return TokenMetrics(*(vector.view(labels.shape) for vector in vectors))
 
 
-def check_call(logits: Tensor, labels: Tensor, loss_mask: Tensor | None, options: Options) -> None:
-    """Raise what :func:`loss_terms` would of this rank's arguments, without talking to others."""
-    if options.inplace_backward:
-        inplace.prepare(logits)
-    _prepare(logits, labels, loss_mask, options)
-
-
 class SFTLoss(torch.nn.Module):
-    """:func:`sft_loss` with options bound; those wrong by themselves raise at construction."""
+    """:func:`sft_loss` with options bound; those wrong by themselves raise at construction.
+
+    A copy (copy.deepcopy) has the same tp_group; a pickle (torch.save of a model) has its name and
+    ranks. Where a process that loads it has no such group, the first call is an error, unless
+    options["tp_group"] is set to another one before. state_dict() is empty.
+    """
 
     def __init__(self, *, reduction: str = "mean", **options):
         super().__init__()
@@ -229,16 +230,62 @@ class SFTLoss(torch.nn.Module):
         options = {"reduction": self.reduction, **self.options, **overrides}
         return sft_loss(logits, labels, loss_mask, **options)
 
+    def __getstate__(self) -> dict:
+        """For copies and pickles: a process group goes by its name."""
+        state = super().__getstate__()
+        if isinstance(group := self.options.get("tp_group"), groups.NamedGroup | None):
+            return state
+        group = groups.named(groups.process_group(group))
+        return {**state, "options": {**self.options, "tp_group": group}}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        if isinstance(group := self.options.get("tp_group"), groups.NamedGroup):
+            # Where it is not there yet, the first call looks again, or says what is wrong.
+            with contextlib.suppress(ValueError):
+                self.options = {**self.options, "tp_group": groups.found(group)}
+
     def extra_repr(self) -> str:
         given = {"reduction": self.reduction, **self.options}
         return ", ".join(f"{name}={value!r}" for name, value in given.items())
 
 
-def _prepare(logits: Tensor, labels: Tensor, loss_mask: Tensor | None, options: Options):
-    """Validate, find the targets, and line up the operators' arguments."""
+def _prepare(
+    logits: Tensor, labels: Tensor, loss_mask: Tensor | None, options: Options, call: str
+) -> tuple[Targets, tuple]:
+    """Validate, find the targets, and line up the operators' arguments.
+
+    call: what is computed, which ranks that share a vocabulary have to agree on.
+    """
+    try:
+        math, group_name, backend = _validated(logits, labels, loss_mask, options, call)
+    except Exception as error:
+        agreement.tell(error, options.tp_group, logits)
+        raise
+    scoring = labels, loss_mask, options.cu_seqlens, options.shift, int(options.ignore_index)
+    if group_name:
+        shard = call, logits.dtype, logits.shape[-1], *math.arguments(), group_name, backend
+        found = agreement.agreed_targets(*scoring, *shard)
+    else:
+        found = autograd.row_targets(*scoring, math.vocab_size, backend)
+    targets = Targets(*found)
+    # A view: rows are read where they lie.
+    if logits.dim() == 2:
+        logits = logits.unsqueeze(0)
+    elif options.layout == "sbv":
+        logits = logits.transpose(0, 1)
+    return targets, (logits, targets.target, targets.weight, *math.arguments(), group_name, backend)
+
+
+def _validated(
+    logits: Tensor, labels: Tensor, loss_mask: Tensor | None, options: Options, call: str
+) -> tuple[RowMath, str, str]:
+    """(row math, group name, backend), or the error of this rank."""
     options.validate()
     checks.tensors(logits, labels, loss_mask, options.cu_seqlens, options.layout)
     checks.constant_mask(loss_mask)
+    if options.inplace_backward and call != METRICS:
+        inplace.prepare(logits)
     start, size, group_name = shards.placed(logits.shape[-1], options)
     math = RowMath(
         label_smoothing=float(options.label_smoothing),
@@ -261,21 +308,4 @@ def _prepare(logits: Tensor, labels: Tensor, loss_mask: Tensor | None, options: 
         if options.one_read
         else choose.resolve(options.backend, device)
     )
-    targets = Targets(
-        *autograd.row_targets(
-            labels,
-            loss_mask,
-            options.cu_seqlens,
-            options.shift,
-            options.ignore_index,
-            size,
-            backend,
-        )
-    )
-    # A view: rows are read where they lie.
-    if logits.dim() == 2:
-        logits = logits.unsqueeze(0)
-    elif options.layout == "sbv":
-        logits = logits.transpose(0, 1)
-    call = (logits, targets.target, targets.weight, *math.arguments(), group_name, backend)
-    return targets, call
+    return math, group_name, backend

@@ -4,19 +4,16 @@ Operators, so that torch.compile and opcheck see schemas, shapes and what is mut
 backward: the logits themselves and vectors of N rows; nothing else of the logits' size.
 """
 
-import os
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from . import rowmath, shards, targets
+from . import flags, rowmath, shards, targets
 from .backends import choose
 from .inplace import traced
 from .operators import differentiable, first_order, operator
 from .rowmath import RowMath
-
-CHECK_VARIABLE = "FUSED_SFT_LOSS_CHECK"
 
 _MATH = rowmath.SCHEMA
 _MATH_FIELDS = len(RowMath._fields)
@@ -24,7 +21,7 @@ _MATH_FIELDS = len(RowMath._fields)
 
 def may_synchronise(tensor: Tensor) -> bool:
     """Whether values may be looked at: free on a CPU, elsewhere a synchronisation on request."""
-    return tensor.device.type == "cpu" or os.environ.get(CHECK_VARIABLE, "0") not in ("", "0")
+    return flags.enabled(flags.CHECK) or tensor.device.type == "cpu"
 
 
 @operator(
@@ -38,7 +35,8 @@ def row_targets(labels, loss_mask, cu_seqlens, shift, ignore_index, vocab_size, 
     if checked:
         targets.check_values(loss_mask, cu_seqlens, labels.numel())
     kernel = choose.load(backend).row_targets
-    result = kernel(labels, loss_mask, cu_seqlens, shift, ignore_index, vocab_size)
+    given = targets.readable(labels, loss_mask, cu_seqlens)
+    result = kernel(*given, shift, ignore_index, vocab_size)
     if checked:
         targets.check_labels(result.target, labels, shift, vocab_size)
     return tuple(result)
@@ -47,7 +45,7 @@ def row_targets(labels, loss_mask, cu_seqlens, shift, ignore_index, vocab_size, 
 def merged_rows(logits, target, weight, math: RowMath, group_name: str, backend: str, columns: int):
     """Statistics of every shard, `[ranks, N, columns]`."""
     stats = choose.load(backend).row_stats(logits, target, weight, math, columns)
-    return shards.gather(stats, math, logits.shape[-1], group_name, check=may_synchronise(logits))
+    return shards.gather(stats, group_name)
 
 
 @operator(

@@ -4,6 +4,11 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+#: Few of PyTorch's operators take these: read as int64.
+UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
+LABELS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, *UNSIGNED)
+MASKS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+MASKS += (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def tensors(
@@ -11,15 +16,11 @@ def tensors(
 ) -> None:
     """Raise TypeError or ValueError unless the tensors fit as ``sft_loss`` says."""
     _are_tensors(logits=logits, labels=labels, loss_mask=loss_mask, cu_seqlens=cu_seqlens)
+    _not_soft(labels)
     _not_losses(logits, labels)
     if logits.dtype not in DTYPES:
         raise TypeError(f"expected logits in {_names(DTYPES)}, got {logits.dtype}")
-    if labels.dtype.is_floating_point or labels.dtype in (
-        torch.bool,
-        torch.complex64,
-        torch.complex128,
-    ):
-        raise TypeError(f"expected labels of an integer dtype, got {labels.dtype}")
+    _integers(labels)
     if logits.dim() not in (2, 3):
         raise ValueError(
             f"expected logits [b, s, v], or [n, v] with labels [n], got shape {list(logits.shape)}"
@@ -40,13 +41,29 @@ def tensors(
             f"expected labels {rows} for logits {list(logits.shape)} (layout {layout!r}), "
             f"got {list(labels.shape)}{hint}"
         )
-    if loss_mask is not None and loss_mask.shape != labels.shape:
-        raise ValueError(
-            f"expected loss_mask of the labels' shape {list(labels.shape)}, got "
-            f"{list(loss_mask.shape)}"
-        )
-    _boundaries(cu_seqlens)
+    targets(labels, loss_mask, cu_seqlens)
     _one_device(logits, labels=labels, loss_mask=loss_mask, cu_seqlens=cu_seqlens)
+
+
+def targets(labels: Tensor, loss_mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
+    """Raise TypeError or ValueError unless they are what ``shift_targets`` takes."""
+    _are_tensors(labels=labels, loss_mask=loss_mask, cu_seqlens=cu_seqlens)
+    _integers(labels)
+    if labels.dim() not in (1, 2):
+        raise ValueError(f"expected labels [b, s] or [n], got shape {list(labels.shape)}")
+    if loss_mask is not None:
+        if loss_mask.dtype not in MASKS:
+            raise TypeError(
+                f"expected loss_mask in {_names(MASKS)}, got {loss_mask.dtype}; convert it, as "
+                "with (loss_mask != 0) where it only selects"
+            )
+        if loss_mask.shape != labels.shape:
+            raise ValueError(
+                f"expected loss_mask of the labels' shape {list(labels.shape)}, got "
+                f"{list(loss_mask.shape)}"
+            )
+    _boundaries(cu_seqlens)
+    _one_device(labels, "labels", loss_mask=loss_mask, cu_seqlens=cu_seqlens)
 
 
 def constant_mask(loss_mask: Tensor | None) -> None:
@@ -61,9 +78,38 @@ def constant_mask(loss_mask: Tensor | None) -> None:
 
 def _are_tensors(**named: Tensor | None) -> None:
     for name, value in named.items():
-        optional = name in ("loss_mask", "cu_seqlens")
-        if not isinstance(value, Tensor) and not (optional and value is None):
+        if value is None and name in ("loss_mask", "cu_seqlens"):
+            continue
+        if not isinstance(value, Tensor):
             raise TypeError(f"expected {name} to be a torch.Tensor, got {type(value).__name__}")
+        if hasattr(value, "to_local"):
+            raise TypeError(
+                f"expected {name} to be a plain tensor, got a {type(value).__name__}; pass "
+                f"{name}.to_local(), and for logits sharded over the vocabulary tp_group=mesh"
+            )
+        if value.layout != torch.strided or value.is_nested:
+            raise TypeError(
+                f"expected {name} to be a dense tensor, got one of layout {value.layout}"
+                f"{' (nested)' if value.is_nested else ''}; pass {_dense(value, name)}"
+            )
+
+
+def _dense(value: Tensor, name: str) -> str:
+    return f"{name}.to_padded_tensor(...)" if value.is_nested else f"{name}.to_dense()"
+
+
+def _integers(labels: Tensor) -> None:
+    if labels.dtype not in LABELS:
+        raise TypeError(f"expected labels of an integer dtype, got {labels.dtype}")
+
+
+def _not_soft(labels: Tensor) -> None:
+    if labels.is_floating_point() and labels.dim() == 3:
+        raise TypeError(
+            f"expected labels [b, s] of token ids, got {labels.dtype} {list(labels.shape)}: soft "
+            "labels (probabilities of every id) are not supported; pass argmax(-1), or use "
+            "torch.nn.functional.cross_entropy"
+        )
 
 
 def _not_losses(logits: Tensor, labels: Tensor) -> None:
@@ -99,17 +145,19 @@ def _boundaries(cu_seqlens: Tensor | None) -> None:
         or cu_seqlens.numel() < 2
         or cu_seqlens.dtype not in (torch.int32, torch.int64)
     ):
+        row = cu_seqlens.dim() == 2 and cu_seqlens.shape[0] == 1
         raise ValueError(
             "expected cu_seqlens [k+1] int32 or int64 with k >= 1 documents, got "
-            f"{list(cu_seqlens.shape)} {cu_seqlens.dtype}"
+            f"{list(cu_seqlens.shape)} {cu_seqlens.dtype}{'; pass cu_seqlens[0]' if row else ''}"
         )
 
 
-def _one_device(logits: Tensor, **others: Tensor | None) -> None:
-    for name, tensor in others.items():
-        if tensor is not None and tensor.device != logits.device:
+def _one_device(tensor: Tensor, name: str = "logits", **others: Tensor | None) -> None:
+    for other, value in others.items():
+        if value is not None and value.device != tensor.device:
             raise ValueError(
-                f"expected {name} on the logits' device {logits.device}, got {tensor.device}"
+                f"expected {other} on the {name}' device {tensor.device}, got {value.device}; "
+                "move it there"
             )
 
 

@@ -1,9 +1,14 @@
 """The options of a loss, and whether they can be right whatever the tensors."""
 
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
+import torch
 from torch import Tensor
+
+FP32 = torch.finfo(torch.float32)
+RANGE = "a normal fp32 number (1.2e-38 to 3.4e38)"
 
 
 @dataclass(frozen=True)
@@ -26,21 +31,37 @@ class Options:
     backend: str | None = None
 
     def validate(self) -> None:
-        """Raise ValueError for options that are wrong whatever the tensors."""
+        """Raise TypeError or ValueError for options that are wrong whatever the tensors."""
         expect(self.layout in ("bsv", "sbv"), "layout 'bsv' or 'sbv'", self.layout)
+        for name in ("shift", "inplace_backward"):
+            _typed(self, name, "a bool", bool)
+        for name in ("ignore_index", "vocab_size", "vocab_start"):
+            _typed(self, name, "an int", Integral)
         for name in ("label_smoothing", "z_loss", "softcap"):
-            if isinstance(value := getattr(self, name), Tensor):
-                raise TypeError(
-                    f"expected {name} to be a number, got {value!r}; pass {name}.item()"
-                )
-        expect(0.0 <= self.label_smoothing < 1.0, "0 <= label_smoothing < 1", self.label_smoothing)
-        expect(0.0 <= self.z_loss < float("inf"), "a finite z_loss >= 0", self.z_loss)
+            _typed(self, name, "a number", Real)
+        _typed(self, "logit_scale", "a number or a 0-d CPU tensor", Real, Tensor)
         expect(
-            self.softcap is None or 0.0 < self.softcap < float("inf"),
-            "softcap > 0 or None",
+            -(2**63) <= self.ignore_index < 2**63, "ignore_index within int64", self.ignore_index
+        )
+        expect(
+            self.label_smoothing == 0 or FP32.tiny <= self.label_smoothing < 1.0 - 2.0**-25,
+            "0 <= label_smoothing < 1 (where not 0, from 1.2e-38 to 1 - 6e-8)",
+            self.label_smoothing,
+        )
+        expect(
+            self.z_loss == 0 or in_fp32(self.z_loss),
+            f"z_loss 0 or positive and {RANGE}",
+            self.z_loss,
+        )
+        expect(
+            self.softcap is None or in_fp32(self.softcap),
+            f"softcap None or positive and {RANGE}",
             self.softcap,
         )
-        _scale(self.logit_scale)
+        if isinstance(self.logit_scale, Tensor):
+            _readable(self.logit_scale)
+        else:
+            check_scale(self.logit_scale, self.softcap)
         expect(
             self.vocab_size is None or self.vocab_size > 0,
             "vocab_size > 0 or None",
@@ -65,23 +86,44 @@ class Options:
         return isinstance(expected, Tensor) or (expected is not False and expected != 0)
 
 
+def in_fp32(value: float) -> bool:
+    """Whether the kernels, which compute in fp32, see a positive number as it is (but rounded)."""
+    return FP32.tiny <= value <= FP32.max
+
+
+def _typed(options: Options, name: str, expected: str, *types: type) -> None:
+    """Raise TypeError unless the option is of one of the types (a bool counts as no number), or
+    None where that is its default."""
+    value = getattr(options, name)
+    if value is None and getattr(Options, name) is None:
+        return
+    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+        raise TypeError(f"expected {name} to be {expected}, got {type(value).__name__} {value!r}")
+
+
 def expect(holds: bool, expected: str, got) -> None:
     """Raise ValueError unless it holds."""
     if not holds:
         raise ValueError(f"expected {expected}, got {got!r}")
 
 
-def _scale(logit_scale: float | Tensor) -> None:
-    """Raise unless it is a positive number or may be read as one without waiting for a device."""
-    if not isinstance(logit_scale, Tensor):
-        expect(0.0 < logit_scale < float("inf"), "a finite logit_scale > 0", logit_scale)
-    elif logit_scale.requires_grad:
+def check_scale(logit_scale: float, softcap: float | None) -> None:
+    """Raise ValueError unless the kernels can multiply by it in fp32; no softcap is None or 0."""
+    expect(in_fp32(logit_scale), f"logit_scale positive and {RANGE}", logit_scale)
+    if softcap:
+        ratio = logit_scale / softcap
+        expect(in_fp32(ratio), f"logit_scale / softcap {RANGE}", ratio)
+
+
+def _readable(logit_scale: Tensor) -> None:
+    """Raise ValueError unless the tensor's value may be read without waiting for a device."""
+    if logit_scale.requires_grad:
         raise ValueError(
             "expected logit_scale without requires_grad, got a tensor that wants a gradient, which "
             "the loss does not compute. Multiply the logits by it (z = scale * logits) and leave "
             "logit_scale out, or pass logit_scale.detach()"
         )
-    elif logit_scale.dim() or logit_scale.device.type != "cpu":
+    if logit_scale.dim() or logit_scale.device.type != "cpu":
         raise ValueError(
             "expected logit_scale to be a number or a 0-d CPU tensor, got "
             f"{list(logit_scale.shape)} on {logit_scale.device}; a tensor on an accelerator could "

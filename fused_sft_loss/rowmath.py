@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .options import expect
+from .options import check_scale
 
 #: The same fields as an operator schema; see ``autograd.py``. torch.compile would compile
 #: anew for each value of a float, so logit_scale travels as a 0-d CPU tensor.
@@ -38,7 +38,7 @@ class RowMath(NamedTuple):
         """From an operator's arguments, which :meth:`arguments` made."""
         math = cls(*arguments)
         scale = float(math.logit_scale)
-        expect(0.0 < scale < float("inf"), "a finite logit_scale > 0", scale)
+        check_scale(scale, math.softcap)
         return math._replace(logit_scale=scale)
 
     def arguments(self) -> tuple:

@@ -6,6 +6,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
+from . import groups
 from .options import Options
 from .rowmath import RowMath
 from .targets import OUT_OF_VOCABULARY
@@ -13,7 +14,8 @@ from .targets import OUT_OF_VOCABULARY
 
 def placed(columns: int, options: Options) -> tuple[int, int, str]:
     """(vocab_start, vocab_size, group name or "") of this rank."""
-    group, start, size = options.tp_group, options.vocab_start, options.vocab_size
+    group = groups.process_group(options.tp_group)
+    start, size = options.vocab_start, options.vocab_size
     ranks = 1 if group is None else dist.get_world_size(group)
     if ranks == 1:
         if start:
@@ -31,43 +33,49 @@ def placed(columns: int, options: Options) -> tuple[int, int, str]:
                 f"rank sees the others' sizes), got vocab_size={size}, vocab_start={start}"
             )
         return start, size, group.group_name
-    total = columns * ranks
+    start, total = dist.get_rank(group) * columns, columns * ranks
     size = total if size is None else size
-    if not total - columns < size <= total:
-        gathered = "; these look like gathered logits: drop tp_group" if columns >= size else ""
+    _equal(columns, ranks, size, start)
+    return start, size, group.group_name
+
+
+def _equal(columns: int, ranks: int, size: int, start: int) -> None:
+    """Raise ValueError unless equal shards in rank order can hold a vocabulary of `size`.
+
+    The last ones may be padding alone. Where the first one alone would hold everything they are
+    refused all the same: gathered logits look just like that, and would get a wrong gradient.
+    """
+    total = columns * ranks
+    if size > total:
         raise ValueError(
-            f"expected {ranks} equal shards that add up to vocab_size={size} (the last one may "
-            f"end in padding), got {ranks} x {columns} = {total} columns{gathered}. For uneven "
-            "shards pass vocab_start"
+            f"expected {ranks} equal shards that add up to vocab_size={size} (the last ones may "
+            f"be padding), got {ranks} x {columns} = {total} columns. For uneven shards pass "
+            "vocab_start"
         )
-    return dist.get_rank(group) * columns, size, group.group_name
+    if size <= columns:
+        raise ValueError(
+            f"expected {ranks} shards of vocab_size={size}, got {columns} columns here, which is "
+            "all of it; these look like gathered logits: drop tp_group. Where they are a shard and "
+            f"the other ranks hold padding alone, pass vocab_start={start} on this rank"
+        )
 
 
-def gather(stats: Tensor, math: RowMath, columns: int, group_name: str, *, check: bool) -> Tensor:
+def gather(stats: Tensor, group_name: str) -> Tensor:
     """`[N, k]` fp32 on every rank of the group -> `[ranks, N, k]`, the same bits everywhere.
 
     `group_name` is "" for an unsharded vocabulary. Operators cannot take a ProcessGroup, so the
-    group travels by the name that torch's own functional collectives use. With `check`, one more
-    row says which columns each rank holds, so that shards that do not add up are an error on every
-    rank, not on some.
+    group travels by the name that torch's own functional collectives use.
     """
     if not group_name:
         return stats.unsqueeze(0)
     group = _resolve_process_group(group_name)
-    if check:
-        held = [math.vocab_start, math.vocab_start + columns, math.vocab_size]
-        header = stats.new_tensor(held + [0] * (stats.shape[-1] - 3))
-        stats = torch.cat([stats, header.unsqueeze(0)])
     gathered = stats.new_empty((group.size(), *stats.shape))
     dist.all_gather(list(gathered.unbind()), stats, group=group)
-    if not check:
-        return gathered
-    _check_shards(gathered[:, -1, :3].long().tolist())
-    return gathered[:, :-1]
+    return gathered
 
 
-def _check_shards(held: list[list[int]]) -> None:
-    """Raise ValueError unless the shards [start, stop), in rank order, tile one vocabulary."""
+def check(held: list[tuple[int, int, int]]) -> None:
+    """Raise ValueError unless (start, stop, vocab_size) by rank tile one vocabulary."""
     ordered = sorted((start, stop) for start, stop, _ in held)
     edges = [0] + [stop for _, stop in ordered]
     tiled = all(start == edge for (start, _), edge in zip(ordered, edges, strict=False))
@@ -75,8 +83,7 @@ def _check_shards(held: list[list[int]]) -> None:
     if not tiled or len(sizes) != 1 or edges[-1] < max(sizes):
         raise ValueError(
             "expected the ranks' vocabulary shards to tile [0, vocab_size) without gap or overlap "
-            "and one vocab_size, got (start, stop, vocab_size) by rank: "
-            f"{[tuple(rank) for rank in held]}"
+            f"and one vocab_size, got (start, stop, vocab_size) by rank: {list(map(tuple, held))}"
         )
 
 
@@ -137,9 +144,9 @@ def merge_metrics(
     # Of equal maxima the first id wins, as in torch.argmax over the whole vocabulary.
     holder = torch.where(gathered[..., 0] == maximum, gathered[..., 4], torch.inf)
     correct = scored & (holder.amin(0) == target)
-    poisoned = torch.where(target == OUT_OF_VOCABULARY, torch.nan, 0.0)
-    log_prob = torch.where(scored, log_prob + poisoned, 0.0)
-    entropy = torch.where(scored, entropy + poisoned, 0.0)
+    poisoned = target == OUT_OF_VOCABULARY
+    log_prob = torch.where(scored, log_prob.masked_fill(poisoned, torch.nan), 0.0)
+    entropy = torch.where(scored, entropy.masked_fill(poisoned, torch.nan), 0.0)
     return loss, log_prob, lse, correct, entropy
 
 

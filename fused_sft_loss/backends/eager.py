@@ -22,7 +22,8 @@ TILE = 2**20
 ACCELERATOR_TILE = 2**22
 CORE_TILE = 2**16
 
-Block = tuple[int, slice]  # a sequence and its positions
+Rows = slice | Tensor  # of the N rows
+Index = tuple[int, slice] | tuple[Tensor, Tensor]  # sequences and positions, within `[b, s]`
 
 
 def chooses_rows(tensor: Tensor) -> bool:
@@ -30,17 +31,29 @@ def chooses_rows(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
-def blocks(scored: Tensor, batch: int, seq: int) -> Iterator[tuple[Block, bool]]:
-    """Neighbouring rows, and whether to read them: the scored, or all where those are not known."""
+def blocks(
+    scored: Tensor, batch: int, seq: int, height: int, read: bool = True
+) -> Iterator[tuple[Index, Rows]]:
+    """At most `height` rows at a time: the scored ones (`read`) or the others; or where those are
+    not known all of them, of one sequence at a time, and no others."""
     if not chooses_rows(scored):
-        yield from (((b, slice(0, seq)), True) for b in range(batch))
+        for first in range(0, batch * seq if read else 0, seq or 1):
+            for start in range(first, first + seq, height):
+                yield neighbours(start, min(start + height, first + seq), seq)
         return
-    for b, row in enumerate(scored.view(batch, seq)):
-        values, counts = row.unique_consecutive(return_counts=True)
-        ends = counts.cumsum(0)
-        starts = ends - counts
-        for value, *ends_of in zip(*(x.tolist() for x in (values, starts, ends)), strict=True):
-            yield (b, slice(*ends_of)), value
+    chosen = (scored == read).nonzero().view(-1)
+    for rows in chosen.split(height) if len(chosen) else ():
+        first, last = int(rows[0]), int(rows[-1])
+        if last - first + 1 == len(rows) and first // seq == last // seq:
+            yield neighbours(first, last + 1, seq)
+        else:
+            yield (rows // seq, rows % seq), rows
+
+
+def neighbours(start: int, stop: int, seq: int) -> tuple[Index, Rows]:
+    """Rows of one sequence, as slices: their tile is a view."""
+    b, s = divmod(start, seq)
+    return (b, slice(s, s + stop - start)), slice(start, stop)
 
 
 def tile_shape(valid: int, device: torch.device) -> tuple[int, int]:
@@ -53,17 +66,12 @@ def tile_shape(valid: int, device: torch.device) -> tuple[int, int]:
     return max(1, size // width), width
 
 
-def tiles(block: Block, seq: int, valid: int, device: torch.device) -> Iterator[tuple]:
+def tiles(scored: Tensor, batch: int, seq: int, valid: int) -> Iterator[tuple[tuple, Rows]]:
     """Each tile's index within `[b, s, valid]` and its rows (of N). Columns vary fastest."""
-    b, positions = block
-    height, width = tile_shape(valid, device)
-    for s in range(positions.start, positions.stop, height):
-        end = min(s + height, positions.stop)
+    height, width = tile_shape(valid, scored.device)
+    for index, rows in blocks(scored, batch, seq, height):
         for c in range(0, valid, width):
-            yield (
-                (b, slice(s, end), slice(c, min(c + width, valid))),
-                slice(b * seq + s, b * seq + end),
-            )
+            yield (*index, slice(c, min(c + width, valid))), rows
 
 
 def scratch(valid: int, device: torch.device) -> Tensor:
@@ -104,7 +112,7 @@ def at_targets(logits: Tensor, target: Tensor, scored: Tensor, math: RowMath) ->
     """Rows (of N) to read, the index of their targets in `[b, s, v]` (another column where the
     target is elsewhere), and whether each is scored and its target among these logits."""
     _, seq, columns = logits.shape
-    rows = torch.arange(len(scored), device=logits.device)
+    rows = torch.arange(len(scored), dtype=torch.int64, device=logits.device)
     if chooses_rows(logits):
         rows = rows[scored]
     target = target[rows]
@@ -160,11 +168,10 @@ def row_stats(
     valid, scored = math.valid_columns(width), weight != 0
     stats = empty_stats(weight.numel(), columns, like=logits)
     memory = scratch(valid, logits.device)
-    for block, read in blocks(scored, batch, seq):
-        for index, rows in tiles(block, seq, valid, logits.device) if read else ():
-            z, _ = transform(*load(logits[index], memory), math)
-            part = tile_stats(z, math.vocab_start + index[-1].start, columns)
-            stats[rows] = part if index[-1].start == 0 else merge_tiles(stats[rows], part)
+    for index, rows in tiles(scored, batch, seq, valid):
+        z, _ = transform(*load(logits[index], memory), math)
+        part = tile_stats(z, math.vocab_start + index[-1].start, columns)
+        stats[rows] = part if index[-1].start == 0 else merge_tiles(stats[rows], part)
     rows, targets, here = at_targets(logits, target, scored, math)
     z, _ = transform(*load(logits[targets]), math)
     stats[rows, 2] = torch.where(here, z, 0.0)
@@ -190,15 +197,13 @@ def row_grad(
     grad = softmax_part(z, rows).sub_((scale[rows] * (1 - math.label_smoothing)).unsqueeze(-1))
     grad_of_target = chain(grad, bent, math).squeeze(-1).to(out.dtype)
     memory = scratch(valid, logits.device)
-    for block, read in blocks(scored, batch, seq):
-        if not read:
-            out[block].zero_()
-            continue
-        for index, rows in tiles(block, seq, valid, logits.device):
-            z, bent = transform(*load(logits[index], memory), math)
-            grad = chain(softmax_part(z, rows), bent, math)
-            if not chooses_rows(logits):
-                grad.masked_fill_(~scored[rows].unsqueeze(-1), 0.0)
-            out[index].copy_(grad)
+    for index, rows in tiles(scored, batch, seq, valid):
+        z, bent = transform(*load(logits[index], memory), math)
+        grad = chain(softmax_part(z, rows), bent, math)
+        if not chooses_rows(logits):
+            grad.masked_fill_(~scored[rows].unsqueeze(-1), 0.0)
+        out[index] = grad.to(out.dtype) if isinstance(rows, Tensor) else grad
+    for index, _ in blocks(scored, batch, seq, batch * seq, read=False):
+        out[index] = 0.0
     out[..., valid:].zero_()
     out[targets] = torch.where(here, grad_of_target, out[targets])

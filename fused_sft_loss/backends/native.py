@@ -46,7 +46,7 @@ def row_targets(
 def row_stats(
     logits: Tensor, target: Tensor, weight: Tensor, math: RowMath, columns: int
 ) -> Tensor:
-    stats = torch.empty(weight.numel(), columns)
+    stats = torch.empty(weight.numel(), columns, dtype=torch.float32, device=weight.device)
     args = addresses.stats_args(_cpu, logits, target, weight, stats, math)
     _cpu.row_stats(args, threads=torch.get_num_threads())
     return stats

@@ -1,13 +1,12 @@
 """Wrong use inside Megatron: found on every rank, before anything is waited for."""
 
-import os
 from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..autograd import CHECK_VARIABLE
+from .. import agreement, groups
 from . import versions
 from .reports import FIGURES
 
@@ -99,17 +98,19 @@ def labels_here(labels):
 def vocab_group(options, columns=None, vocabulary=None):
     """The group whose ranks hold the vocabulary's shards, or None for a whole vocabulary.
 
-    options: of the loss; tp_group ("megatron" when absent, None or a group) and vocab_start count,
-    which allows uneven shards. columns: of the logits, and vocabulary: the model's padded one,
-    where they are known.
+    options: of the loss; tp_group ("megatron" when absent, or what `sft_loss` takes) counts, and
+    vocab_start, which allows uneven shards. columns: of the logits, and vocabulary: the model's
+    padded one, where they are known.
     """
     group, placed = options.get("tp_group", "megatron"), options.get("vocab_start") is not None
     parallel = versions.parallel_state()
-    if group == "megatron":
+    if isinstance(group, str) and group == "megatron":
         whole = parallel is None or (vocabulary is not None and columns == vocabulary)
         group = None if whole else parallel.get_tensor_model_parallel_group()
-    elif group is not None and not placed:
-        _is_megatrons(group, parallel)
+    else:
+        group = groups.process_group(group)
+        if group is not None and parallel is not None and not placed:
+            _is_megatrons(group, parallel)
     ranks = 1 if group is None else dist.get_world_size(group)
     if vocabulary is not None and not placed and columns * ranks != vocabulary:
         raise ValueError(
@@ -121,13 +122,7 @@ def vocab_group(options, columns=None, vocabulary=None):
 
 
 def _is_megatrons(group, parallel):
-    """Raise ValueError for a group that cannot be the one the vocabulary is sharded over."""
-    if dist.get_rank(group) < 0:
-        raise ValueError(
-            f"tp_group: expected a group with this rank {dist.get_rank()} in it, got one without"
-        )
-    if parallel is None:
-        return
+    """Raise ValueError for another group than the one that Megatron shards the vocabulary over."""
     mine = dist.get_process_group_ranks(group)
     tensor = dist.get_process_group_ranks(parallel.get_tensor_model_parallel_group())
     if mine != tensor:
@@ -137,48 +132,33 @@ def _is_megatrons(group, parallel):
         )
 
 
-def agreeing(group):
-    """Whether the ranks of a group tell each other of errors: if there are several, where torch has
-    no GPU, elsewhere under FUSED_SFT_LOSS_CHECK=1."""
-    asked = not torch.cuda.is_available() or os.environ.get(CHECK_VARIABLE, "0") not in ("", "0")
-    return asked and group is not None and dist.get_world_size(group) > 1
-
-
-def agreed(check, group, batch_of=lambda result: ()):
-    """`check()`, unless it raises on any rank that shares the vocabulary: then all of them raise.
-
-    A rank that raised alone, before a collective, would leave the others waiting in it. Also finds
-    a batch (`batch_of(result)`: tensors or None) that differs between those ranks. One all-gather
-    and a host read: done where `agreeing(group)`.
-    """
-    if not agreeing(group):
-        return check()
-    error, held, result = None, None, None
-    try:
-        result = check()
-        held = [_fingerprint(tensor) for tensor in batch_of(result)]
-    except Exception as caught:  # whatever it is, the others must hear of it
-        error = caught
-    told = [None] * dist.get_world_size(group)
-    dist.all_gather_object(told, (None if error is None else str(error), held), group=group)
-    if error is not None:
-        raise error
-    ranks = dist.get_process_group_ranks(group)
-    for rank, (message, _) in zip(ranks, told, strict=True):
-        if message is not None:
-            raise ValueError(f"rank {rank}, which shares this vocabulary, stopped: {message}")
-    if any(other != held for _, other in told):
-        raise ValueError(
-            f"expected the same labels and loss_mask on ranks {ranks}, which share the vocabulary, "
-            "got different ones: broadcast the batch over tensor parallelism "
-            "(get_batch_on_this_tp_rank), or pass the group that really shards the vocabulary"
+def runs_as_it_is(module, what):
+    """Raise NotImplementedError where other code than the module's forward runs, or runs later."""
+    compiled = getattr(module, "_compiled_call_impl", None) is not None
+    inside = getattr(module, "__dict__", {}).get("_modules") or {}
+    if compiled or versions.COMPILED in inside:
+        raise NotImplementedError(
+            f"expected {what} itself, got one under torch.compile ({type(module).__name__}): "
+            "compiled code does not see that its loss is replaced. Compile the layers: "
+            "for layer in model.decoder.layers: layer.compile()"
         )
-    return result
+    if versions.CHECKPOINTED in inside:
+        raise NotImplementedError(
+            f"expected {what} itself, got one under checkpoint_wrapper ({type(module).__name__}): "
+            "backward computes it again, when its loss is no longer replaced. Wrap the layers: "
+            "model.decoder.layers[i] = checkpoint_wrapper(model.decoder.layers[i])"
+        )
 
 
-def _fingerprint(tensor):
-    """Shape and a number that depends on every value and its place; None for None."""
-    if tensor is None:
-        return None
-    place = torch.arange(1, tensor.numel() + 1, dtype=torch.float64, device=tensor.device)
-    return tuple(tensor.shape), float(tensor.reshape(-1).double().dot(place))
+def agreed(check, group, batch_of):
+    """`check()`, unless it raises on any rank that shares the vocabulary, or the batch differs
+    between them: then all of them raise. For what is checked before the model runs, which has
+    collectives of its own.
+
+    batch_of: `batch_of(result) -> dict` of tensors or None.
+    """
+
+    def facts(result):
+        return {name: agreement.fingerprint(value) for name, value in batch_of(result).items()}
+
+    return agreement.agreed(check, group, facts)

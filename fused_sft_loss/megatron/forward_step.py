@@ -61,7 +61,7 @@ def make_forward_step(get_batch, *, in_place=False, head=None, **options):
             batch = checks.batch(got, options.get("shift", True), last)
             return batch, *_targets(batch, options, restart)
 
-        batch, labels, mask, plain = checks.agreed(checked, group, lambda result: result[1:3])
+        batch, labels, mask, plain = checks.agreed(checked, group, _batch)
         if in_place:
             seam = Seam(model, mask, head, plain, weigh=True, report=convention.report)
             with seam.installed():
@@ -75,6 +75,10 @@ def make_forward_step(get_batch, *, in_place=False, head=None, **options):
         return output, partial(sft_loss_func, labels, mask, config=config, **given, **plain)
 
     return forward_step
+
+
+def _batch(checked):
+    return {"labels": checked[1], "loss_mask": checked[2]}
 
 
 def _targets(batch, options, restart):

@@ -63,7 +63,7 @@ class ResponseOnlyHead:
                 f"expected loss_mask of the labels' shape {list(labels.shape)}, got "
                 f"{list(loss_mask.shape)}"
             )
-        labels = labels.transpose(0, 1).reshape(-1)  # hidden states are [s, b, h]
+        labels = labels.long().transpose(0, 1).reshape(-1)  # hidden states are [s, b, h]
         scored = labels != ignore_index
         mask = scored
         if loss_mask is not None:

@@ -1,6 +1,7 @@
 """sft_loss_func: the loss_func of a forward_step whose model returned logits."""
 
-from ..api import check_call, token_metrics
+from .. import agreement
+from ..api import token_metrics
 from ..options import Options
 from . import checks
 from .packing import shift_packed_targets
@@ -86,18 +87,21 @@ def sft_loss_func(
         options = {**options, "inplace_backward": False, "grad_in_forward": False}
     options["tp_group"] = checks.vocab_group({**options, "tp_group": tp_group})
 
-    def checked():
+    group, documents = options["tp_group"], (packed_seq_params, position_ids)
+    try:
         checks.labels_here(labels)
-        left = dict(options)
-        documents = {"packed_seq_params": packed_seq_params, "position_ids": position_ids}
-        targets = labels, loss_mask
-        if any(given is not None for given in documents.values()):
-            targets = shifted(labels, loss_mask, left, **documents)
-        if checks.agreeing(options["tp_group"]):
-            check_call(output_tensor, *targets, Options(**left))
-        return *targets, Options(**left)
-
-    labels, loss_mask, options = checks.agreed(checked, options["tp_group"], lambda got: got[:2])
+        if any(given is not None for given in documents):
+            labels, loss_mask = shifted(
+                labels,
+                loss_mask,
+                options,
+                packed_seq_params=packed_seq_params,
+                position_ids=position_ids,
+            )
+        options = Options(**options)
+    except Exception as error:
+        agreement.tell(error, group, output_tensor)
+        raise
     if non_loss_data:
         return token_metrics(output_tensor, labels, loss_mask, **vars(options))._asdict()
     return convention.tuple_of(Sums.of(output_tensor, labels, loss_mask, options, report))

@@ -54,7 +54,7 @@ def shift_packed_targets(
     if packed_seq_params is not None:
         cu_seqlens, inside = _documents(packed_seq_params, labels)
         if inside is not None:
-            loss_mask = inside if loss_mask is None else torch.where(inside, loss_mask, 0)
+            loss_mask = inside if loss_mask is None else loss_mask.masked_fill(~inside, 0)
     if cu_seqlens is not None:
         cu_seqlens = cu_seqlens.reshape(-1)
         if may_synchronise(labels):
@@ -87,6 +87,6 @@ def _documents(packed_seq_params, labels: Tensor) -> tuple[Tensor, Tensor | None
         )
     ends = padded[:-1] + (bounds[1:] - bounds[:-1])
     both = torch.stack([padded[:-1], ends], -1).flatten()  # document, padding, document, ...
-    position = torch.arange(labels.numel(), device=both.device)
+    position = torch.arange(labels.numel(), dtype=torch.int64, device=both.device)
     inside = torch.searchsorted(both.long(), position, right=True) % 2 == 1
     return both, inside.view(labels.shape)

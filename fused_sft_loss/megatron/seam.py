@@ -12,7 +12,6 @@ import functools
 import inspect
 from contextlib import ExitStack, contextmanager
 
-from ..api import check_call
 from ..options import Options
 from . import checks, versions
 from .head import ResponseOnlyHead, selected
@@ -48,7 +47,8 @@ def fused_cross_entropy(model, *, loss_mask=None, head=None, **options):
     Raises:
         TypeError: a model without such a loss, or an option that is none of these.
         ValueError: in the model's forward, what `sft_loss` raises.
-        NotImplementedError: `model.build_schedule_plan` is called inside: that plan runs later.
+        NotImplementedError: the whole model is under torch.compile or checkpoint_wrapper; its
+            layers may be. `model.build_schedule_plan` is called inside: that plan runs later.
     """
     allowed = ("ignore_index", "label_smoothing", "z_loss", "softcap", "logit_scale")
     allowed += ("vocab_size", "inplace_backward", "grad_in_forward", "backend")
@@ -72,16 +72,12 @@ class Seam:
     def __init__(self, model, loss_mask, head, options, *, weigh, report=()):
         if head is not None and not isinstance(head, ResponseOnlyHead):
             raise TypeError(f"head: expected a ResponseOnlyHead, got {type(head).__name__}")
-        parts = [part for part in versions.wrapped(model) if hasattr(part, LOSS)]
-        if not parts:
-            raise TypeError(
-                f"expected a model with {LOSS}, such as megatron-core's GPTModel, wrapped or not; "
-                f"got {type(model).__name__}"
-            )
-        self.model = parts[-1]
+        self.model = _language_model(model)
         self._is_last = getattr(self.model, "post_process", True)  # pipeline stage
         if head is not None:
             head.check(self.model.config)
+            if self._is_last:
+                checks.runs_as_it_is(self.model.output_layer, "the output layer")
         self.loss_mask, self.head, self.weigh, self.report = loss_mask, head, weigh, report
         self.options = dict(options)
         self.sums = None  # of the last call with labels
@@ -116,7 +112,7 @@ class Seam:
             ignore_index = self.options.get("ignore_index", -100)
             select = functools.partial(self.head.select, labels, mask, ignore_index)
             group = checks.vocab_group(self.options)
-            rows = checks.agreed(select, group, lambda rows: (rows.index, rows.labels, rows.mask))
+            rows = checks.agreed(select, group, _batch_of_rows)
         if versions.accepts(self.model, "output_processor"):
             if given.get("output_processor") is not None:
                 raise ValueError("expected no output_processor of your own inside this context")
@@ -182,9 +178,6 @@ class Seam:
         else:
             logits, labels, mask = logits.squeeze(1), rows.labels, rows.mask
             options = Options(**options)
-        if checks.agreeing(options.tp_group):
-            check = functools.partial(check_call, logits, labels, mask, options)
-            checks.agreed(check, options.tp_group, lambda _: (labels, mask))
         sums = Sums.of(logits, labels, mask, options, self.report)
         if rows is None:
             self.sums = sums
@@ -192,6 +185,23 @@ class Seam:
         losses = ResponseOnlyHead.scatter(sums.losses, rows, shape)
         self.sums = dataclasses.replace(sums, losses=losses)
         return losses
+
+
+def _language_model(model):
+    """What has the loss, inside all wrappers of the model."""
+    parts = list(versions.wrapped(model))
+    if not hasattr(parts[-1], LOSS):
+        raise TypeError(
+            f"expected a model with {LOSS}, such as megatron-core's GPTModel, wrapped or not; "
+            f"got {type(model).__name__}"
+        )
+    for part in parts:
+        checks.runs_as_it_is(part, "the model")
+    return parts[-1]
+
+
+def _batch_of_rows(rows):
+    return {"scored positions": rows.index, "labels": rows.labels, "loss_mask": rows.mask}
 
 
 def _replaced(stack, owner, name, method):

@@ -34,11 +34,18 @@ def rerun_state_machine():
     return None if module is None else module.get_rerun_state_machine()
 
 
+#: Where a wrapper of torch's keeps its model: torch.compile and checkpoint_wrapper.
+COMPILED, CHECKPOINTED = "_orig_mod", "_checkpoint_wrapped_module"
+
+
 def wrapped(model):
     """The model, then what it wraps: DistributedDataParallel, Float16Module, GPTModel."""
     while model is not None:
         yield model
-        model = getattr(model, "module", None)
+        # Not by getattr: those two pass on what they do not have to the model inside.
+        own = getattr(model, "__dict__", {}).get("_modules") or {}
+        inner = own.get(COMPILED, own.get(CHECKPOINTED))
+        model = getattr(model, "module", None) if inner is None else inner
 
 
 def attribute(model, name):

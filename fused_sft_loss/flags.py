@@ -1,0 +1,25 @@
+"""Switches in the environment, read in one way."""
+
+import os
+
+ON = ("1", "true", "yes", "on")
+OFF = ("", "0", "false", "no", "off")
+
+#: Check values, and that ranks agree, also where that synchronises with an accelerator.
+CHECK = "FUSED_SFT_LOSS_CHECK"
+
+
+def enabled(name: str) -> bool:
+    """Whether the environment variable `name` switches something on; unset or empty is off.
+
+    Raises:
+        ValueError: its value is neither of ON nor of OFF.
+    """
+    value = os.environ.get(name, "")
+    word = value.strip().lower()
+    if word not in ON + OFF:
+        raise ValueError(
+            f"expected {name} to be one of {', '.join(ON)} (on) or {', '.join(OFF[1:])} (off), got "
+            f"{value!r}; set one of these or unset it"
+        )
+    return word in ON

@@ -1,0 +1,71 @@
+"""Trap: a global default (dtype, device, autocast, determinism) leaks into buffers and results.
+
+Each setting has a process to itself: a buffer of the wrong dtype corrupts the heap.
+"""
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import global_defaults
+import pytest
+import torch
+from cases import DTYPES, LAYOUTS, build
+
+TESTS = Path(__file__).parent
+REFERENCE = "as it comes"
+
+
+def some_cases():
+    """Cases, each of other options, layout, dtype and mask."""
+    choose = random.Random(13).choice
+    for seed in range(8):
+        options = {
+            "shift": choose([True, True, False]),
+            "label_smoothing": choose([0.0, 0.1]),
+            "z_loss": choose([0.0, 1e-3]),
+            "softcap": choose([None, 5.0]),
+            "logit_scale": choose([1.0, 2.5]),
+            "vocab_size": choose([None, 33]),
+            "ignore_index": choose([-100, 0]),
+        }
+        if options["shift"] and seed % 2:
+            options["cu_seqlens"] = torch.tensor([0, 3, 7], dtype=torch.int32)
+        mask = choose(["none", "none", "bool", "int", "half", "float", "empty"])
+        yield build(LAYOUTS[seed % 6], DTYPES[seed % 3], 2, 6, 40, seed, mask, options)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Results by (case, backend) of a process under a setting."""
+    folder = tmp_path_factory.mktemp("defaults")
+    torch.save(list(some_cases()), folder / "cases")
+    known = {}
+
+    def run(setting):
+        if setting not in known:
+            out = folder / setting.replace(" ", "_")
+            command = [sys.executable, TESTS / "global_defaults.py", setting]
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
+            done = subprocess.run(
+                [*command, folder / "cases", out], env=environment, capture_output=True, text=True
+            )
+            assert done.returncode == 0, f"exit code {done.returncode}\n{done.stderr[-2000:]}"
+            known[setting] = torch.load(out)
+        return known[setting]
+
+    return run
+
+
+@pytest.mark.parametrize("setting", [s for s in global_defaults.SETTINGS if s != REFERENCE])
+def test_trap_a_global_default_changes_no_bit(run, setting):
+    want, got = run(REFERENCE), run(setting)
+    assert len(want) >= 16 and got.keys() == want.keys()
+    for key, tensors in want.items():
+        assert len(got[key]) == len(tensors) > 20
+        for number, (a, b) in enumerate(zip(got[key], tensors, strict=True)):
+            same = a.dtype == b.dtype and a.device == b.device
+            where = f"case {key[0]}, backend {key[1]}, result {number}: {a.dtype} {a.device}"
+            assert same and torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)), where
