@@ -23,10 +23,10 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.egg_info import egg_info
 
 ROOT = Path(__file__).parent.absolute()
-sys.path.insert(0, str(ROOT / "csrc"))
+sys.path.insert(0, str(ROOT))
 sys.dont_write_bytecode = True  # csrc/ holds sources alone
 
-import toolchains  # noqa: E402
+from csrc import toolchains  # noqa: E402
 
 MODULES = toolchains.modules()
 

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from . import without
+
 CSRC = Path(__file__).parent.absolute()
 
 CUDA_TARGETS = "8.0;9.0a;10.0+PTX"
@@ -205,6 +207,8 @@ def makeable(variable, default, why_not, toolchain):
 
 
 def find_nvcc():
+    if reason := without.absent("nvcc"):
+        raise Missing(f"no nvcc: {reason}")
     roots = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     folders = [os.path.join(root, "bin") for root in roots] + [os.environ.get("PATH", "")]
     nvcc = shutil.which("nvcc", path=os.pathsep.join(folders))
@@ -231,6 +235,8 @@ def cuda_refusal(nvcc, target):
 
 def find_hip():
     """The folder with HIP's headers, and the compiler that makes most of the wanted targets."""
+    if reason := without.absent("clang"):
+        raise Missing(f"no HIP compiler: {reason}")
     advice = (
         "install ROCm and set ROCM_PATH, or Debian's clang-19 clang-tools-19 lld-19 libamdhip64-dev"
     )

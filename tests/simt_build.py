@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from csrc import without
+
 ROOT = Path(__file__).parent.parent
 SHIM = ROOT / "tests" / "simt"
 OBJECTS = ROOT / "build" / "simt"
@@ -24,6 +26,8 @@ def missing():
     """What keeps this machine from compiling for the shim, or None."""
     if not shutil.which(COMPILER):
         return "no C++ compiler: apt-get install g++"
+    if reason := without.absent("boost"):
+        return f"Boost.Context is absent: {reason}"
     program = "#include <boost/context/detail/fcontext.hpp>\nint main() {}"
     command = [COMPILER, "-x", "c++", "-", "-o", os.devnull, "-lboost_context"]
     if subprocess.run(command, input=program, text=True, capture_output=True).returncode:

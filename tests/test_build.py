@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 from wheel_check import USE, install_and_use, wheel_faults
 
+from csrc import without
+
 ROOT = Path(__file__).parent.parent
 FILES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "Makefile")
 FOLDERS = ("csrc", "fused_sft_loss", "triton_kernels")
-STEERING = {"FUSED_SFT_LOSS_BUILD", "TORCH_CUDA_ARCH_LIST", "PYTORCH_ROCM_ARCH"}
+STEERING = {"FUSED_SFT_LOSS_BUILD", "TORCH_CUDA_ARCH_LIST", "PYTORCH_ROCM_ARCH", without.VARIABLE}
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,6 @@
 """What nvcc and clang make of the CUDA and HIP kernels, for every line of their launch table."""
 
-import importlib.util
 import re
-import sys
 from itertools import product
 
 import pytest
@@ -21,6 +19,7 @@ from bench.codegen import amdgcn, csrc, sass, toolchains  # noqa: E402
 from bench.codegen.audit import violations  # noqa: E402
 from bench.codegen.loops import Shifted, hot_loops  # noqa: E402
 from bench.codegen.table import is_plain  # noqa: E402
+from csrc import toolchains as build  # noqa: E402
 
 BACKENDS = {"sm_80": "cuda", "sm_90": "cuda", "sm_100": "cuda", "gfx90a": "hip", "gfx942": "hip"}
 LINES = csrc.launch_table()
@@ -34,7 +33,7 @@ def audits(tmp_path_factory):
 
     def audit(backend):
         if not toolchains.find(backend):
-            pytest.skip(f"toolchain: no compiler for {backend}; {toolchains.INSTALL[backend]}")
+            pytest.skip(f"no compiler for {backend}; {toolchains.INSTALL[backend]}")
         if backend not in made:
             more = ["--executed"] if backend == "cuda" else []
             folder = tmp_path_factory.mktemp(backend)
@@ -180,13 +179,6 @@ def test_not_above_liger_in_either_pass(audits, backend, tmp_path):
 
 def test_compiled_as_in_the_build():
     """With the flags that shape device code, for the targets that wheels are made for."""
-    spec = importlib.util.spec_from_file_location("build", csrc.FOLDER / "toolchains.py")
-    build = importlib.util.module_from_spec(spec)
-    sys.modules["build"] = build  # for its dataclasses
-    try:
-        spec.loader.exec_module(build)
-    finally:
-        del sys.modules["build"]
     assert set(toolchains.FLAGS["cuda"]) <= set(build.NVCC_FLAGS)
     assert set(toolchains.FLAGS["hip"]) - {"--offload-device-only"} <= set(build.HIP_FLAGS)
     chips = re.findall(r"(\d+)\.(\d)(a?)", build.CUDA_TARGETS)

@@ -3,7 +3,6 @@
 Compilers are stand-ins, so that this runs anywhere and in no time; `make wheel` has the real ones.
 """
 
-import importlib.util
 import shutil
 import sys
 from pathlib import Path
@@ -11,6 +10,8 @@ from pathlib import Path
 import pytest
 from test_build import ROOT, build, run
 from wheel_check import wheel_faults
+
+from csrc import toolchains
 
 pytestmark = pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler")
 
@@ -57,7 +58,8 @@ def tree(tmp_path):
     for name in (*names, "triton_kernels"):
         (tree / name).mkdir()
         (tree / name / "__init__.py").touch()
-    shutil.copy(ROOT / "csrc/toolchains.py", tree / "csrc")
+    for name in ("toolchains.py", "without.py"):
+        shutil.copy(ROOT / "csrc" / name, tree / "csrc")
     (tree / "csrc/bindings_gpu.cpp").write_text(BINDINGS)
     (tree / "csrc/tiny.h").write_text("#pragma once\n")
     (tree / "csrc/one.cu").write_text('#include "tiny.h"\nint one() { return 1; }\n')
@@ -85,16 +87,6 @@ def compiled(tree):
     return sorted(Path(word).stem for line in lines for word in line.split() if ".cu" in word)
 
 
-@pytest.fixture
-def toolchains(monkeypatch):
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    spec = importlib.util.spec_from_file_location("toolchains", ROOT / "csrc/toolchains.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "toolchains", module)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize(
     "target, flags",
     [
@@ -109,12 +101,12 @@ def toolchains(monkeypatch):
         ),
     ],
 )
-def test_a_target_becomes_flags_of_nvcc(toolchains, target, flags):
+def test_a_target_becomes_flags_of_nvcc(target, flags):
     assert toolchains.gencode(target) == flags
 
 
 @pytest.mark.parametrize("text", ["8.0;9.0a;10.0+PTX", "8.0 9.0a  10.0+PTX ", ";8.0,9.0a;10.0+PTX"])
-def test_lists_of_targets_are_split_as_torch_does(toolchains, monkeypatch, text):
+def test_lists_of_targets_are_split_as_torch_does(monkeypatch, text):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", text)
     assert toolchains.wanted("TORCH_CUDA_ARCH_LIST", "") == (["8.0", "9.0a", "10.0+PTX"], True)
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", " ")
