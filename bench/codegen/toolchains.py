@@ -108,9 +108,10 @@ def need(backend: str) -> Toolchain:
 
 def _candidates(backend: str) -> list[str]:
     if backend == "cuda":
-        home = os.environ.get("CUDA_HOME")
-        return [*([f"{home}/bin/nvcc"] if home else []), "nvcc", "/usr/local/cuda/bin/nvcc"]
-    rocm = os.environ.get("ROCM_PATH", "/opt/rocm")
+        if home := os.environ.get("CUDA_HOME"):
+            return [f"{home}/bin/nvcc"]
+        return ["nvcc", "/usr/local/cuda/bin/nvcc"]
+    rocm = os.environ.get("ROCM_PATH") or "/opt/rocm"
     return [f"{rocm}/llvm/bin/clang++", *CLANGS]
 
 
