@@ -13,6 +13,7 @@ from csrc import without
 
 ROOT = Path(__file__).parent.parent
 PEERS = ROOT / "build/peers"
+SAMPLE = ("sm_90", "gfx942")
 
 
 def _reason_without_liger():
@@ -24,6 +25,11 @@ def _reason_without_liger():
 
 
 needs_liger = pytest.mark.skipif(bool(_reason_without_liger()), reason=_reason_without_liger())
+
+
+def sampled(targets):
+    """Parameters: make test has one target of each vendor, make check the others."""
+    return [t if t in SAMPLE else pytest.param(t, marks=pytest.mark.long) for t in targets]
 
 
 def codegen(folder, *arguments):

@@ -74,6 +74,7 @@ def test_without_a_compiler_it_installs_works_and_says_so(source, tmp_path):
     assert "takes 'eager'" in report and "install a C++ compiler" in report
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler")
 def test_sdist_has_what_a_build_needs(source, tmp_path):
     assert build(source, tmp_path, kind="sdist").returncode == 0
