@@ -15,7 +15,7 @@
 # Parts of make check:
 #
 #   make long      the tests that make test leaves out
-#   make megatron  the Megatron tests on every supported megatron-core
+#   make megatron  the Megatron tests on the supported versions of megatron-core that .venv does not have
 #   make audit     the machine code of every GPU kernel with every option
 #   make wheel-check   install each wheel of dist/ in an empty environment and run the loss
 #   make sanitize  the native kernels under AddressSanitizer and UBSan, run by the suite
@@ -146,10 +146,13 @@ build/megatron/.installed: | $(VENV)/.installed
 	done
 	touch $@
 
-# Everything of test_megatron_* on every version; make test runs the core of it.
+# Everything of test_megatron_* on every version but that of .venv, on which make test and make long have run it.
+OWN_MEGATRON = $(BIN)/python -c 'from importlib.metadata import version; print(version("megatron-core").partition("+")[0])'
 megatron: $(VENV)/.installed $(FURTHER_MEGATRONS)
-	for version in build/megatron/*/; do \
-	    echo "megatron-core in $$version" && PYTHONPATH=$$version OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q \
+	@test -n "$(FURTHER_MEGATRONS)" || echo "SKIPPED: further versions of megatron-core are treated as absent"
+	own=$$($(OWN_MEGATRON)); for folder in $(if $(FURTHER_MEGATRONS),$(MEGATRONS:%=build/megatron/%)); do \
+	    if [ $$folder = build/megatron/$$own ] || [ ! -d $$folder/megatron ]; then continue; fi; \
+	    echo "megatron-core in $$folder" && PYTHONPATH=$$folder OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q \
 	        -W ignore -n 2 --dist loadfile $(filter-out %_versions.py,$(wildcard tests/test_megatron_*.py)) \
 	        || exit 1; \
 	done
