@@ -1,15 +1,27 @@
 # Everything a fresh machine needs is installed into .venv by the first target that wants it.
 #
-#   make demo      the main job: a real Megatron SFT run, reference loss against ours, on this CPU
-#   make test      the whole test suite
+#   make help      these lines
+#   make demo      a real Megatron SFT run on this CPU: the reference loss against ours, step by step
+#   make test      the test suite: every promise on every backend (6 to 8 minutes on two cores)
+#   make check     what takes longer: the whole products of options, every Megatron, audits, wheels, sanitizers
 #   make lint      ruff and clang-format
+#   make format    let both rewrite the files
 #   make bench     time and memory of the loss beside every peer, and the README's figures from them
+#   make system    name the system packages that are missing, required and optional
+#   make megatron-docs   measure the tables of docs/megatron.md anew
 #   make wheel     wheels in dist/: +cpu, and +cu13 and +rocm7 where there are toolchains for them
-#   make wheel-check   each of them in an empty environment, and what it links
-#   make audit     the machine code of every GPU kernel with every option (make test: those of plain training)
-#   make megatron  the Megatron tests on every supported megatron-core; megatron-docs: the tables in docs/megatron.md
-#   make sanitize  the native kernels under AddressSanitizer and UBSan, exercised by the suite
-#   make compute-sanitizer   the CUDA kernels on a device under NVIDIA's sanitizer, exercised by tests/test_gpu.py
+#   make clean     remove what was built; .venv stays
+#
+# Parts of make check:
+#
+#   make long      the tests that make test leaves out
+#   make megatron  the Megatron tests on the supported versions of megatron-core that .venv does not have
+#   make audit     the machine code of every GPU kernel with every option
+#   make wheel-check   install each wheel of dist/ in an empty environment and run the loss
+#   make sanitize  the native kernels under AddressSanitizer and UBSan, run by the suite
+#   make compute-sanitizer   the CUDA kernels on a GPU under NVIDIA's sanitizer, run by tests/test_gpu.py
+#
+# FUSED_SFT_LOSS_WITHOUT=all (or names of csrc/without.py) treats optional tools as absent, to test that.
 
 PYTHON ?= python3
 # A build for another device: make demo TORCH="torch --index-url ..."
@@ -19,16 +31,35 @@ BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*.*) setup.py pyproject.toml
 CXX_FILES := $(wildcard $(foreach ending,h cpp cu cuh,csrc/*.$(ending) tests/simt/*.$(ending)))
 
-.PHONY: demo test lint format bench wheel wheel-check audit megatron megatron-docs
+.PHONY: help demo test check long lint format bench wheel wheel-check audit megatron megatron-docs
 .PHONY: sanitize compute-sanitizer clean system
-.DEFAULT_GOAL := demo
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+
+ABSENT := $(if $(FUSED_SFT_LOSS_WITHOUT),$(shell $(PYTHON) csrc/without.py || echo wrong))
+ifneq ($(filter wrong,$(ABSENT)),)
+    $(error FUSED_SFT_LOSS_WITHOUT is wrong; the line above says what is)
+endif
+ifneq ($(filter triton,$(ABSENT)),)
+    export PYTHONPATH := $(CURDIR)/tests/without_triton:$(PYTHONPATH)
+endif
+PEERS := $(if $(filter liger,$(ABSENT)),,build/peers/.installed)
+FURTHER_MEGATRONS := $(if $(filter megatrons,$(ABSENT)),,build/megatron/.installed)
+
+help:
+	@sed -n 's/^#   make/make/p' Makefile
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m bench sft
 
-test: $(VENV)/.installed build/peers/.installed build/megatron/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder \
-	    $(PYTEST_ARGS)
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
+test: $(VENV)/.installed $(PEERS) $(FURTHER_MEGATRONS)
+	$(PYTEST) -m "not long" $(PYTEST_ARGS)
+
+long: $(VENV)/.installed $(PEERS) $(FURTHER_MEGATRONS)
+	$(PYTEST) -m long $(PYTEST_ARGS)
+
+check: long megatron audit wheel wheel-check sanitize compute-sanitizer
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -89,14 +120,13 @@ compute-sanitizer: $(VENV)/.installed
 	        $(BIN)/python -m pytest -q tests/test_gpu.py -k "cuda and not compiled_step and not two_devices" || exit 1; \
 	done; fi
 
-$(VENV)/.installed: $(SOURCES) | system
+$(VENV)/.installed: $(SOURCES)
+	@$(MAKE) --no-print-directory system
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet $(TORCH)
 	$(BIN)/pip install --quiet --editable ".[test,lint]"
 	@$(BIN)/python setup.py -q toolchains >/dev/null  # says what was built, and what was left out and why
-	@echo '#include <boost/context/detail/fcontext.hpp>' | $${CXX:-c++} -E -x c++ - >/dev/null 2>&1 || \
-	    echo "no Boost.Context, so tests that execute GPU kernels on the CPU are skipped: apt-get install libboost-context-dev"
 	touch $@
 
 # What ours is measured beside: never a dependency, hence a folder of its own that only those tests look into.
@@ -116,10 +146,13 @@ build/megatron/.installed: | $(VENV)/.installed
 	done
 	touch $@
 
-# Everything of test_megatron_* on every version; make test runs the core of it.
-megatron: $(VENV)/.installed build/megatron/.installed
-	for version in build/megatron/*/; do \
-	    echo "megatron-core in $$version" && PYTHONPATH=$$version OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q \
+# Everything of test_megatron_* on every version but that of .venv, on which make test and make long have run it.
+OWN_MEGATRON = $(BIN)/python -c 'from importlib.metadata import version; print(version("megatron-core").partition("+")[0])'
+megatron: $(VENV)/.installed $(FURTHER_MEGATRONS)
+	@test -n "$(FURTHER_MEGATRONS)" || echo "SKIPPED: further versions of megatron-core are treated as absent"
+	own=$$($(OWN_MEGATRON)); for folder in $(if $(FURTHER_MEGATRONS),$(MEGATRONS:%=build/megatron/%)); do \
+	    if [ $$folder = build/megatron/$$own ] || [ ! -d $$folder/megatron ]; then continue; fi; \
+	    echo "megatron-core in $$folder" && PYTHONPATH=$$folder OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q \
 	        -W ignore -n 2 --dist loadfile $(filter-out %_versions.py,$(wildcard tests/test_megatron_*.py)) \
 	        || exit 1; \
 	done
@@ -128,15 +161,20 @@ megatron: $(VENV)/.installed build/megatron/.installed
 megatron-docs: $(VENV)/.installed build/megatron/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python tests/megatron_docs.py
 
+# Everything that is missing is named at once, before anything is installed.
+PYTHON_H := import pathlib, sys, sysconfig; sys.exit(not pathlib.Path(sysconfig.get_path("include"), "Python.h").exists())
 system:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-	    { echo "$(PYTHON) is too old or missing: Python 3.10 or newer is needed (make PYTHON=python3.11 ...)"; exit 1; }
-	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
-	    { echo "the venv module is missing: apt-get install python3-venv"; exit 1; }
-	@$(PYTHON) -c 'import sysconfig, pathlib, sys; sys.exit(not pathlib.Path(sysconfig.get_path("include"), "Python.h").exists())' || \
-	    { echo "Python.h is missing: apt-get install python3-dev"; exit 1; }
-	@command -v $${CXX:-c++} >/dev/null || \
-	    { echo "no C++ compiler: apt-get install g++ (or set CXX)"; exit 1; }
+	@status=0; check() { (eval "$$1") >/dev/null 2>&1 || { status=1; echo "missing: $$2: $$3" >&2; }; }; \
+	check "$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))'" "Python 3.10 or newer as $(PYTHON)" \
+	    "apt-get install python3, or name another: make PYTHON=python3.12 ..."; \
+	check "$(PYTHON) -c 'import ensurepip, venv'" "Python's venv module, to install into .venv" \
+	    "apt-get install python3-venv"; \
+	check '$(PYTHON) -c '"'"'$(PYTHON_H)'"'" "Python.h, to compile the native kernels" \
+	    "apt-get install python3-dev"; \
+	check 'set -- $${CXX:-c++}; command -v "$$1"' "the C++ compiler $${CXX:-c++}, to compile the native kernels" \
+	    "apt-get install g++, or set CXX"; \
+	if [ $$status = 0 ]; then $(PYTHON) -B -m csrc.optional; else \
+	    echo "nothing was installed" >&2; exit 1; fi
 
 clean:
 	rm -rf build dist *.egg-info fused_sft_loss/*.so bench-out

@@ -5,7 +5,8 @@ FUSED_SFT_LOSS_BUILD   any of cpu, cuda, hip, with commas between, or none. A to
                        out, and why, is printed.
 TORCH_CUDA_ARCH_LIST   "8.0;9.0a;10.0+PTX". A target named here or in PYTORCH_ROCM_ARCH that the
 PYTORCH_ROCM_ARCH      toolchain cannot make fails the build; one of the defaults is left out.
-CUDA_HOME, CUDA_PATH, ROCM_PATH, CXX, CXXFLAGS, MAX_JOBS   as everywhere.
+CUDA_HOME, CUDA_PATH, ROCM_PATH, CXX, CXXFLAGS, MAX_JOBS   as everywhere. One that names something
+                       wrong fails the build; an empty one counts as unset.
 
 A wheel's version ends in what is inside (+cpu, +cu13, +rocm7); that of an sdist does not.
 
@@ -23,10 +24,10 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.egg_info import egg_info
 
 ROOT = Path(__file__).parent.absolute()
-sys.path.insert(0, str(ROOT / "csrc"))
+sys.path.insert(0, str(ROOT))
 sys.dont_write_bytecode = True  # csrc/ holds sources alone
 
-import toolchains  # noqa: E402
+from csrc import toolchains, variables  # noqa: E402
 
 MODULES = toolchains.modules()
 
@@ -51,7 +52,7 @@ class NinjaBuild(build_ext):
         output = Path(self.get_ext_fullpath(ext.name)).absolute()
         output.parent.mkdir(parents=True, exist_ok=True)
         self.write(folder / "build.ninja", MODULES[backend], output)
-        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count())
+        jobs = variables.jobs()
         ninja = [os.path.join(BIN_DIR, "ninja"), "-C", str(folder), "-j", str(jobs)]
         subprocess.run(ninja, env={**os.environ, **self.environment(jobs)}, check=True)
 

@@ -15,7 +15,12 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from . import without
+from .variables import given, jobs, named_targets, refuse
+
 CSRC = Path(__file__).parent.absolute()
+
+ROCM_PLACES = ("/opt/rocm", "/usr")
 
 CUDA_TARGETS = "8.0;9.0a;10.0+PTX"
 ROCM_TARGETS = "gfx90a;gfx942;gfx950"
@@ -60,10 +65,13 @@ class Module:
 def modules() -> dict[str, Module]:
     """What will be built, by backend. Says what makes each, or why it is left out."""
     backends = {"cpu": cpu, "cuda": cuda, "hip": hip}
-    named = os.environ.get("FUSED_SFT_LOSS_BUILD")
-    chosen = set(re.findall(r"[^,\s]+", named or "")) - {"none"}
-    if not chosen <= set(backends):
-        sys.exit(f"FUSED_SFT_LOSS_BUILD: expected names from cpu, cuda, hip, none, got {named!r}")
+    named = given("FUSED_SFT_LOSS_BUILD")
+    chosen = set(re.findall(r"[^,\s]+", named or ""))
+    if named and chosen != {"none"} and not (chosen and chosen <= set(backends)):
+        refuse(
+            "FUSED_SFT_LOSS_BUILD", f"expected names from cpu, cuda, hip, or none, got {named!r}"
+        )
+    jobs(), without.tools()  # which end the build when they are wrong
     made = {}
     for backend, plan in backends.items():
         if named is not None and backend not in chosen:
@@ -108,7 +116,7 @@ def cuda():
         "TORCH_CUDA_ARCH_LIST", CUDA_TARGETS, lambda target: cuda_refusal(nvcc, target), toolchain
     )
     compiler = [nvcc, *NVCC_FLAGS, *(flag for target in targets for flag in gencode(target))]
-    if os.environ.get("CXX") and len(host) == 1:
+    if given("CXX") and len(host) == 1:
         compiler += ["-ccbin", *host]
     # The runtime comes along: the module loads where there is no driver and no toolkit.
     link = [nvcc, "-shared", "-cudart", "static", "-Xlinker", "--exclude-libs,ALL", "$in -o $out"]
@@ -148,10 +156,12 @@ def define(name, text):
 
 
 def cxx():
-    command = os.environ.get("CXX", "").split() or ["c++"]
-    if not shutil.which(command[0]):
-        raise Missing(f"no C++ compiler {command[0]!r}; install g++ or clang, or set CXX")
-    return command
+    command = (given("CXX") or "c++").split()
+    if shutil.which(command[0]):
+        return command
+    if given("CXX"):
+        refuse("CXX", f"there is no command {command[0]!r}; name a C++ compiler, or unset CXX")
+    raise Missing("no C++ compiler c++; install g++ or clang, or set CXX")
 
 
 def cxx_flags():
@@ -185,19 +195,14 @@ def refusal(*command, stdin=""):
     return "" if run.returncode == 0 else (run.stderr.strip() or "it fails").splitlines()[0]
 
 
-def wanted(variable, default):
-    """The targets that a variable names, else the default ones, and whether they were named."""
-    named = re.findall(r"[^;,\s]+", os.environ.get(variable, ""))
-    return named or default.split(";"), bool(named)
-
-
 def makeable(variable, default, why_not, toolchain):
     """Of the wanted targets those that the toolchain makes: all of them, if they were named."""
-    targets, named = wanted(variable, default)
+    named = named_targets(variable)
+    targets = named or default.split(";")
     refused = {target: reason for target in targets if (reason := why_not(target))}
     for target, reason in refused.items():
         if named:
-            sys.exit(f"{variable}: {toolchain} cannot make {target!r}: {reason}")
+            refuse(variable, f"{toolchain} cannot make {target!r}: {reason}")
         say(f"warning: {toolchain} cannot make {target}, which is left out: {reason}")
     if len(refused) == len(targets):
         raise Missing(f"{toolchain} makes none of {default}; install a newer one")
@@ -205,12 +210,18 @@ def makeable(variable, default, why_not, toolchain):
 
 
 def find_nvcc():
-    roots = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    folders = [os.path.join(root, "bin") for root in roots] + [os.environ.get("PATH", "")]
-    nvcc = shutil.which("nvcc", path=os.pathsep.join(folders))
-    if not nvcc:
-        raise Missing("no nvcc; install the CUDA toolkit and put nvcc on PATH or set CUDA_HOME")
-    return nvcc
+    if reason := without.absent("nvcc"):
+        raise Missing(f"no nvcc: {reason}")
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        if root := given(variable):
+            return shutil.which("nvcc", path=f"{root}/bin") or refuse(
+                variable,
+                f"there is no {root}/bin/nvcc; name the CUDA toolkit's folder, unset {variable}, "
+                "or leave cuda out of FUSED_SFT_LOSS_BUILD",
+            )
+    if nvcc := shutil.which("nvcc"):
+        return nvcc
+    raise Missing("no nvcc; install the CUDA toolkit and put nvcc on PATH or set CUDA_HOME")
 
 
 def gencode(target):
@@ -231,11 +242,20 @@ def cuda_refusal(nvcc, target):
 
 def find_hip():
     """The folder with HIP's headers, and the compiler that makes most of the wanted targets."""
+    if reason := without.absent("clang"):
+        raise Missing(f"no HIP compiler: {reason}")
     advice = (
         "install ROCm and set ROCM_PATH, or Debian's clang-19 clang-tools-19 lld-19 libamdhip64-dev"
     )
-    places = [os.environ["ROCM_PATH"]] if os.environ.get("ROCM_PATH") else ["/opt/rocm", "/usr"]
+    named = given("ROCM_PATH")
+    places = [named] if named else ROCM_PLACES
     root = next((root for root in places if Path(root, "include/hip/hip_version.h").exists()), None)
+    if named and not root:
+        refuse(
+            "ROCM_PATH",
+            f"there is no {named}/include/hip/hip_version.h; name ROCm's folder, unset ROCM_PATH, "
+            "or leave hip out of FUSED_SFT_LOSS_BUILD",
+        )
     if not root:
         raise Missing(f"no HIP headers in {' or '.join(places)}; {advice}")
     os.environ["HIP_PLATFORM"] = "amd"  # some hipcc would rather take an nvcc that it finds
@@ -244,7 +264,7 @@ def find_hip():
     compilers = [[name, f"--rocm-path={root}"] for name in names if shutil.which(name)]
     if not compilers:
         raise Missing(f"no hipcc and no clang++; {advice}")
-    targets, _ = wanted("PYTORCH_ROCM_ARCH", ROCM_TARGETS)
+    targets = named_targets("PYTORCH_ROCM_ARCH") or ROCM_TARGETS.split(";")
     return root, max(
         compilers, key=lambda compiler: sum(not hip_refusal(compiler, gfx) for gfx in targets)
     )

@@ -8,6 +8,7 @@ import torch
 
 from . import __version__
 from .backends import choose, loader
+from .backends import devices as gpus
 
 
 def environment() -> list[str]:
@@ -23,6 +24,7 @@ def environment() -> list[str]:
         for name in choose.MODULES:
             reason = choose.reason_against(name, device)
             lines.append(f"  {name:7s} {'available' if reason is None else 'no: ' + reason}")
+        lines += [f"  {found}" for found in _found(device)]
     if "cuda" not in devices:
         lines.append("device cuda: none (torch.cuda.is_available() is False)")
     lines += [f"{backend} kernels: {_built(backend)}" for backend in ("cpu", "cuda", "hip")]
@@ -31,6 +33,19 @@ def environment() -> list[str]:
         trouble = "" if len(runtimes) == 1 else f"error: {len(runtimes)} copies in one process: "
         lines.append(f"HIP runtime: {trouble}{', '.join(runtimes)}")
     return lines
+
+
+def _found(device: str) -> list[str]:
+    """The GPUs of this process, and what the driver runs."""
+    if device != "cuda":
+        return []
+    count = torch.cuda.device_count()
+    lines = [
+        f"cuda:{index} is {torch.cuda.get_device_name(index)}, {gpus.architecture(index)}"
+        for index in range(count)
+    ]
+    driver = gpus.driver_version()
+    return lines + [f"the driver runs CUDA {driver[0]}.{driver[1]}"] * bool(driver)
 
 
 def _built(backend: str) -> str:

@@ -9,14 +9,27 @@ from pathlib import Path
 
 import pytest
 
+from csrc import without
+
 ROOT = Path(__file__).parent.parent
 PEERS = ROOT / "build/peers"
+SAMPLE = ("sm_90", "gfx942")
 
-needs_liger = pytest.mark.skipif(
-    not (PEERS / "liger_kernel").is_dir(),
-    reason="peer: liger-kernel is not in build/peers (pip install --no-deps --target build/peers "
-    "liger-kernel)",
-)
+
+def _reason_without_liger():
+    if reason := without.absent("liger"):
+        return f"Liger is absent: {reason}"
+    if not (PEERS / "liger_kernel").is_dir():
+        return f"Liger is not in {PEERS}: make test installs it"
+    return ""
+
+
+needs_liger = pytest.mark.skipif(bool(_reason_without_liger()), reason=_reason_without_liger())
+
+
+def sampled(targets):
+    """Parameters: make test has one target of each vendor, make check the others."""
+    return [t if t in SAMPLE else pytest.param(t, marks=pytest.mark.long) for t in targets]
 
 
 def codegen(folder, *arguments):

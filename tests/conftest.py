@@ -1,5 +1,6 @@
-"""Shared set-up: one seed, the package under test, and a count of what a device would have run."""
+"""Shared set-up: one seed, the package under test, and the order of the tests."""
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -8,10 +9,18 @@ import torch
 from backends import ON_CPU, using
 
 import fused_sft_loss
+from csrc import without
+
+pytest_plugins = ["skips"]
 
 
 def pytest_configure():
-    """A run meant for a certain copy of the package (`make sanitize`) must not test another."""
+    """Stop a run that would not test what it is meant to.
+
+    `make sanitize` names the folder of the package; csrc/without.py tells about the switch.
+    """
+    if (reason := without.absent("triton")) and importlib.util.find_spec("triton"):
+        pytest.exit(f"{reason} needs PYTHONPATH=tests/without_triton; `make test` does it", 3)
     if wanted := os.environ.get("FSL_EXPECT_PACKAGE_IN"):
         found = Path(fused_sft_loss.__file__).resolve()
         if not found.is_relative_to(Path(wanted).resolve()):
@@ -52,23 +61,3 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs an accelerator; this machine has none"))
-
-
-def pytest_terminal_summary(terminalreporter):
-    skipped = [r for r in terminalreporter.stats.get("skipped", []) if "gpu" in r.keywords]
-    if skipped:
-        terminalreporter.write_line(
-            f"{len(skipped)} GPU tests were skipped: no accelerator here, nothing ran on one.",
-            yellow=True,
-        )
-    everything = terminalreporter.stats.get("skipped", [])
-    peers = [r for r in everything if isinstance(r.longrepr, tuple) and "peer:" in r.longrepr[2]]
-    if peers:
-        terminalreporter.write_line(
-            f"{len(peers)} tests beside a peer were skipped: it is not installed in build/peers.",
-            yellow=True,
-        )
-    reasons = [r.longrepr[2] for r in everything if isinstance(r.longrepr, tuple)]
-    absent = {r.partition("toolchain: ")[2] for r in reasons if "toolchain: " in r}
-    for reason in sorted(absent):
-        terminalreporter.write_line(f"Code for GPUs was not looked at: {reason}.", yellow=True)

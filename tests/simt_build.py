@@ -2,12 +2,13 @@
 
 import hashlib
 import os
-import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+
+from csrc import optional, toolchains
 
 ROOT = Path(__file__).parent.parent
 SHIM = ROOT / "tests" / "simt"
@@ -22,13 +23,10 @@ TSAN = ("-fsanitize=thread",)
 
 def missing():
     """What keeps this machine from compiling for the shim, or None."""
-    if not shutil.which(COMPILER):
-        return "no C++ compiler: apt-get install g++"
-    program = "#include <boost/context/detail/fcontext.hpp>\nint main() {}"
-    command = [COMPILER, "-x", "c++", "-", "-o", os.devnull, "-lboost_context"]
-    if subprocess.run(command, input=program, text=True, capture_output=True).returncode:
-        return "Boost.Context is missing: apt-get install libboost-context-dev"
-    return None
+    try:
+        return optional.reason_without_boost()
+    except toolchains.Missing as missing:
+        return str(missing)
 
 
 def run_program(command):

@@ -35,7 +35,11 @@ def assert_grad(got, want, dtype, scale):
     )
 
 
-@pytest.mark.parametrize("backend", ON_CPU)
+@pytest.mark.parametrize(
+    "backend",
+    # The shim takes a minute for each; make test has its first warp size.
+    [pytest.param(b, marks=pytest.mark.long) if b == "hip-simt" else b for b in ON_CPU],
+)
 @PRODUCT
 @given(case=cases())
 def test_losses_and_gradients_over_the_option_product(backend, case):

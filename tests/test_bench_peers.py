@@ -6,13 +6,14 @@ import inspect
 import sys
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from types import ModuleType
 
 import bench_providers as made
 import pytest
 import torch
 import torch.nn.functional as F
+from codegen_runs import PEERS as INSTALLED
+from codegen_runs import needs_liger
 
 from bench.kernels.cases import Model, model_case
 from bench.kernels.oracle import Oracle, run_once
@@ -20,7 +21,6 @@ from bench.kernels.peers import PEERS
 from bench.kernels.problem import Problem, Source
 from bench.kernels.providers import PROVIDERS
 
-INSTALLED = Path(__file__).parent.parent / "build/peers"
 GPU_ONLY = [peer for peer in PEERS if peer.devices == ("cuda",)]
 
 
@@ -178,9 +178,8 @@ def test_those_for_one_process_say_so_under_sharding(monkeypatch):
         assert PROVIDERS["ours-cpu-new"].reason_against(case, "cpu") is None
 
 
+@needs_liger
 def test_liger_has_the_signatures_that_its_stand_ins_have():
-    if not (INSTALLED / "liger_kernel").exists():
-        pytest.skip("peer: Liger is not installed in build/peers")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(INSTALLED))
         for path in ("liger_kernel.transformers.functional", "liger_kernel.megatron.cross_entropy"):

@@ -63,6 +63,7 @@ def test_both_losses_train_alike(tmp_path):
     assert all(run["stage_ms"] > 0 for run in record["runs"].values())
 
 
+@pytest.mark.long
 def test_both_losses_train_alike_on_a_sharded_vocabulary(tmp_path, chat):
     record, _ = finished(tmp_path, "--tp", "2", "--data", str(chat), "--no-inplace")
     reference, ours = record["losses"]["reference"], record["losses"]["ours"]
@@ -75,6 +76,7 @@ def test_both_losses_train_alike_on_a_sharded_vocabulary(tmp_path, chat):
     assert used["forward_peak"] < 0.01 and used["held"] < 0.01
 
 
+@pytest.mark.long
 def test_torchrun_starts_the_processes_of_a_real_shape(tmp_path, chat):
     """Two of tensor and none of data parallelism, gpt2's shape but for the number of layers."""
     arguments = ("--model", "gpt2", "--tp", "2", "--data", str(chat))

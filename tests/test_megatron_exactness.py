@@ -27,7 +27,7 @@ LAYOUTS = {  # name: (processes, sizes)
     "PP2xCP2": (4, {"pp": 2, "cp": 2}),
     "TP2xDP2": (4, {"tp": 2}),
 }
-CORE = ("TP2+SP", "CP2", "TP2xPP2")  # of every version, in make test
+CORE = ("TP2+SP", "CP2", "TP2xPP2")  # make test has these, and make check all of them
 ALL_MASKED = (2,)
 UNIT_WEIGHTS = (0, 1, 2, 4)  # a trainer's own loss_func counts tokens by adding their weights
 CASES = {
@@ -68,7 +68,9 @@ def unsharded():
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(n, marks=pytest.mark.core) if n in CORE else n for n in LAYOUTS],
+    params=[
+        pytest.param(n, marks=pytest.mark.core if n in CORE else pytest.mark.long) for n in LAYOUTS
+    ],
     ids=str,
 )
 def results(request, unsharded):

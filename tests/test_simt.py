@@ -179,6 +179,7 @@ def test_a_missing_barrier_depends_on_the_seed(plain, warp):
     assert len(wrong) > 1 and tuple(right) not in wrong
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "size"), [("global", 4), ("static", 4), ("dynamic", 32)])
 def test_address_sanitizer_knows_the_ends_of_arrays(programs, name, size):
     program = programs(32, simt_build.ASAN)
@@ -190,6 +191,7 @@ def test_address_sanitizer_knows_the_ends_of_arrays(programs, name, size):
         assert line_of("at[offset] = 1;") in done.stderr
 
 
+@pytest.mark.long
 def test_address_sanitizer_follows_the_threads(programs):
     program = programs(32, simt_build.ASAN)
     assert numbers(program, "sums", 0, 1) == numbers(program, "again", 0, 2) == block_sums(32)
@@ -202,6 +204,7 @@ def test_address_sanitizer_follows_the_threads(programs):
     assert line_of("*early : *simt::cluster_map") in done.stderr
 
 
+@pytest.mark.long
 def test_thread_sanitizer_names_races(programs):
     program = programs(32, simt_build.TSAN)
     done = run(program, "sums")

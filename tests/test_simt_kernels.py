@@ -40,6 +40,7 @@ def test_same_bits_in_whatever_order_lanes_run_and_rows_are_shared_out(passes):
     assert bits(passes, FEW, 1) == expected
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("warp", [32, 64])
 def test_address_and_undefined_behaviour_sanitizers_find_nothing(tmp_path, warp):
     program = build(tmp_path, warp, simt_build.ASAN)
@@ -48,6 +49,7 @@ def test_address_and_undefined_behaviour_sanitizers_find_nothing(tmp_path, warp)
         assert done.returncode == 0 and not done.stderr, done.stderr
 
 
+@pytest.mark.long
 def test_thread_sanitizer_finds_no_race(tmp_path):
     program = build(tmp_path, 32, simt_build.TSAN)
     for multiprocessors in (FEW, MANY):
@@ -67,6 +69,7 @@ def program_without(barrier, name, folder):
     return build(folder, 32, (f"-I{folder}", *simt_build.TSAN), folder)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("barrier", "name"),
     [

@@ -3,7 +3,8 @@
 Compilers are stand-ins, so that this runs anywhere and in no time; `make wheel` has the real ones.
 """
 
-import importlib.util
+import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -11,6 +12,9 @@ from pathlib import Path
 import pytest
 from test_build import ROOT, build, run
 from wheel_check import wheel_faults
+
+from csrc import toolchains, without
+from csrc.variables import named_targets
 
 pytestmark = pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler")
 
@@ -57,7 +61,8 @@ def tree(tmp_path):
     for name in (*names, "triton_kernels"):
         (tree / name).mkdir()
         (tree / name / "__init__.py").touch()
-    shutil.copy(ROOT / "csrc/toolchains.py", tree / "csrc")
+    for path in (ROOT / "csrc").glob("*.py"):
+        shutil.copy(path, tree / "csrc")
     (tree / "csrc/bindings_gpu.cpp").write_text(BINDINGS)
     (tree / "csrc/tiny.h").write_text("#pragma once\n")
     (tree / "csrc/one.cu").write_text('#include "tiny.h"\nint one() { return 1; }\n')
@@ -85,16 +90,6 @@ def compiled(tree):
     return sorted(Path(word).stem for line in lines for word in line.split() if ".cu" in word)
 
 
-@pytest.fixture
-def toolchains(monkeypatch):
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    spec = importlib.util.spec_from_file_location("toolchains", ROOT / "csrc/toolchains.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "toolchains", module)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize(
     "target, flags",
     [
@@ -109,16 +104,16 @@ def toolchains(monkeypatch):
         ),
     ],
 )
-def test_a_target_becomes_flags_of_nvcc(toolchains, target, flags):
+def test_a_target_becomes_flags_of_nvcc(target, flags):
     assert toolchains.gencode(target) == flags
 
 
 @pytest.mark.parametrize("text", ["8.0;9.0a;10.0+PTX", "8.0 9.0a  10.0+PTX ", ";8.0,9.0a;10.0+PTX"])
-def test_lists_of_targets_are_split_as_torch_does(toolchains, monkeypatch, text):
+def test_lists_of_targets_are_split_as_torch_does(monkeypatch, text):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", text)
-    assert toolchains.wanted("TORCH_CUDA_ARCH_LIST", "") == (["8.0", "9.0a", "10.0+PTX"], True)
+    assert named_targets("TORCH_CUDA_ARCH_LIST") == ["8.0", "9.0a", "10.0+PTX"]
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", " ")
-    assert toolchains.wanted("TORCH_CUDA_ARCH_LIST", "8.0;9.0") == (["8.0", "9.0"], False)
+    assert named_targets("TORCH_CUDA_ARCH_LIST") == []
 
 
 def test_toolchain_and_targets_are_printed(tree):
@@ -155,17 +150,17 @@ def bare(tmp_path):
     folder = tmp_path / "bin"
     folder.mkdir()
     (folder / "c++").symlink_to(shutil.which("c++"))
-    return {"PATH": str(folder), "CUDA_HOME": "", "CUDA_PATH": "", "ROCM_PATH": str(tmp_path)}
+    return {"PATH": str(folder), "CUDA_HOME": "", "CUDA_PATH": "", "ROCM_PATH": ""}
 
 
 @pytest.mark.parametrize(
     "backends, variables, words",
     [
-        ("cpu", {"CXX": "no-such-compiler"}, "no C++ compiler 'no-such-compiler'; install g++"),
+        ("cpu", {"PATH": ""}, "no C++ compiler c++; install g++ or clang"),
         ("cpu,cuda", {}, "no nvcc; install the CUDA toolkit"),
-        ("hip", {}, "no HIP headers in"),
-        ("hip", {}, "install ROCm and set ROCM_PATH, or Debian's clang-19"),
-        ("cpu,metal", {}, "expected names from cpu, cuda, hip, none, got 'cpu,metal'"),
+        ("cpu,metal", {}, "expected names from cpu, cuda, hip, or none, got 'cpu,metal'"),
+        ("none,cpu", {}, "expected names from cpu, cuda, hip, or none, got 'none,cpu'"),
+        (",", {}, "expected names from cpu, cuda, hip, or none, got ','"),
     ],
 )
 def test_a_named_toolchain_that_is_missing_fails_the_build(tree, bare, backends, variables, words):
@@ -173,11 +168,60 @@ def test_a_named_toolchain_that_is_missing_fails_the_build(tree, bare, backends,
     assert done.returncode != 0 and "FUSED_SFT_LOSS_BUILD" in done.stderr and words in done.stderr
 
 
-def test_unnamed_toolchains_that_are_missing_are_left_out(tree, bare):
+def test_hip_without_its_headers_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setattr(toolchains, "ROCM_PLACES", [str(tmp_path)])
+    for name in ("ROCM_PATH", without.VARIABLE):
+        monkeypatch.delenv(name, raising=False)
+    words = f"no HIP headers in {tmp_path}; install ROCm and set ROCM_PATH, or Debian's clang-19"
+    with pytest.raises(toolchains.Missing, match=re.escape(words)):
+        toolchains.find_hip()
+
+
+@pytest.mark.parametrize("build", [None, "", " "])
+def test_unnamed_toolchains_that_are_missing_are_left_out(tree, bare, build):
+    bare["FUSED_SFT_LOSS_WITHOUT"] = "clang"  # its headers may lie in /usr
+    bare |= {} if build is None else {"FUSED_SFT_LOSS_BUILD": build}
     done = setup_py(tree, "toolchains", build=None, targets=None, **bare)
     assert done.returncode == 0 and done.stdout.split() == ["cpu"], done.stderr
     assert "_cuda is left out: no nvcc; install" in done.stderr
-    assert "_hip is left out: no HIP headers in" in done.stderr
+    assert "_hip is left out: no HIP compiler: FUSED_SFT_LOSS_WITHOUT=clang" in done.stderr
+
+
+@pytest.mark.parametrize("build", [None, "cpu,cuda,hip"])
+@pytest.mark.parametrize(
+    "variable, value, words",
+    [
+        ("CXX", "no-such-compiler", "there is no command 'no-such-compiler'; name a C++ compiler"),
+        ("CXX", "no-such-cache c++", "there is no command 'no-such-cache'"),
+        ("CUDA_HOME", "/nonexistent", "there is no /nonexistent/bin/nvcc; name the CUDA toolkit's"),
+        ("CUDA_PATH", "/nonexistent", "there is no /nonexistent/bin/nvcc; name the CUDA toolkit's"),
+        ("ROCM_PATH", "/nonexistent", "there is no /nonexistent/include/hip/hip_version.h; name"),
+        ("PYTORCH_ROCM_ARCH", "gfx1", "cannot make 'gfx1'"),
+        ("MAX_JOBS", "0", "expected a whole number, 1 or more, got '0'"),
+        ("MAX_JOBS", "-2", "expected a whole number, 1 or more, got '-2'"),
+        ("MAX_JOBS", "auto", "expected a whole number, 1 or more, got 'auto'"),
+        ("MAX_JOBS", "4.0", "expected a whole number, 1 or more, got '4.0'"),
+        ("FUSED_SFT_LOSS_WITHOUT", "hammer", "expected names from all, boost, nvcc, clang"),
+    ],
+)
+def test_a_variable_that_names_something_wrong_is_an_error(tree, build, variable, value, words):
+    """Another tool would do in each case: the stand-in's folder is the first of PATH."""
+    if variable == "PYTORCH_ROCM_ARCH" and not has_hip():
+        pytest.skip("no HIP compiler here")
+    path = f"{tree.parent / 'cuda/bin'}{os.pathsep}{os.environ['PATH']}"
+    variables = {"PATH": path, "CUDA_HOME": "", variable: value}
+    done = setup_py(tree, "toolchains", build=build, **variables)
+    assert done.returncode == 1 and not done.stdout, done.stdout
+    *before, last = done.stderr.splitlines()
+    assert last.startswith(f"{variable}: ") and words in last, done.stderr
+    assert all(line.startswith("fused_sft_loss: ") for line in before)  # and no traceback
+
+
+def has_hip():
+    try:
+        return bool(toolchains.find_hip())
+    except toolchains.Missing:
+        return False
 
 
 def test_rebuilds_compile_what_changed_and_no_more(tree):

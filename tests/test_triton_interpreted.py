@@ -24,11 +24,20 @@ RUNS = {  # name -> (what is run, how many tests there are at least)
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", RUNS)
 def test_in_the_interpreter(name):
-    what, at_least = RUNS[name]
+    interpret(*RUNS[name])
+
+
+def test_one_variant_of_every_test_in_the_interpreter():
+    """The sample that make test has of the runs above."""
+    interpret(" ".join(what for what, _ in RUNS.values()), 60, "--sample", "1")
+
+
+def interpret(what, at_least, *options):
     command = [sys.executable, "-m", "pytest", "-p", "triton_interpreter", "-q"]
-    command += ["-p", "no:cacheprovider", "-p", "no:xdist"]
+    command += ["-p", "no:cacheprovider", "-p", "no:xdist", *options]
     command += [str(TESTS / part) for part in what.split()]
     for ranks in (1, 4):  # 2 is left: each rank is an interpreter
         command += ["--deselect", f"tests/test_sharded.py::test_sharded_equals_unsharded[{ranks}]"]

@@ -26,17 +26,23 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 backends.ON_CPU[:] = ["triton"]  # on import: the fixtures of conftest.py copy the list
 
 
+def pytest_addoption(parser):
+    parser.addoption("--sample", type=int, help="draw so many variants and examples of every test")
+
+
 def pytest_configure():
     patch_once_per_launch()
     np.seterr(all="ignore")  # lanes without a row take logarithms of 0, as on a GPU
 
 
 def pytest_collection_modifyitems(config, items):
-    left_out = set()
+    left_out, sample = set(), config.getoption("sample")
     for name, variants in groupby(items, lambda item: item.nodeid.partition("[")[0]):
         variants = list(variants)
-        if len(variants) > VARIANTS and Path(name).name.startswith("test_"):
-            left_out.update(Random(0).sample(variants, len(variants) - VARIANTS))
+        promises = Path(name.partition("::")[0]).name.startswith("test_")
+        most = sample or (VARIANTS if promises else len(variants))
+        if len(variants) > most:
+            left_out.update(Random(0).sample(variants, len(variants) - most))
     if left_out:
         config.hook.pytest_deselected(items=list(left_out))
         items[:] = [item for item in items if item not in left_out]
@@ -44,7 +50,7 @@ def pytest_collection_modifyitems(config, items):
         test = getattr(item, "obj", None)
         chosen = getattr(test, "_hypothesis_internal_use_settings", None)
         if chosen is not None:
-            fewer = settings(chosen, max_examples=min(EXAMPLES, chosen.max_examples))
+            fewer = settings(chosen, max_examples=min(sample or EXAMPLES, chosen.max_examples))
             test._hypothesis_internal_use_settings = fewer
 
 

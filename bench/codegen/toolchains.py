@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from csrc import without
+
 from ..errors import UserError
 from . import kept
 from .csrc import FOLDER
@@ -89,6 +91,8 @@ class Toolchain:
 @cache
 def find(backend: str) -> Toolchain | None:
     """The compiler for `cuda` or `hip`, None when there is none."""
+    if without.absent({"cuda": "nvcc", "hip": "clang"}[backend]):
+        return None
     for compiler in _candidates(backend):
         path = shutil.which(compiler)
         if path and (backend == "cuda" or _makes_hip(path)):
@@ -104,9 +108,10 @@ def need(backend: str) -> Toolchain:
 
 def _candidates(backend: str) -> list[str]:
     if backend == "cuda":
-        home = os.environ.get("CUDA_HOME")
-        return [*([f"{home}/bin/nvcc"] if home else []), "nvcc", "/usr/local/cuda/bin/nvcc"]
-    rocm = os.environ.get("ROCM_PATH", "/opt/rocm")
+        if home := os.environ.get("CUDA_HOME"):
+            return [f"{home}/bin/nvcc"]
+        return ["nvcc", "/usr/local/cuda/bin/nvcc"]
+    rocm = os.environ.get("ROCM_PATH") or "/opt/rocm"
     return [f"{rocm}/llvm/bin/clang++", *CLANGS]
 
 

@@ -7,7 +7,7 @@ from types import ModuleType
 
 import torch
 
-from . import loader
+from . import devices, loader
 from .gpu import Gpu
 
 #: Every name the API accepts -> the module here that implements it.
@@ -32,7 +32,10 @@ def load(name: str) -> ModuleType | Gpu:
 
 @cache
 def reason_against(name: str, device_type: str) -> str | None:
-    """Why `name` cannot run on tensors of `device_type`, or None when it can."""
+    """Why `name` cannot run on tensors of `device_type`, or None when it can.
+
+    One answer for all devices of a type: `torch.compile` takes the choice for a constant.
+    """
     if name == "cpu":
         if device_type != "cpu":
             return f"runs on CPU tensors, not on {device_type}"
@@ -60,13 +63,13 @@ def _reason_against_gpu(name: str, device_type: str) -> str | None:
     if not version:
         return f"runs on {vendor} GPUs; this torch is built for others"
     try:
-        load(name)
+        info = load(name).build_info()
     except ImportError as error:
         return (
             f"its compiled module cannot be loaded ({error}); install a wheel that has it, or "
             f"build one with FUSED_SFT_LOSS_BUILD=cpu,{name}"
         )
-    return None
+    return devices.reason_against(name, info)
 
 
 def _reason_against_triton(device_type: str) -> str | None:
