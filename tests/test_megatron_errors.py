@@ -139,9 +139,10 @@ def test_a_mismatch_on_one_rank_stops_all_of_them(what, step):
     said = caught.value.exceptions
     assert sorted(said) == [0, 1], str(caught.value)
     if what in ("labels", "values"):
-        assert all(
-            "the same labels and loss_mask on ranks [0, 1]" in text for _, text in said.values()
-        )
+        other = "labels" if what == "labels" else "loss_mask"
+        for _, text in said.values():
+            assert "expected the same call on ranks [0, 1], which share the vocabulary" in text
+            assert f"got other {other} on ranks [1] than on ranks [0]" in text
     else:
         assert "rank 1, which shares this vocabulary, stopped" in said[0][1]
         assert said[1][1] in said[0][1], "what rank 1 says, word for word"

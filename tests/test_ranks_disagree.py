@@ -51,7 +51,10 @@ DIFFERENCES = {
     "reduction": (lambda a: {"reduction": "sum"}, "call: 'mean loss' on ranks"),
     "metrics": (lambda a: {"function": fsl.token_metrics}, "call: 'mean loss' on ranks"),
     "a wider shard": (lambda a: {"logits": torch.randn(*SHAPE, 60)}, "tile [0, vocab_size)"),
-    "vocabulary": (lambda a: {"vocab_size": 190}, "tile [0, vocab_size)"),
+    "vocabulary": (
+        lambda a: {"vocab_size": 50 * dist.get_world_size() - 3},
+        "tile [0, vocab_size)",
+    ),
 }
 
 #: What the odd rank passes instead and raises of by itself: its message, which the others pass on.

@@ -1,11 +1,11 @@
 """Which line of the launch table a call takes; with FUSED_SFT_LOSS_AUTOTUNE=1 a search for one."""
 
-import os
 from collections.abc import Callable, Iterator
 from itertools import product
 
 import torch
 
+from ..flags import enabled
 from .launch import Chip, Shape, shape_for
 
 VARIABLE = "FUSED_SFT_LOSS_AUTOTUNE"
@@ -20,7 +20,7 @@ def choose(chip: Chip, kernel: str, logits: torch.Tensor, launch: Callable[[Shap
     synchronises, and another run may find another shape, and with it other last bits: to keep a
     result, put the line it prints into SHAPES and leave the variable out.
     """
-    if os.environ.get(VARIABLE, "0") in ("", "0"):
+    if not enabled(VARIABLE):
         return shape_for(chip, kernel, logits.dtype, logits.shape[-1])
     key = (chip, kernel, logits.dtype, logits.shape[-1])
     if key not in _found:
