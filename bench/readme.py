@@ -22,7 +22,7 @@ def add_arguments(parser):
 def run(args):
     root, measured = Path(args.root), read_records(Path(args.results))
     stale = {}
-    for name, blocks in pages(measured).items():
+    for name, blocks in pages(measured, _read(root / "README.md")).items():
         before = _read(root / name)
         after = with_blocks(before, blocks, name)
         if after != before:
@@ -46,13 +46,21 @@ def read_records(folder):
     return found
 
 
-def pages(measured):
+def pages(measured, readme):
     """Page -> {name of a generated block: its Markdown}."""
     return {
         "README.md": gain.blocks(measured),
+        "docs/index.md": {"options": options(readme)},
         "docs/benchmarks.md": {name: records.section(one, name) for name, one in measured.items()},
         "docs/api.md": api.blocks(ROOT),
     }
+
+
+def options(readme):
+    """The README's table of options, which has one place to be edited."""
+    lines = readme.partition("\n| option |")[2].splitlines()
+    last = next(at for at, line in enumerate(lines[1:], 1) if not line.startswith("|"))
+    return "\n".join([f"| option |{lines[0]}", *lines[1:last]])
 
 
 def with_blocks(text, blocks, page):
