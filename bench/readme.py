@@ -59,7 +59,9 @@ def pages(measured, readme):
 def options(readme):
     """The README's table of options, which has one place to be edited."""
     lines = readme.partition("\n| option |")[2].splitlines()
-    last = next(at for at, line in enumerate(lines[1:], 1) if not line.startswith("|"))
+    if not lines:
+        raise UserError("README.md: expected a table that begins with | option |")
+    last = next((n for n, line in enumerate(lines) if n and not line.startswith("|")), len(lines))
     return "\n".join([f"| option |{lines[0]}", *lines[1:last]])
 
 
