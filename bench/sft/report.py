@@ -225,11 +225,11 @@ def _bars(axes, names, values, title, unit, form):
     offsets = (-0.2, 0.2) if len(values) > 1 else (0.0,)
     for offset, name, pair in zip(offsets, names, values, strict=True):
         tint = STYLES[name]["color"]
-        drawn = axes.bar([offset, 1 + offset], pair, width=0.38, label=name, color=tint)
-        axes.bar_label(drawn, [form.format(value) for value in pair], fontsize=8)
+        drawn = axes.bar([offset, 1 + offset], pair, width=0.38, color=tint)
+        axes.bar_label(drawn, [f"{name}\n{form.format(value)}" for value in pair], fontsize=8)
     axes.set_xticks([0, 1], ["forward", "backward"])
     axes.set(title=title, ylabel=unit)
-    axes.legend()
+    axes.margins(y=0.15)
 
 
 def verdict(record):
