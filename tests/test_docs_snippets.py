@@ -19,7 +19,7 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-6}
 def batch(dtype=torch.float32):
     """(logits, not a leaf; their leaf; labels; loss_mask)"""
     leaf = torch.randn(2, 9, 64, requires_grad=True)
-    mask = torch.tensor([0, 0.5, 1, 0, 2, 1, 1, 0, 1]).expand(2, 9)
+    mask = torch.tensor([1, 0.5, 1, 0, 2, 1, 1, 0, 1]).expand(2, 9)  # the first never counts
     return (leaf * 3).to(dtype), leaf, torch.randint(0, 64, (2, 9)), mask
 
 
