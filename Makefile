@@ -6,9 +6,10 @@
 #   make check     what takes longer: the whole products of options, every Megatron, audits, wheels, sanitizers
 #   make lint      ruff and clang-format
 #   make format    let both rewrite the files
-#   make bench     time and memory of the loss beside every peer, and the README's figures from them
+#   make bench     time and memory of the loss beside every peer, and the figures of README and docs/ from them
 #   make system    name the system packages that are missing, required and optional
 #   make megatron-docs   measure the tables of docs/megatron.md anew
+#   make docs      the documentation as a site in build/site; a broken link is an error
 #   make wheel     wheels in dist/: +cpu, and +cu13 and +rocm7 where there are toolchains for them
 #   make clean     remove what was built; .venv stays
 #
@@ -31,7 +32,7 @@ BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*.*) setup.py pyproject.toml
 CXX_FILES := $(wildcard $(foreach ending,h cpp cu cuh,csrc/*.$(ending) tests/simt/*.$(ending)))
 
-.PHONY: help demo test check long lint format bench wheel wheel-check audit megatron megatron-docs
+.PHONY: help demo test check long lint format bench docs wheel wheel-check audit megatron megatron-docs
 .PHONY: sanitize compute-sanitizer clean system
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -77,7 +78,14 @@ bench: $(VENV)/.installed
 	    --seconds 0.06 --results bench/results
 	$(BIN)/python -m bench readme
 
-# FUSED_SFT_LOSS_BUILD and the variables of docs/wheels.md choose which, and for what. A GPU's runtime is never
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --strict
+
+$(VENV)/.docs: pyproject.toml | $(VENV)/.installed
+	$(BIN)/pip install --quiet --editable ".[docs]"
+	touch $@
+
+# FUSED_SFT_LOSS_BUILD and the variables of docs/install.md choose which, and for what. A GPU's runtime is never
 # put into a wheel; where auditwheel finds no manylinux system that has all a wheel needs, the tag stays `linux`.
 WHEEL := $(BIN)/python -m build --wheel --no-isolation --outdir build/wheels
 REPAIR := PATH="$(CURDIR)/$(BIN):$$PATH" auditwheel repair --exclude 'libamdhip64.so*' --exclude 'libcuda*.so*'

@@ -26,11 +26,11 @@ class LossTerms(NamedTuple):
 
 
 class TokenMetrics(NamedTuple):
-    """Per-token figures of the labels' shape, without a graph; 0 or False where a token is not
-    scored.
+    """Figures for each token, in the labels' shape, without a graph.
 
-    The mask selects and does not weigh: `loss` is that of ``sft_loss`` before the weight. With
-    tensor parallelism every rank holds the same values.
+    Tokens that are not scored have 0 or False. The mask selects tokens and does not weigh them:
+    `loss` is the loss of ``sft_loss`` without the weight. Under tensor parallelism all ranks hold
+    the same values.
     """
 
     loss: Tensor  # fp32, smoothing and z-loss included
@@ -61,64 +61,72 @@ def sft_loss(
     grad_in_forward: bool | float | Tensor = False,
     backend: str | None = None,
 ) -> Tensor:
-    """Masked next-token cross-entropy, read straight from the logits.
+    """Masked next-token cross-entropy, computed on the logits where they lie.
 
-    Equivalent to, without any of its copies (unsharded, all defaults)::
+    Without options, and for an unsharded vocabulary, it equals the following, without the copies::
 
         rows = logits[:, :-1].float().transpose(1, 2)
         losses = F.cross_entropy(rows, labels[:, 1:], reduction="none")
         weight = loss_mask[:, 1:].float()
         (losses * weight).sum() / weight.sum()
 
+    Everything is computed in fp32. The gradient is rounded once, to the dtype of the logits.
+
     Args:
-        logits: `[b, s, v]`, `[s, b, v]` with ``layout="sbv"``, or `[n, v]`; bf16, fp16 or fp32; any
-            strides but a vocabulary stride of 1. `v` is this rank's shard of the vocabulary.
-        labels: `[b, s]` (`[n]`) integer token ids of the global vocabulary, in batch-major order
-            whatever the layout.
-        loss_mask: labels' shape, bool, int or float >= 0: which *label* tokens count, and how much.
-        shift: True: row t is scored on ``labels[t + 1]`` with ``loss_mask[t + 1]``. False: on
-            position t.
-        cu_seqlens: `[k+1]` boundaries of packed documents over the flattened b*s positions: no
-            prediction crosses one, and positions outside all documents are not scored.
+        logits: `[b, s, v]`, `[s, b, v]` with ``layout="sbv"``, or `[n, v]`; bf16, fp16 or fp32. The
+            vocabulary stride must be 1; all other strides are free. `v` is this rank's shard of the
+            vocabulary.
+        labels: `[b, s]` (or `[n]`) integer token ids of the whole vocabulary, batch first for every
+            layout.
+        loss_mask: bool, integer or float, not negative, in the labels' shape. It says which label
+            tokens count, and how much. None: all count 1.
+        shift: True: row t is scored on ``labels[t + 1]`` with weight ``loss_mask[t + 1]``. False:
+            on ``labels[t]``, for labels that are shifted already.
+        layout: "bsv" or "sbv": the order of the dimensions of the logits.
+        cu_seqlens: `[k+1]` boundaries of k packed documents over the b*s positions. No prediction
+            crosses a boundary, and positions outside all documents are not scored.
         ignore_index: a label that is never scored.
-        reduction: "mean" = sum(w * loss) / sum(w), 0 when nothing is scored; "sum" = sum(w * loss);
-            "none" = w * loss in labels' shape, exactly 0 where not scored. fp32.
-        label_smoothing, z_loss, softcap, logit_scale: see :class:`fused_sft_loss.rowmath.RowMath`.
-            Constants: none of them gets a gradient, nor does loss_mask. A logit_scale that changes
-            from step to step may be a 0-d CPU tensor: torch.compile then compiles the step once.
-        vocab_size: true global vocabulary; columns beyond it are padding, outside the softmax,
-            gradient 0.
-        tp_group: process group over which the vocabulary is sharded, or a DeviceMesh of one
-            dimension. Every rank gets the same loss, by one all-gather of `[N, 3]`. Before it, on a
-            CPU (elsewhere with FUSED_SFT_LOSS_CHECK=1), the ranks tell each other in one small
-            exchange what they were called with.
-        vocab_start: first global id on this rank, for uneven shards (needs vocab_size); None: equal
+        reduction: "mean" is sum(w * loss) / sum(w), and 0 if nothing is scored. "sum" is sum(w *
+            loss). "none" is w * loss in the labels' shape, and exactly 0 for tokens that are not
+            scored. The result is fp32.
+        label_smoothing, z_loss, softcap, logit_scale: with z = logit_scale * x, or z = softcap *
+            tanh(logit_scale * x / softcap), and lse = log(sum(exp(z))), the loss of a token is (1 -
+            label_smoothing) * (lse - z[label]) + label_smoothing * (lse - mean(z)) + z_loss *
+            lse**2. They are constants and get no gradient, nor does `loss_mask`. `logit_scale` may
+            be a 0-d CPU tensor: a compiled step is then not compiled again when it changes.
+        vocab_size: size of the whole vocabulary without padding. Columns beyond it are not in the
+            softmax and get gradient 0.
+        tp_group: process group that shards the vocabulary, or a DeviceMesh of one dimension. Every
+            rank gets the same loss, by one all-gather. On a CPU, and on GPUs with
+            FUSED_SFT_LOSS_CHECK=1, the ranks first compare their arguments in one more small
+            exchange.
+        vocab_start: first token id on this rank, for uneven shards; needs `vocab_size`. None: equal
             shards in rank order.
-        inplace_backward: the gradient overwrites the logits' memory; a second backward raises.
-            Refused where autograd could not notice that another operator needs the old values:
-            under saved_tensors_hooks (non-reentrant checkpointing, save_on_cpu, activation
-            offloading) and torch.func. Inside a torch.compile graph the gradient is a new tensor,
-            because the compiler owns the memory there.
-        grad_in_forward: compute the gradient in forward, from the same read of the logits, for the
-            gradient that the result will be given by backward: True means 1, another one is a
-            number or a 0-d tensor (a loss scale, 1 / micro-batches). Bytes per bf16 element: 4, not
-            6. Any other gradient in backward is still right: rows stored for another one are
-            computed again, on the device and without a synchronisation. With inplace_backward the
-            logits are gone when forward returns, and such rows are multiplied by the ratio, which
-            rounds 16-bit gradients a second time (not when it is a power of two). Worth it where
-            the gradient is known and rows are many. It needs the whole vocabulary (no tp_group) and
-            backend "cpu", "cuda" or "hip"; backward runs once. Where no gradient is asked for
-            (no_grad, logits that do not require it) nothing is written.
-        backend: "cpu", "eager", "triton", "cuda", "hip", or None for the best there is (see
-            ``python -m fused_sft_loss env``).
+        inplace_backward: True: the gradient overwrites the memory of the logits, so backward needs
+            no extra memory. A second backward raises. It is refused for a leaf that requires grad
+            and its views, for rows that share memory, and where autograd cannot see that another
+            operator needs the old values: under ``saved_tensors_hooks`` (non-reentrant
+            checkpointing, save_on_cpu, activation offloading) and torch.func. Inside a
+            torch.compile graph the gradient is a new tensor.
+        grad_in_forward: True, or the gradient that backward will be called with (a number or a 0-d
+            tensor, such as a loss scale). Forward then computes the gradient from the same read of
+            the logits: 4 bytes for each bf16 logit instead of 6. If backward is called with another
+            gradient, the rows are corrected on the device: from the logits, exactly; with
+            `inplace_backward` by the ratio, which rounds 16-bit gradients a second time. It needs
+            the whole vocabulary on one rank and backend "cpu", "cuda" or "hip". Backward runs once.
+            Without a gradient to compute (``no_grad``) nothing is written.
+        backend: "cpu", "cuda", "hip", "triton" or "eager". None: the fastest that runs on the
+            device; ``python -m fused_sft_loss env`` prints which, and why not the others.
+
+    Returns:
+        The loss, fp32: 0-d, or in the labels' shape with ``reduction="none"``.
 
     Raises:
-        TypeError, ValueError: expected, got, and the fix. On a CPU (elsewhere with
-            FUSED_SFT_LOSS_CHECK=1) also for a label outside the vocabulary or a negative weight, by
-            position; without that check such a label makes its row's loss NaN. Under the same
-            condition ranks of a tp_group that differ in shape, options, labels, mask or shards, or
-            one of which raises, all raise (but for what raises while torch.compile traces).
-        NotImplementedError: the backend asked for cannot run here.
+        TypeError, ValueError: a wrong argument. The message says what was expected, what came, and
+            the fix. On a CPU, and on GPUs with FUSED_SFT_LOSS_CHECK=1, label values and weights are
+            checked too, and ranks that share a vocabulary must agree, or all of them raise. Without
+            that check, a label outside the vocabulary makes the loss of its token NaN.
+        NotImplementedError: the backend cannot run here, or has no kernel for an option.
     """
     expect(reduction in REDUCTIONS, f"reduction in {REDUCTIONS}", reduction)
     options = Options(
@@ -198,9 +206,10 @@ def weighted_mean(total: Tensor, weight_sum: Tensor) -> Tensor:
 def token_metrics(
     logits: Tensor, labels: Tensor, loss_mask: Tensor | None = None, **options
 ) -> TokenMetrics:
-    """Loss, label log-probability, lse, top-1 hit and entropy per token, from one read.
+    """Loss, log-probability, lse, top-1 hit and entropy of each token, from one read.
 
-    Takes the arguments of :func:`sft_loss` but `reduction` and `inplace_backward`; same errors.
+    Takes the arguments of :func:`sft_loss` except `reduction`, `inplace_backward` and
+    `grad_in_forward`, and raises the same errors. The results have no graph.
     """
     with torch.no_grad():
         _, call = _prepare(logits, labels, loss_mask, Options(**options), METRICS)
@@ -209,11 +218,13 @@ def token_metrics(
 
 
 class SFTLoss(torch.nn.Module):
-    """:func:`sft_loss` with options bound; those wrong by themselves raise at construction.
+    """:func:`sft_loss` as a module that holds its options.
 
-    A copy (copy.deepcopy) has the same tp_group; a pickle (torch.save of a model) has its name and
-    ranks. Where a process that loads it has no such group, the first call is an error, unless
-    options["tp_group"] is set to another one before. state_dict() is empty.
+    Options that are wrong for any input raise when the module is constructed.
+
+    A copy (copy.deepcopy) keeps the tp_group. A pickle (torch.save of a model) keeps its name and
+    ranks; a process that loads it without such a group raises in the first call, unless
+    options["tp_group"] is set before. state_dict() is empty.
     """
 
     def __init__(self, *, reduction: str = "mean", **options):
@@ -226,7 +237,7 @@ class SFTLoss(torch.nn.Module):
     def forward(
         self, logits: Tensor, labels: Tensor, loss_mask: Tensor | None = None, **overrides
     ) -> Tensor:
-        """As :func:`sft_loss`; `overrides` are options of this call alone, such as cu_seqlens."""
+        """Compute :func:`sft_loss`; `overrides` replace options in this call alone."""
         options = {"reduction": self.reduction, **self.options, **overrides}
         return sft_loss(logits, labels, loss_mask, **options)
 

@@ -69,23 +69,22 @@ def shift_targets(
     *,
     ignore_index: int = -100,
 ) -> tuple[Tensor, Tensor]:
-    """Shift labels and mask left by one, so that position t holds what row t is scored on.
+    """Shift labels and mask to the left by one, so that position t holds the label of row t.
 
-    For context parallelism: shift the whole sequence first, slice it after, and call the loss with
-    ``shift=False``; neighbours in a slice are not neighbours in the sequence.
+    Use it with context parallelism: shift the whole sequence first, slice it after, and call the
+    loss with ``shift=False``. Neighbours in a slice are not always neighbours in the sequence.
 
     Args:
         labels: `[b, s]` (or `[n]`) integer token ids.
-        loss_mask: same shape, any dtype; None counts every label.
-        cu_seqlens: `[k+1]` increasing document boundaries over the flattened b*s positions, see
-            `boundaries`. The last position of a document, and any position outside all documents,
-            gets `ignore_index` and mask 0.
-        ignore_index: label written where there is nothing to predict.
+        loss_mask: same shape, any dtype. None counts every label.
+        cu_seqlens: `[k+1]` increasing document boundaries over the b*s positions. They end where they
+            first decrease, so a tail of -1 or 0 is ignored. The last position of a document, and
+            every position outside all documents, gets `ignore_index` and mask 0.
+        ignore_index: the label of positions without a next token.
 
     Returns:
-        (labels, loss_mask): new tensors of the same shapes and dtypes. But a mask of None becomes
-        bool, and labels of a dtype that cannot hold `ignore_index`, and of uint16, uint32 and
-        uint64, become int64.
+        (labels, loss_mask): new tensors of the same shapes and dtypes. A mask of None becomes bool.
+        Labels become int64 if their dtype cannot hold `ignore_index`, or is uint16, uint32 or uint64.
     """
     checks.targets(labels, loss_mask, cu_seqlens)
     limits = torch.iinfo(labels.dtype)

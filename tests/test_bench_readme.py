@@ -1,68 +1,155 @@
-"""The README's figures are those of the committed records, and a changed one is noticed."""
+"""The generated parts of README and docs/ are those of their sources, and a change is noticed."""
 
+import shutil
 import warnings
+from itertools import combinations
 
+import matplotlib.pyplot as plt
 import pytest
 
 from bench.__main__ import main
 from bench.kernels import plots, record
-from bench.readme import BEGIN, END, ROOT, with_figures
+from bench.pages import api
+from bench.readme import ROOT, markers, pages, read_records, with_blocks
+
+RECORDS = read_records(ROOT / "bench/results")
 
 
 @pytest.fixture
-def readme():
-    return (ROOT / "README.md").read_text(encoding="utf-8")
+def copy(tmp_path):
+    """A copy of README.md and docs/ that may be changed."""
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    shutil.copy(ROOT / "README.md", tmp_path)
+    return tmp_path
 
 
-def test_the_committed_figures_are_those_of_the_records(readme, capsys):
+def check(root):
+    return main(["readme", "--check", "--root", str(root)])
+
+
+def test_the_committed_pages_are_those_of_their_sources(capsys):
     assert main(["readme", "--check"]) == 0, capsys.readouterr().err
-    assert with_figures(readme, ROOT / "bench/results") == readme
 
 
 @pytest.mark.parametrize(
-    "path", sorted((ROOT / "bench/results").glob("*.json")), ids=lambda path: path.stem
+    "page, block",
+    [
+        ("README.md", "gain"),
+        ("docs/benchmarks.md", "cpu"),
+        ("docs/index.md", "options"),
+        ("docs/api.md", "api"),
+    ],
 )
-def test_the_plots_of_the_records_have_room_for_what_is_in_them(path, tmp_path):
-    """Many providers or many models: matplotlib warns where it gives up."""
-    measured = record.read(path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        plots.draw(measured, tmp_path / "plot.svg")
-    providers = {row["title"] for row in measured["rows"] if row["ms"]}
-    drawn = (tmp_path / "plot.svg").read_text(encoding="utf-8")
-    assert all(drawn.count(f">{title}<") == 2 for title in providers)  # a bar, the legend
+def test_a_generated_part_that_was_changed_by_hand_is_noticed(page, block, copy, capsys):
+    path = copy / page
+    before = path.read_text(encoding="utf-8")
+    begin, _ = markers(block)
+    head, inside = before.split(begin)
+    at = next(at for at, letter in enumerate(inside) if letter.isalpha() and at > 100)
+    path.write_text(head + begin + inside[:at] + "_" + inside[at + 1 :], encoding="utf-8")
+    assert check(copy) == 1
+    assert page in (told := capsys.readouterr().err)
+    assert "write them with: python -m bench readme" in told
+    assert main(["readme", "--root", str(copy)]) == 0
+    assert path.read_text(encoding="utf-8") == before
 
 
-def test_a_figure_that_was_changed_by_hand_is_noticed(readme, tmp_path, capsys):
-    before, figures = readme.split(BEGIN)
-    digit = next(at for at, letter in enumerate(figures) if letter.isdigit())
-    other = str((int(figures[digit]) + 1) % 10)
-    changed = tmp_path / "README.md"
-    changed.write_text(before + BEGIN + figures[:digit] + other + figures[digit + 1 :])
-    assert main(["readme", "--check", "--readme", str(changed)]) == 1
-    assert "write them with: python -m bench readme" in capsys.readouterr().err
-    assert main(["readme", "--readme", str(changed)]) == 0
-    assert changed.read_text(encoding="utf-8") == readme
+def test_a_picture_of_an_older_record_is_noticed(copy, capsys):
+    path = copy / "docs/img/cpu.png"
+    older = {**RECORDS["cpu"], "finished": None}
+    plots.draw(older, path)
+    assert check(copy) == 1
+    assert "cpu.png" in capsys.readouterr().err
+    assert main(["readme", "--root", str(copy)]) == 0
+    assert plots.source_of(path) == plots.digest(RECORDS["cpu"])
+    assert check(copy) == 0
 
 
-def test_a_readme_without_markers_is_refused(tmp_path, capsys):
-    path = tmp_path / "README.md"
-    path.write_text(f"nothing {END}")
-    assert main(["readme", "--readme", str(path)]) == 1
+def test_a_page_without_markers_is_refused(copy, capsys):
+    (copy / "README.md").write_text("no markers\n\n| option | meaning |\n|---|---|\n\n")
+    assert check(copy) == 1
     assert "expected the markers" in capsys.readouterr().err
 
 
-def test_the_committed_record_has_what_the_readme_speaks_of():
+def test_the_readme_is_read_in_two_minutes():
+    """150 lines, and its first table has the figures of the record."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 150
+    before, _, rest = text.partition(markers("gain")[0])
+    assert len(before.splitlines()) < 10  # what it is; then the gain
+    rows = RECORDS["nvidia-h100-80gb-hbm3"]["rows"]
+    cases = RECORDS["nvidia-h100-80gb-hbm3"]["cases"]
+    for row in rows:
+        if row["provider"] == "ours-cuda-inplace" and cases[row["case"]]["model"] == "mistral-nemo":
+            assert f"| {row['ms']['p50']:.2f} |" in rest
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_the_plots_have_room_for_what_is_in_them(name):
+    """matplotlib warns where it gives up, and no label lies on another."""
+    measured = RECORDS[name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure = plots.compose(measured)
+        figure.canvas.draw()
+    shown = {label.get_text() for label in figure.axes[0].get_yticklabels()}
+    cases = measured["cases"]
+    wanted = {
+        row["title"]
+        for row in measured["rows"]
+        if row["ms"] and cases[row["case"]]["model"] == plots.SHOWN
+    }
+    assert shown == wanted
+    for axes in figure.axes[2:]:
+        boxes = [text.get_window_extent() for text in axes.texts]
+        assert len(boxes) > 3
+        assert not any(a.overlaps(b) for a, b in combinations(boxes, 2)), axes.get_title()
+        top, bottom = axes.bbox.y1 + 5, axes.bbox.y0 - 5
+        assert all(bottom < box.y0 and box.y1 < top for box in boxes), axes.get_title()
+    plt.close(figure)
+
+
+def test_ours_are_told_from_others_by_color():
+    ours = {
+        plots.color(name) for name in ("ours-cuda-inplace", "ours-triton-new", "ours-eager-new")
+    }
+    others = {plots.color(name) for name in ("reference", "liger", "megatron-fused")}
+    blue = [int(tint[5:], 16) - int(tint[1:3], 16) for tint in ours]
+    assert len(ours) == 3 and min(blue) > 50
+    assert all(tint[1:3] == tint[3:5] == tint[5:] for tint in others)
+
+
+def test_bars_of_time_are_sorted():
+    figure = plots.compose(RECORDS["cpu"])
+    widths = [bar.get_width() for bars in figure.axes[0].containers[::2] for bar in bars]
+    assert widths == sorted(widths, reverse=True) and len(widths) > 8
+    assert "log scale" in figure.axes[0].get_xlabel()
+    plt.close(figure)
+
+
+def test_every_generated_block_has_its_markers_once():
+    for page, blocks in pages(RECORDS, (ROOT / "README.md").read_text(encoding="utf-8")).items():
+        text = (ROOT / page).read_text(encoding="utf-8")
+        assert with_blocks(text, blocks, page) == text
+
+
+def test_the_api_page_has_every_public_name_and_argument():
+    import fused_sft_loss
+    import fused_sft_loss.megatron
+
+    text = api.blocks(ROOT)["api"]
+    for module in (fused_sft_loss, fused_sft_loss.megatron):
+        assert all(f"### `{name}`" in text for name in module.__all__)
+    options = fused_sft_loss.sft_loss.__kwdefaults__
+    assert all(f"- `{name}" in text or f"`, `{name}`" in text for name in options)
+
+
+def test_the_committed_record_has_what_the_pages_speak_of():
     data = record.read(ROOT / "bench/results/cpu.json")
     assert data["finished"]
     cases = data["cases"]
-    assert {case["model"] for case in cases} == {
-        "llama3-8b",
-        "qwen2.5",
-        "gemma2",
-        "mistral-nemo",
-        "gpt2",
-    }
+    models = {"llama3-8b", "qwen2.5", "gemma2", "mistral-nemo", "gpt2"}
+    assert {case["model"] for case in cases} == models
     assert {case["scored"] for case in cases} == {1.0, 0.7, 0.5, 0.3, 0.1}
     assert {(case["tp"], case["nproc"]) for case in cases} == {(1, 1), (2, 2)}
     assert len(cases) == 50

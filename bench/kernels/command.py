@@ -44,7 +44,7 @@ def add_arguments(parser):
     add("--json", metavar="PATH", help="write the record there, row by row")
     add("--csv", metavar="PATH", help="write the rows there")
     add("--plot", metavar="PATH", help="draw the rows there, .svg or .png")
-    add("--results", metavar="DIR", help="record and plot in DIR/<device>.json and .svg")
+    add("--results", metavar="DIR", help="write the record to DIR/<device>.json")
     add("--compare", metavar="OLD.json", help="add a column of changes since that record")
     add("--list", action="store_true", help="list models and providers, and measure nothing")
     add("--dry-run", action="store_true", help="print cases and predicted memory only")
@@ -111,7 +111,6 @@ def _outputs(args, device):
     if args.results:
         folder = writable_folder(args.results)
         paths["json"] = paths["json"] or folder / f"{device_slug(device)}.json"
-        paths["plot"] = paths["plot"] or folder / f"{device_slug(device)}.svg"
     if paths["plot"]:
         need("matplotlib")
         if Path(paths["plot"]).suffix not in (".svg", ".png"):

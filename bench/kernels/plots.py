@@ -1,9 +1,19 @@
-"""Pictures of a record: time by scored fraction, memory, and the roofline."""
+"""The picture of a record: time and memory as sorted bars, and time over the scored fraction.
+
+Ours are blue, one shade for each backend; all others are grey. Every bar and line has its name
+beside it, so there is no legend to look up.
+"""
+
+import hashlib
+import io
+import json
+import math
 
 import matplotlib
+from PIL import Image, PngImagePlugin
 
 matplotlib.use("Agg")
-matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text: small files, and their diffs say
+matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text: small files with readable diffs
 matplotlib.rcParams["svg.hashsalt"] = "bench"  # the same record draws the same file
 
 from matplotlib import pyplot as plt  # noqa: E402
@@ -11,60 +21,87 @@ from matplotlib import pyplot as plt  # noqa: E402
 from ..errors import UserError  # noqa: E402
 from .record import device_and_threads  # noqa: E402
 
-COLORS = plt.get_cmap("tab10").colors
-MARKERS, DASHES = "os^", ("-", "--", ":")  # when the colours have all been used
-MIB = 2**20
-MODELS = 5  # panels of times in a row, at most
-PANEL = 3.5, 3.2  # inches
+OURS = {"cpu": "#0b3c8c", "cuda": "#0b3c8c", "hip": "#0b3c8c", "triton": "#3f83d6"}
+OURS_ELSE = "#9cc3ee"  # eager
+REFERENCE, PEER = "#404040", "#a3a3a3"
+LIGHT = 0.45  # opacity of the second bar of a pair
+SHOWN = "mistral-nemo"  # the model of the bars, where it was measured
+PART = 0.3  # the second bar: this part of the rows scored
+COLUMNS = 3  # panels in a row
+PANEL = 4.6, 2.9  # inches
+BAR = 0.3  # inches for one provider
+FONT = 8
+MODES = {"fwd": "the loss", "bwd": "its gradient", "full": "the loss and its gradient"}
+SOURCE = "record"  # in a PNG: the digest of what it shows
+LOG_AXIS = "log scale: equal distances are equal factors"
 
 
 def draw(record, path):
     """Write the picture; the ending of `path` chooses SVG or PNG. UserError with nothing timed."""
-    groups = _groups(record)
-    if not groups:
-        raise UserError("there is nothing to draw: no provider was timed; see --list")
-    titles = list(dict.fromkeys(row["title"] for row in record["rows"] if row["ms"]))
-    styles = {title: _style(number) for number, title in enumerate(titles)}
-    columns = min(MODELS, len(groups))
-    lines = -(-len(groups) // columns)
-    # Below, every provider has a line of its own, twice.
-    heights = lines * PANEL[1], max(PANEL[1], 0.23 * len(titles) + 0.6)
-    size = max(4, columns) * PANEL[0], sum(heights)
-    figure = plt.figure(figsize=size, layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=heights)
-    grid = above.add_gridspec(lines, columns)
-    for place, (name, cases) in zip(grid, groups.items(), strict=False):
-        _times(above.add_subplot(place), name, cases, record, styles)
-    largest = max(groups.values(), key=len)
-    memory, roofline, legend = below.add_gridspec(1, 3, width_ratios=(5, 4, 3))
-    _memory(below.add_subplot(memory), largest, record, styles)
-    _roofline(below.add_subplot(roofline), largest, record, styles)
-    _legend(below.add_subplot(legend), styles)
-    mode = {"fwd": "forward", "bwd": "backward", "full": "forward + backward"}
-    machine = record["machine"]
-    figure.suptitle(
-        f"masked next-token loss, {mode[record['settings']['mode']]}: "
-        f"{device_and_threads(machine)}, {machine['date'][:10]}",
-        fontsize=10,
-    )
-    figure.savefig(path, dpi=110, metadata={"Date": None} if path.suffix == ".svg" else None)
+    figure = compose(record)
+    if path.suffix == ".svg":
+        figure.savefig(path, metadata={"Date": None})
+    else:
+        drawn = io.BytesIO()
+        figure.savefig(drawn, dpi=90)
+        source = PngImagePlugin.PngInfo()
+        source.add_text(SOURCE, digest(record))
+        small = Image.open(drawn).convert("RGB").quantize(64)  # a third as large
+        small.save(path, optimize=True, pnginfo=source)
     plt.close(figure)
 
 
-def _style(number):
-    """Keywords of a provider's lines and points, all alike wherever it is drawn."""
-    again, color = divmod(number, len(COLORS))
-    again %= len(MARKERS)
-    return {"color": COLORS[color], "marker": MARKERS[again], "linestyle": DASHES[again]}
+def digest(record):
+    """A short text that differs between records."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def source_of(path):
+    """The digest of the record that a PNG was drawn from, or None."""
+    with Image.open(path) as picture:
+        return picture.info.get(SOURCE)
+
+
+def compose(record):
+    """The figure of a record. UserError if nothing was timed."""
+    groups = _groups(record)
+    if not groups:
+        raise UserError("there is nothing to draw: no provider was timed; see --list")
+    name = next((name for name in groups if name.startswith(SHOWN)), next(iter(groups)))
+    providers = len(_rows(record, groups[name]))
+    lines = -(-len(groups) // COLUMNS)
+    heights = max(PANEL[1], BAR * providers + 0.9), lines * PANEL[1]
+    figure = plt.figure(figsize=(COLUMNS * PANEL[0], sum(heights) + 0.4), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=heights)
+    time, memory = above.subplots(1, 2, width_ratios=(3, 2))
+    order = _bars_of_time(time, name, groups[name], record)
+    _bars_of_memory(memory, groups[name][0], record, order)
+    grid = below.add_gridspec(lines, COLUMNS)
+    for place, (group, cases) in zip(grid, groups.items(), strict=False):
+        _lines(below.add_subplot(place), group, cases, record)
+    machine, mode = record["machine"], MODES[record["settings"]["mode"]]
+    figure.suptitle(
+        f"Masked next-token loss: {mode}. {device_and_threads(machine)}, {machine['date'][:10]}",
+        fontsize=FONT + 3,
+    )
+    return figure
+
+
+def color(provider):
+    """Of a provider's name: blue for ours, grey for the others."""
+    who, _, rest = provider.partition("-")
+    if who == "ours":
+        return OURS.get(rest.partition("-")[0], OURS_ELSE)
+    return REFERENCE if provider == "reference" else PEER
 
 
 def _groups(record):
-    """Name -> indices of timed cases that differ in the scored fraction alone, largest first."""
+    """Name -> indices of timed cases that differ in the scored fraction only, largest first."""
     groups, timed = {}, {row["case"] for row in record["rows"] if row["ms"]}
     for index, case in sorted(enumerate(record["cases"]), key=lambda pair: pair[1]["tp"]):
         if index not in timed:
             continue
-        kind = "" if case["tp"] == 1 else f" TP {case['tp']}"
+        kind = "" if case["tp"] == 1 else f", TP {case['tp']}"
         kind += ", one shard" if case["tp"] > case["nproc"] else ""
         name = f"{case['model']}{kind}: {case['rows']} x {case['columns']} {case['dtype']}"
         groups.setdefault(name, []).append(index)
@@ -74,87 +111,130 @@ def _groups(record):
     }
 
 
-def _rows(record, indices, key="ms"):
-    """Title -> rows of these cases that have `key`, in their order."""
+def _rows(record, indices):
+    """Title -> the timed rows of these cases, in their order."""
     found = {}
     for index in indices:
         for row in record["rows"]:
-            if row["case"] == index and row[key]:
+            if row["case"] == index and row["ms"]:
                 found.setdefault(row["title"], []).append(row)
     return found
 
 
-def _times(axes, name, indices, record, styles):
+def _bars_of_time(axes, name, indices, record):
+    """Two bars for each provider, slowest at the bottom; returns the titles in that order."""
+    fractions = [record["cases"][index]["scored"] for index in indices]
+    part = PART if PART in fractions else fractions[-1]
+    pairs = {}
     for title, rows in _rows(record, indices).items():
+        by = {record["cases"][row["case"]]["scored"]: row for row in rows}
+        if fractions[0] in by:
+            pairs[title] = by[fractions[0]], by.get(part)
+    order = sorted(pairs, key=lambda title: -pairs[title][0]["ms"]["p50"])
+    for place, title in enumerate(order):
+        first, second = pairs[title]
+        halves = [(first, 1.0)] if len(fractions) == 1 else [(first, 1.0), (second, LIGHT)]
+        for half, (row, opacity) in enumerate(halves):
+            if row is not None:
+                at = place + (0.2 - 0.4 * half if len(halves) == 2 else 0)
+                _bar(axes, at, row["ms"]["p50"], row["provider"], opacity, _ms(row["ms"]["p50"]))
+    _roof(axes, [first for first, _ in pairs.values()], len(order))
+    axes.set_xscale("log")
+    axes.margins(x=0.12)
+    _plain_ticks(axes.xaxis)
+    axes.set_yticks(range(len(order)), order, fontsize=FONT)
+    below = "" if len(fractions) == 1 else f" (light: {part:.0%} of the rows scored)"
+    axes.set_title(f"time, {name}: shorter is better{below}", fontsize=FONT + 1)
+    axes.set_xlabel(f"ms, {LOG_AXIS}", fontsize=FONT)
+    return order
+
+
+def _bar(axes, at, value, provider, opacity, text):
+    drawn = axes.barh([at], [value], 0.38, color=color(provider), alpha=opacity)
+    behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.3}
+    axes.bar_label(drawn, [text], fontsize=FONT - 1, padding=2, bbox=behind)
+
+
+def _roof(axes, rows, height):
+    """The time that this machine needs to copy and zero the bytes of two reads and one write."""
+    known = [row["of_roof"] * row["ms"]["p50"] for row in rows if row["of_roof"]]
+    if not known:
+        return
+    axes.axvline(known[0], color="#c04000", lw=1, ls=":")
+    axes.annotate(
+        f" two reads and one write at this machine's bandwidth: {_ms(known[0])} ms",
+        (known[0], height - 0.45),
+        fontsize=FONT - 1,
+        color="#c04000",
+        annotation_clip=False,
+    )
+
+
+def _bars_of_memory(axes, index, record, order):
+    """Peaks as multiples of the logits, in the order of the times beside them."""
+    rows = {row["title"]: row for row in record["rows"] if row["case"] == index and row["memory"]}
+    for place, title in enumerate(order):
+        for offset, key, opacity in ((0.2, "full_x_logits", 1), (-0.2, "forward_x_logits", LIGHT)):
+            if title in rows:
+                value = rows[title][key]
+                _bar(axes, place + offset, value, rows[title]["provider"], opacity, f"{value:.2f}")
+    axes.set_yticks(range(len(order)), [])
+    axes.margins(x=0.15)
+    axes.tick_params(labelsize=FONT)
+    axes.set_title("peak memory beyond the logits (light: forward alone)", fontsize=FONT + 1)
+    axes.set_xlabel("multiples of the logits", fontsize=FONT)
+
+
+def _lines(axes, name, indices, record):
+    """Time over the scored fraction, a line for each provider but eager and new gradients."""
+    ends = []
+    for title, rows in _rows(record, indices).items():
+        provider = rows[0]["provider"]
+        if "-eager-" in provider or title.endswith(", new gradient"):
+            continue
         scored = [record["cases"][row["case"]]["scored"] * 100 for row in rows]
         ms = [row["ms"] for row in rows]
-        axes.plot(scored, [m["p50"] for m in ms], **styles[title], ms=3, lw=1.2)
+        style = {"color": color(provider), "zorder": 3 if provider.startswith("ours") else 2}
+        ls = "--" if "-oneread" in provider else "-"
+        axes.plot(scored, [m["p50"] for m in ms], ls=ls, marker="o", ms=2.5, lw=1.4, **style)
         spread = [m["p20"] for m in ms], [m["p80"] for m in ms]
-        axes.fill_between(scored, *spread, color=styles[title]["color"], alpha=0.15, lw=0)
+        axes.fill_between(scored, *spread, color=style["color"], alpha=0.15, lw=0)
+        ends.append((ms[0]["p50"], title, style["color"]))
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda ms, _: f"{ms:g}"))
-    axes.set_title(name, fontsize=8)
-    axes.set_xlabel("% of rows scored", fontsize=8)
-    axes.set_ylabel("ms, median (p20 to p80 shaded)", fontsize=7)
-    axes.tick_params(labelsize=7)
-    axes.grid(alpha=0.3)
+    _label_ends(axes, ends)
+    _plain_ticks(axes.yaxis)
+    axes.set_title(name, fontsize=FONT + 1)
+    axes.set_xlabel("% of rows scored", fontsize=FONT)
+    axes.set_ylabel("ms, log scale", fontsize=FONT)
+    axes.tick_params(labelsize=FONT)
+    axes.grid(alpha=0.25)
 
 
-def _memory(axes, indices, record, styles):
-    """Peaks as multiples of the logits, of the first case: forward light, both full."""
-    rows = [found[0] for found in _rows(record, indices[:1], "memory").values()][::-1]
-    places = range(len(rows))
-    for offset, key, alpha in ((0.2, "forward_x_logits", 0.45), (-0.2, "full_x_logits", 1.0)):
-        values = [row[key] for row in rows]
-        tints = [styles[row["title"]]["color"] for row in rows]
-        bars = axes.barh([p + offset for p in places], values, 0.38, color=tints, alpha=alpha)
-        axes.bar_label(bars, [f"{value:.2f}" for value in values], fontsize=6, padding=2)
-    axes.set_yticks(list(places), [row["title"] for row in rows], fontsize=6)
-    axes.margins(x=0.15)
-    case = record["cases"][indices[0]]
-    axes.set_title(f"peak memory beyond the logits, {case['model']}", fontsize=8)
-    axes.set_xlabel("x logits (light: forward, full: with backward)", fontsize=8)
-    axes.tick_params(axis="x", labelsize=7)
+def _label_ends(axes, ends):
+    """Each line's name at its right end, moved up where the one below it needs the room."""
+    low, high = axes.get_ylim()
+    step, at, placed = 0.075, -1.0, []
+    for value, title, tint in sorted(ends):
+        at = max(at + step, math.log(value / low) / math.log(high / low))
+        placed.append([at, title, tint])
+    limit = 0.97
+    for label in reversed(placed):  # and down again where the top is too close
+        label[0] = min(label[0], limit)
+        limit = label[0] - step
+    for at, title, tint in placed:
+        text = "black" if tint == REFERENCE else "#707070" if tint == PEER else tint
+        axes.annotate(
+            title, (1.02, at), xycoords="axes fraction", fontsize=FONT - 1, color=text, va="center"
+        )
 
 
-def _roofline(axes, indices, record, styles):
-    """Elements a second over the least bytes per element; the lines are what the machine copies
-    and zeroes, measured in the same run."""
-    roofs = [record["cases"][index]["roof"] for index in indices]
-    least = []
-    for title, rows in _rows(record, indices).items():
-        points = [_point(record["cases"][row["case"]], row) for row in rows]
-        least += [x for x, _ in points]
-        axes.plot(*zip(*points, strict=True), **{**styles[title], "linestyle": "none"}, ms=3.5)
-    if least and all(roofs):
-        ends = [min(least) * 0.9, max(least) * 1.1]
-        for key, style in (("copy_gb_per_s", "k-"), ("zero_gb_per_s", "k--")):
-            bandwidth = sorted(roof[key] for roof in roofs)[len(roofs) // 2]
-            label = f"{key.split('_')[0]}, {bandwidth:.1f} GB/s"
-            axes.plot(ends, [bandwidth / x for x in ends], style, lw=1, label=label)
-        axes.legend(fontsize=6)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    plain = matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(plain)
-        axis.set_minor_formatter(matplotlib.ticker.NullFormatter())
-    axes.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 3, 4, 6)))
-    axes.set_title(f"roofline, {record['cases'][indices[0]]['model']}", fontsize=8)
-    axes.set_xlabel("least bytes per element", fontsize=8)
-    axes.set_ylabel("10^9 elements / s", fontsize=7)
-    axes.tick_params(labelsize=7)
-    axes.grid(alpha=0.3)
+def _plain_ticks(axis):
+    """1, 2, 5, 10, ...: a log axis that spans less than a decade has numbers, too."""
+    axis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+    axis.set_tick_params(labelsize=FONT)
 
 
-def _point(case, row):
-    elements = case["rows"] * case["columns"]
-    seconds = row["ms"]["p50"] / 1e3
-    return row["gb_per_s"] * 1e9 * seconds / elements, elements / seconds / 1e9
-
-
-def _legend(axes, styles):
-    axes.axis("off")
-    for title, style in styles.items():
-        axes.plot([], [], **style, ms=4, label=title)
-    axes.legend(loc="center", fontsize=8, frameon=False)
+def _ms(value):
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"

@@ -219,14 +219,14 @@ def never_ran(record):
 
 
 def remark(record):
-    """What to know where the last cache holds the logits of some cases; None elsewhere."""
+    """A sentence if some logits fit into the last-level cache, else None."""
     cache = record["machine"].get("last_level_cache_bytes") or 0
     sizes = [case["logits_bytes"] * case["nproc"] for case in record["cases"]]
     if not any(size <= cache for size in sizes):
         return None
     return (
-        f"The last cache has {cache / 2**20:.0f} MiB, the logits {min(sizes) / 2**20:.0f} or more: "
-        "a forward pass never finds them there, a backward pass may"
+        f"The last-level cache has {cache / 2**20:.0f} MiB, and the smallest logits have "
+        f"{min(sizes) / 2**20:.0f} MiB. Forward never finds them in the cache; backward may"
     )
 
 

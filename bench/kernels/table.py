@@ -1,4 +1,4 @@
-"""What the terminal shows: progress, the rows, predictions, and what is wrong."""
+"""Terminal output: progress, measured rows, predictions, broken promises."""
 
 import sys
 
@@ -19,12 +19,12 @@ from .record import never_ran, remark
 
 MIB = 2**20
 WIDTH = 170  # of a table that goes to a file
-SLOW = 5  # times the reference: less is worth a line below the table
-PER_ROW = 2**13  # bytes a row that ours may take beyond the gradient: "O(N)" of the promise
+SLOW = 5  # a smaller speed-up over the reference gets a line below the table
+PER_ROW = 2**13  # bytes that ours may take for each row, beyond the gradient
 
 
 class Progress:
-    """Rows done, and when all will be; `update` is for one process, the first rank's parent."""
+    """A progress bar of the rows, with the time left. Only the parent process calls `update`."""
 
     def __init__(self, total):
         columns = (BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn())
@@ -58,11 +58,11 @@ def _table(out, title, names, left=2, wraps=0):
 
 
 COLUMNS = ("case", "provider", "check", "ms p50 (p20-p80)", "tokens/s", "peak MiB fwd")
-COLUMNS += ("fwd+bwd", "x logits", "GB/s", "% roof", "x reference")
+COLUMNS += ("fwd+bwd", "x logits", "GB/s", "% roof", "speed-up")
 
 
 def show(record, old=None):
-    """All measured rows; those that never ran are listed once, with their reasons."""
+    """Print all measured rows. Providers that never ran are listed once, with the reason."""
     out = console()
     mode = {"fwd": "forward", "bwd": "backward", "full": "forward + backward"}
     title = f"{mode[record['settings']['mode']]}, {record['machine']['device']}"
@@ -76,18 +76,18 @@ def show(record, old=None):
     for case in record["cases"]:
         if case["roof"]:
             roof = "copy {copy_gb_per_s:.1f} GB/s, zero {zero_gb_per_s:.1f} GB/s"
-            out.print(f"roof of {_case(case)}: {roof.format(**case['roof'])}")
+            out.print(f"bandwidth here, {_case(case)}: {roof.format(**case['roof'])}")
     if text := remark(record):
-        out.print(text)
+        out.print(f"{text}.")
     for (status, title, reason), names in _reasons(record).items():
         more = f" and {len(names) - 1} more" if names[1:] else ""
         out.print(f"{status}: {title}: {reason}: {names[0]}{more}")
     for reason, titles in never_ran(record).items():
-        out.print(f"not run, {reason}: {'; '.join(titles)}")
+        out.print(f"not run: {'; '.join(titles)}: {reason}")
 
 
 def _reasons(record):
-    """(status, title, reason) -> the cases in which it was so."""
+    """(status, title, reason) -> the cases with that status and reason."""
     found = {}
     for row in record["rows"]:
         if row["reason"] and row["case"] is not None:
@@ -153,10 +153,12 @@ def _here(provider: Provider, case, device):
 
 
 def show_predictions(cases, providers, device, needed, free):
-    """--dry-run: nothing here is measured."""
+    """Print what --dry-run predicts. Nothing is measured."""
     out = console()
     names = ("case", "provider", "logits MiB", "predicted peak MiB fwd", "fwd+bwd", "whole run MiB")
-    table = _table(out, "PREDICTED, not measured: peak of one process beyond the logits", names)
+    table = _table(
+        out, "PREDICTED, not measured: peak memory of one process beyond the logits", names
+    )
     for case in cases:
         for provider in providers:
             if provider.reason_against(case, device):
@@ -166,7 +168,7 @@ def show_predictions(cases, providers, device, needed, free):
             table.add_row(case.name, provider.title, *sizes)
         table.add_section()
     out.print(table)
-    out.print("free: " + ("unknown" if free is None else f"{free / MIB:.0f} MiB to use"))
+    out.print("free memory: " + ("unknown" if free is None else f"{free / MIB:.0f} MiB"))
 
 
 def show_files(paths):
@@ -175,10 +177,9 @@ def show_files(paths):
 
 
 def verdict(record):
-    """Exit status: 1 where ours is wrong or takes more memory than it promises, each with a line.
+    """Exit status: 1 if ours is wrong or takes more memory than it promises; a line for each.
 
-    What is slower than SLOW times the reference's speed gets a line for its provider and no more:
-    times depend on what else the machine does.
+    A speed-up below SLOW is printed, but is no failure: times depend on what else the machine does.
     """
     broken, slow = [], {}
     for row in record["rows"]:
@@ -193,8 +194,9 @@ def verdict(record):
     for title, found in slow.items():
         least, name = min(found)
         print(
-            f"bench: slow: {title}: less than {SLOW}x the reference in {len(found)} of "
-            f"{len(record['cases'])} cases; {least:.1f}x in {name.partition(':')[0]}",
+            f"bench: slow: {title}: a speed-up below {SLOW}x in {len(found)} of "
+            f"{len(record['cases'])} cases; the smallest: "
+            f"{least:.1f}x in {name.partition(':')[0]}",
             file=sys.stderr,
         )
     for line in broken:
@@ -203,7 +205,7 @@ def verdict(record):
 
 
 def over_promise(row, case):
-    """What a row of ours takes beyond the promise: one gradient at most, and none in place."""
+    """A line for each broken memory promise of a row: one gradient at most, none in place."""
     if not row["memory"] or "-eager-" in row["provider"]:  # its tiles do not grow with the logits
         return
     inplace, early = "inplace" in row["provider"], "oneread" in row["provider"]
@@ -212,4 +214,4 @@ def over_promise(row, case):
     for name, most in allowed.items():
         most += PER_ROW * case["rows"]
         if row["memory"][name] > most:
-            yield f"{name} peak of {row['memory'][name]} bytes, promised at most {most}"
+            yield f"expected at most {most} bytes, got a {name} peak of {row['memory'][name]}"

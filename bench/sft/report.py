@@ -1,4 +1,4 @@
-"""The record of a run: its table, JSON and picture."""
+"""The record of a run: tables, JSON and picture."""
 
 import json
 import statistics
@@ -17,7 +17,7 @@ SAME_RUN = 1e-2  # relative: later steps differ by what bf16 rounding of gradien
 
 
 class Progress:
-    """Shows the steps as the first rank tells of them to `update`."""
+    """A progress bar of the steps; the first rank reports each of them to `update`."""
 
     def __init__(self, steps):
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
@@ -42,7 +42,7 @@ class Progress:
 
 
 def build(ranks, batches, settings, data, argv):
-    """The JSON-able record; of times and bytes the rank that took most, step by step.
+    """The record as JSON. Times and bytes are those of the slowest rank in each step.
 
     batches  batches[step][data-parallel rank]
     """
@@ -112,14 +112,14 @@ def show(record):
     console.print(_stage(record))
     scored, used = record["tokens_scored"], record["tokens"]
     console.print(
-        f"tokens scored {scored} of {used} ({scored / used:.0%}), in {record['positions']} "
-        "positions with padding; tokens/s counts the positions"
+        f"{scored} of {used} tokens were scored ({scored / used:.0%}). tokens/s counts all "
+        f"{record['positions']} positions, padding included."
     )
     if record["first_difference"] is not None:
         console.print(
-            f"largest difference of the losses {record['largest_difference']:.1e}, at step 1 (same "
-            f"weights) {record['first_difference']:.1e}. Later steps add what training makes of "
-            "gradients rounded to bf16"
+            f"The losses differ by {record['first_difference']:.1e} at step 1, where the weights "
+            f"are the same, and by at most {record['largest_difference']:.1e} later, because "
+            "gradients are rounded to bf16."
         )
 
 
@@ -138,14 +138,17 @@ def _losses(record):
     return table
 
 
+BETTER = "ours is better by"  # in every row: more is better, below 1 ours is worse
+
+
 def _stage(record):
     runs, logits = record["runs"], record["logits_of_a_rank"]["bytes"]
-    table = Table(title="the loss stage of a micro-batch: time (median), memory beyond the logits")
-    for name in ("", *runs, *(("reference / ours",) if len(runs) > 1 else ())):
+    table = Table(title="loss stage of one micro-batch: median time, and memory beyond the logits")
+    for name in ("", *runs, *((BETTER,) if len(runs) > 1 else ())):
         table.add_column(name, justify="left" if not name else "right")
 
-    def add(label, values, form, ratio="{:.1f}x"):
-        compared = [ratio.format(values[0] / values[1])] if values[1:] and values[1] else []
+    def add(label, values, form, more_is_better=False):
+        compared = [better(*values, more_is_better)] if values[1:] else []
         table.add_row(label, *(form(value) for value in values), *compared)
 
     def in_logits(value):
@@ -155,18 +158,26 @@ def _stage(record):
     for label, key in {**times, "whole training step, ms": "step_ms"}.items():
         add(label, [run[key] for run in runs.values()], "{:.1f}".format)
     add("loss share of a step", [r["loss_share"] for r in runs.values()], "{:.1%}".format)
-    add("tokens/s", [r["tokens_per_s"] for r in runs.values()], "{:,.0f}".format)
+    add("tokens/s", [r["tokens_per_s"] for r in runs.values()], "{:,.0f}".format, True)
     for key, label in PEAKS.items():
-        peaks = [run["memory_bytes"][key] for run in runs.values()]
-        add(f"{label}, MiB", peaks, in_logits, "{:,.1f}x")
+        add(f"{label}, MiB", [run["memory_bytes"][key] for run in runs.values()], in_logits)
     return table
 
 
+def better(reference, ours, more_is_better):
+    """How many times better ours is: above 1 in its favour, whatever the quantity."""
+    over, under = (ours, reference) if more_is_better else (reference, ours)
+    if not under:
+        return ""
+    times = over / under
+    return f"{times:,.0f}x" if times >= 100 else f"{times:.1f}x" if times >= 1 else f"{times:.2f}x"
+
+
 PEAKS = {
-    "forward_peak": "peak forward",
-    "held": "held between",
-    "backward_peak": "peak backward",
-    "step_peak": "peak, whole model",
+    "forward_peak": "peak in forward",
+    "held": "kept for backward",
+    "backward_peak": "peak in backward",
+    "step_peak": "peak of the step",
 }
 
 
@@ -203,22 +214,26 @@ def _picture(record, path):
     plt.close(figure)
 
 
-STYLES = {"reference": {"lw": 5, "alpha": 0.4}, "ours": {"lw": 1.5}}
+STYLES = {
+    "reference": {"lw": 5, "alpha": 0.4, "color": "#404040"},
+    "ours": {"lw": 1.5, "color": "#0b3c8c"},
+}
 
 
 def _bars(axes, names, values, title, unit, form):
     """Two groups, forward and backward; `values` are (forward, backward) of each name."""
     offsets = (-0.2, 0.2) if len(values) > 1 else (0.0,)
     for offset, name, pair in zip(offsets, names, values, strict=True):
-        drawn = axes.bar([offset, 1 + offset], pair, width=0.38, label=name)
-        axes.bar_label(drawn, [form.format(value) for value in pair], fontsize=8)
+        tint = STYLES[name]["color"]
+        drawn = axes.bar([offset, 1 + offset], pair, width=0.38, color=tint)
+        axes.bar_label(drawn, [f"{name}\n{form.format(value)}" for value in pair], fontsize=8)
     axes.set_xticks([0, 1], ["forward", "backward"])
     axes.set(title=title, ylabel=unit)
-    axes.legend()
+    axes.margins(y=0.15)
 
 
 def verdict(record):
-    """Exit status: 1, with the reason, where the runs differ by more than rounding explains."""
+    """Exit status: 1, with the reason, if the runs differ by more than rounding explains."""
     if record["first_difference"] is None:
         return 0
     worst = max(abs(a - b) / abs(a) for a, b in zip(*record["losses"].values(), strict=True))

@@ -12,36 +12,38 @@ CONVENTION = ("returns", "report", "num_tokens", "check_for_nan", "check_for_spi
 
 
 def make_forward_step(get_batch, *, in_place=False, head=None, **options):
-    """A Megatron `forward_step(data_iterator, model)` training on the masked next-token loss.
+    """Make a Megatron `forward_step(data_iterator, model)` that trains on this loss.
 
-    By default the model is called without labels, and a Float16Module that can (megatron-core >=
-    0.15) is told not to cast the logits to fp32, a copy of twice their size. What is left is the
-    model's own [s, b, v] -> [b, s, v] copy where b > 1. With `in_place=True` there is none: the
-    model is called with labels, and its loss is computed here from the logits as its output layer
-    wrote them. Logits as wide as the model's vocabulary are taken as whole, narrower ones as
-    sharded over Megatron's tensor-parallel group; widths that do not add up to it are an error.
+    By default the model is called without labels. A Float16Module is told not to cast the logits to
+    fp32 (megatron-core >= 0.15); what remains is the model's own transpose copy if b > 1. With
+    `in_place=True` there is no copy: the model is called with labels, and the loss reads the logits
+    as the output layer wrote them.
+
+    Logits as wide as the model's vocabulary are whole; narrower ones are sharded over Megatron's
+    tensor-parallel group. Shards that do not add up to the vocabulary are an error.
 
     Args:
-        get_batch: `get_batch(data_iterator) -> dict`, called on every pipeline stage, with
-            tokens          [b, s] int64, the input ids
-            position_ids    [b, s] int64
-            attention_mask  what the model's attention takes, or None
-            loss_mask       [b, s], which tokens count as predictions; absent or None: all
-            labels          [b, s]; absent: `tokens`, which needs `shift=True` (the default)
-            cu_seqlens      [k+1], document boundaries for the loss; absent or None: none
-            packed_seq_params  Megatron's PackedSeqParams, for model and loss; absent or None: none
-            Each may be None on a stage that does not need it. Labels that come shifted, as from
-            Megatron's GPTDataset, go with `shift=False`, and with a mask shifted like them.
-        in_place: needs a GPTModel or another LanguageModule of megatron-core; no
-            `collect_non_loss_data`, since no logits leave the model. Multi-token prediction before
-            0.18 needs it: its labels are the model's.
+        get_batch: `get_batch(data_iterator) -> dict`, called on every pipeline stage. A value may
+            be None on a stage that does not need it.
+            - `tokens`: [b, s] int64, the input ids
+            - `position_ids`: [b, s] int64
+            - `attention_mask`: for the model's attention, or None
+            - `loss_mask`: [b, s], which label tokens count; absent or None: all
+            - `labels`: [b, s]; absent: `tokens`. Labels that are shifted already need `shift=False`
+              and a mask that is shifted like them
+            - `cu_seqlens`: [k+1], document boundaries for the loss; optional
+            - `packed_seq_params`: Megatron's PackedSeqParams, for the model and the loss; optional
+        in_place: needs a GPTModel or another LanguageModule of megatron-core, and no
+            `collect_non_loss_data`. Multi-token prediction before 0.18 needs it.
         head: a `ResponseOnlyHead`: only scored positions go through the output layer. Implies
             in_place.
-        **options: those of `sft_loss_func` but `config`; `position_ids="restart"` takes a document
-            to end where the batch's position_ids do not go on.
+        **options: those of `sft_loss_func` except `config`. `position_ids="restart"`: a document
+            ends where the next position id is not one higher.
 
-    Raises, on every stage and before the model runs: what `sft_loss_func` raises about the run;
-    TypeError or ValueError for a batch of another form, labels None on the last stage among them.
+    Raises:
+        ValueError, TypeError: when a step runs, on every stage and before the model runs: what
+            `sft_loss_func` raises about the configuration; a batch of another form; labels None on
+            the last stage.
     """
     given = {key: options.pop(key) for key in CONVENTION if key in options}
     convention = Convention(**given)

@@ -19,24 +19,23 @@ class Rows(NamedTuple):
 
 
 class ResponseOnlyHead:
-    """Sends only the scored positions' hidden states through the output layer.
+    """Sends only the hidden states of scored positions through the output layer.
 
-        make_forward_step(get_batch, head=ResponseOnlyHead())
-        with fused_cross_entropy(model, head=ResponseOnlyHead()): ...
+    Pass it to `make_forward_step(get_batch, head=ResponseOnlyHead())` or to
+    `fused_cross_entropy(model, head=ResponseOnlyHead())`. Logits, their gradient and the matrix
+    products of the output layer shrink to the scored fraction of the positions. Loss and gradients
+    stay the same. Under sequence parallelism the hidden states are gathered first, as the output
+    layer would do.
 
-    Logits, their gradient and the layer's three matrix products shrink to the fraction of positions
-    that is scored; loss and gradients are those of the whole computation. Under sequence
-    parallelism the hidden states are gathered first, as the output layer itself would.
-
-    How many rows there are decides shapes, so with `rows=None` the host waits for the count: one
-    synchronisation a micro-batch, and a shape that changes with it. A CUDA graph cannot hold that:
-    capture the layers without the output layer, or give `rows`. A `multiple` keeps the number of
-    different shapes small (for allocators, autotuners and torch.compile).
+    The number of scored rows decides the shapes. With `rows=None` the host waits for that number
+    once in each micro-batch, and the shape changes with it. A CUDA graph needs a fixed shape:
+    capture the layers without the output layer, or give `rows`. `multiple` keeps the number of
+    different shapes small, which helps allocators, autotuners and torch.compile.
 
     Args:
-        multiple: round the number of rows up to a multiple of this; the rest are unscored rows.
-        rows: take exactly this many rows, with no synchronisation. More scored positions than that
-            make the loss NaN, on a CPU (or under FUSED_SFT_LOSS_CHECK=1) a ValueError.
+        multiple: round the number of rows up to a multiple of this, with rows that are not scored.
+        rows: take exactly this many rows, without waiting. More scored positions than that make the
+            loss NaN; on a CPU, and with FUSED_SFT_LOSS_CHECK=1, they raise a ValueError.
     """
 
     def __init__(self, *, multiple: int = 1, rows: int | None = None):

@@ -25,61 +25,61 @@ def sft_loss_func(
     check_for_spiky=None,
     **options,
 ):
-    """The masked next-token loss of one micro-batch, in the tuple Megatron's schedules expect.
+    """The masked next-token loss of one micro-batch, as the tuple that Megatron's schedules expect.
+
+    A micro-batch without scored tokens gives loss 0, with a graph, so backward runs and no other
+    rank waits. Megatron divides the loss in place; nothing else that is returned shares its memory.
 
     Args:
-        labels: [b, s] integer, global token ids; unshifted (the input ids) unless `shift=False`.
-        loss_mask: [b, s] bool, integer or float >= 0, aligned with `labels`; None scores all.
-        output_tensor: [b, s, V/tp] bf16, fp16 or fp32, from the model called without labels.
-        returns: "per_token" or "mean", see below and the table that opens this package.
-        report: what to report, "lm loss" and of one and the same read of the logits "accuracy" (the
-            label has the largest logit), "entropy" (of the prediction, nats), "nll" (-log p of the
-            label; exp of its mean is the perplexity) and "perplexity" (mean over tokens of 1/p):
-            means over the tokens with w != 0, unweighted, without smoothing or z-loss.
-        num_tokens: "per_token" only: a 0-d int32 or int64 tensor to return as the number of tokens
-            in place of the count.
+        labels: [b, s] integer token ids of the whole vocabulary, not shifted (the input ids) unless
+            `shift=False`.
+        loss_mask: [b, s] bool, integer or float, not negative, aligned with `labels`. None scores
+            all.
+        output_tensor: [b, s, V/tp] bf16, fp16 or fp32 logits, from the model called without labels.
+        returns: "per_token" or "mean"; see Returns, and "What the gradient is" in docs/megatron.md.
+        report: names to report. "lm loss" is the loss. "accuracy" (the label has the largest
+            logit), "entropy" (of the prediction, in nats), "nll" (-log p of the label) and
+            "perplexity" (mean of 1/p) come from the same read of the logits: unweighted means over
+            the tokens with w != 0, without smoothing or z-loss.
+        num_tokens: for "per_token" only: a 0-d int32 or int64 tensor to return in place of the
+            counted number of tokens.
         non_loss_data: set by the schedule under `collect_non_loss_data=True`.
-        config: the model's TransformerConfig, so that a `returns` that contradicts it is refused;
-            `make_forward_step` gives it. None: Megatron-LM's global arguments if there are any,
-            else nothing is checked, for a schedule does not tell its loss_func the config.
-        tp_group: the group the vocabulary is sharded over. "megatron": its tensor-parallel group
-            once `parallel_state` is initialised. None: the logits are whole
-            (`parallel_output=False`). Whole and sharded logits look alike here: with `vocab_size`
-            given a mix-up is an error, without it the loss is off by about log(tp).
-        packed_seq_params, position_ids: where packed documents end, for `shift=True`: as in
+        config: the model's TransformerConfig, to refuse a `returns` that contradicts it.
+            `make_forward_step` passes it. None: Megatron-LM's global arguments if there are any,
+            otherwise nothing is checked.
+        tp_group: the group that shards the vocabulary. "megatron": Megatron's tensor-parallel group
+            once it is initialised. None: the logits are whole (`parallel_output=False`). Pass
+            `vocab_size` too: a mix-up of whole and sharded logits is then an error; without it the
+            loss is off by about log(tp).
+        packed_seq_params, position_ids: where packed documents end, for `shift=True`; see
             `shift_packed_targets`.
-        check_for_nan, check_for_spiky: Megatron-LM's checks of the loss by its rerun state machine,
-            which read the loss on the host. None: as Megatron-LM's `check_for_nan_in_loss_and_grad`
-            and `check_for_spiky_loss` say, elsewhere not.
-        **options: those of `sft_loss` but `reduction`: shift, layout, cu_seqlens, ignore_index,
+        check_for_nan, check_for_spiky: Megatron-LM's checks of the loss through its rerun state
+            machine, which read the loss on the host. None: as Megatron-LM's
+            `check_for_nan_in_loss_and_grad` and `check_for_spiky_loss` say; without Megatron-LM's
+            arguments, off.
+        **options: those of `sft_loss` except `reduction`: shift, layout, cu_seqlens, ignore_index,
             label_smoothing, z_loss, softcap, logit_scale, vocab_size, vocab_start,
             inplace_backward, grad_in_forward, backend.
 
     Returns:
-        "per_token": `(loss_sum, num_tokens, {"lm loss": report})`
-            loss_sum fp32 0-d = sum(w * loss); num_tokens int32 0-d = tokens with w != 0;
-            report fp32 [2] = [loss_sum, num_tokens], which Megatron adds up over micro-batches
-            and ranks. Megatron needs an integer, so tokens are counted, not their weights added:
-            with weights other than 0 and 1 a run is normalised by the *number* of scored tokens.
-        "mean": `(loss, {"lm loss": report})`
-            loss fp32 0-d = sum(w * loss) / sum(w). Under context parallelism it is this shard's
-            part of the mean over whole sequences, which is what the schedule's `loss *= cp_size`
-            needs. report fp32 0-d = that mean over data (and context) parallelism, weighted by
-            sum(w): one all-reduce, since Megatron averages it over micro-batches only.
-        non_loss_data=True: dict of `token_metrics`, each [b, s] and detached, of this rank's
-            tokens. Not reduced over data parallelism: Megatron-LM asks its last rank only.
-
-    An all-masked micro-batch gives loss 0 with a graph: backward runs and no peer is left waiting.
-    Megatron changes the loss in place (divides it); nothing else returned shares its memory.
+        - "per_token": `(loss_sum, num_tokens, {"lm loss": report})`. loss_sum is fp32 0-d, sum(w *
+          loss). num_tokens is int32 0-d, the number of tokens with w != 0: Megatron needs an
+          integer, so with fractional weights a run is divided by the number of tokens. report is
+          fp32 [2], [loss_sum, num_tokens], which Megatron adds up over micro-batches and ranks.
+        - "mean": `(loss, {"lm loss": report})`. loss is fp32 0-d, sum(w * loss) / sum(w); under
+          context parallelism it is this shard's part of the mean over whole sequences. report is
+          fp32 0-d, the mean over data and context parallelism, weighted by sum(w).
+        - `non_loss_data=True`: a dict of `token_metrics`, each [b, s] and detached, of this rank's
+          tokens.
 
     Raises:
-        ValueError: per-token losses instead of logits (the model was called with labels);
-            `shift=True` under context parallelism; "mean" with `calculate_per_token_loss`;
-            labels None; a tp_group that is not Megatron's; and what `sft_loss` raises. On a CPU
-            (elsewhere under FUSED_SFT_LOSS_CHECK=1) what is wrong on one tensor-parallel rank is
-            raised on all of them, and so are labels that differ between them.
-        TypeError: `reduction` given, a num_tokens of another kind, and what `sft_loss` raises.
-        RuntimeError: Megatron's, when a check asked for rejects the loss.
+        ValueError: the model was called with labels and returned losses; `shift=True` under context
+            parallelism; "mean" with `calculate_per_token_loss`; labels None; a tp_group that is not
+            Megatron's; what `sft_loss` raises. On a CPU, and on GPUs with FUSED_SFT_LOSS_CHECK=1,
+            an error on one tensor-parallel rank is raised on all of them, and so is a difference
+            between their batches.
+        TypeError: `reduction` was given; num_tokens of another kind; what `sft_loss` raises.
+        RuntimeError: Megatron's, if a check rejects the loss.
     """
     convention = Convention(returns, report, num_tokens, check_for_nan, check_for_spiky)
     checks.run(convention, config, options)

@@ -16,32 +16,31 @@ def shift_packed_targets(
     position_ids: Tensor | None = None,
     ignore_index: int = -100,
 ) -> tuple[Tensor, Tensor]:
-    """`fused_sft_loss.shift_targets` for packed documents, by any of three descriptions of them.
+    """`fused_sft_loss.shift_targets` for packed documents, described in one of three ways.
 
-    No prediction crosses a boundary, and neither padding between documents nor what lies outside
-    of them is a target. Under context parallelism: this first, `get_batch_on_this_cp_rank` after,
-    then the loss with `shift=False`; a document may then begin at a cut, or lie across one. Shapes
-    stay and no value is read by the host (on a CPU boundaries are checked).
+    No prediction crosses a boundary. Padding between documents and positions outside them are not
+    scored. With context parallelism: call this first, then `get_batch_on_this_cp_rank`, then the
+    loss with `shift=False`; a document may begin at a cut or lie across one. Shapes stay as they
+    are, and the host reads no values (on a CPU it checks the boundaries).
 
     Args:
-        labels: [b, s] integer token ids, the whole sequences, unshifted.
-        loss_mask: [b, s], which *label* tokens count; None: all.
-        packed_seq_params: Megatron's PackedSeqParams over the flattened b*s positions. Document i
-            is the `cu_seqlens_q[i+1] - cu_seqlens_q[i]` positions from `cu_seqlens_q_padded[i]`
-            on, or from `cu_seqlens_q[i]` on where there is no padded one. (pretrain_gpt.py gives
-            the padded boundaries as both: then padding is known by loss_mask alone.)
-        cu_seqlens: [k+1] or [1, k+1] int32 or int64: boundaries, without the rest of such an
-            object.
-        position_ids: [b, s] integer: a document goes on where the next position is one higher.
-            Padding inside a sequence must restart or be masked.
-        ignore_index: written to labels where nothing is predicted.
+        labels: [b, s] integer token ids of whole sequences, not shifted.
+        loss_mask: [b, s], which label tokens count. None: all.
+        packed_seq_params: Megatron's PackedSeqParams over the b*s positions. Document i has
+            `cu_seqlens_q[i+1] - cu_seqlens_q[i]` positions and starts at `cu_seqlens_q_padded[i]`,
+            or at `cu_seqlens_q[i]` without a padded one. (pretrain_gpt.py passes the padded
+            boundaries as both; then only loss_mask can exclude the padding.)
+        cu_seqlens: [k+1] or [1, k+1] int32 or int64 boundaries, in place of packed_seq_params.
+        position_ids: [b, s] integers. A document continues where the next position is one higher.
+            Padding inside a sequence must restart the positions or be masked.
+        ignore_index: the label of positions where nothing is predicted.
 
     Returns:
-        (labels, loss_mask): new tensors of the same shapes and dtypes (a mask of None: bool).
+        (labels, loss_mask): new tensors of the same shapes and dtypes. A mask of None becomes bool.
 
     Raises:
-        ValueError: both kinds of boundaries; shapes that do not fit; on a CPU (elsewhere with
-            FUSED_SFT_LOSS_CHECK=1) boundaries that decrease or leave the positions.
+        ValueError: both kinds of boundaries; shapes that do not fit; on a CPU, and with
+            FUSED_SFT_LOSS_CHECK=1, boundaries that decrease or lie outside the positions.
     """
     if packed_seq_params is not None and cu_seqlens is not None:
         raise ValueError("expected packed_seq_params or cu_seqlens, got both: leave one out")

@@ -22,33 +22,35 @@ LOSS = "compute_language_model_loss"
 
 @contextmanager
 def fused_cross_entropy(model, *, loss_mask=None, head=None, **options):
-    """Inside, `model(..., labels=labels)` computes its per-token losses by this package.
+    """A context in which `model(..., labels=labels)` computes its losses with this package.
+
+    Use it with trainers that call the model with labels: Megatron-LM's pretrain_gpt.py, Primus,
+    Megatron-Bridge::
 
         with fused_cross_entropy(model):
             output_tensor, loss_func = forward_step(data_iterator, model)
 
-    for trainers that call the model with labels (Megatron-LM's pretrain_gpt.py, Primus,
-    Megatron-Bridge): the same [b, s] fp32 losses, from logits that are read in place. Backward may
-    run outside. Only the loss of the model itself is replaced; those of its multi-token-prediction
-    layers stay Megatron's. A call without labels returns logits as ever. May be nested: the
-    innermost one counts.
+    The model returns the same [b, s] fp32 losses, computed from the logits without a copy. Backward
+    may run outside. Losses of multi-token prediction stay Megatron's. A call without labels returns
+    logits as before. Contexts may be nested; the innermost one counts.
 
     Args:
-        model: a GPTModel or other LanguageModule, wrapped (Float16Module, DDP) or not; or a list of
-            such model chunks.
+        model: a GPTModel or another LanguageModule, wrapped (Float16Module, DDP) or not, or a list
+            of such model chunks.
         loss_mask: [b, s]: positions with 0 are not read and have loss 0. None: the loss_mask that
-            the model is called with, if any. It selects and does not weigh, since the trainer's
-            loss_func multiplies by its mask.
+            the model is called with, if any. The mask only selects, because the trainer multiplies
+            by it.
         head: a `ResponseOnlyHead`, or None for all positions.
         **options: those of `sft_loss` about one token: ignore_index, label_smoothing, z_loss,
             softcap, logit_scale, vocab_size, inplace_backward, grad_in_forward, backend. Labels are
-            taken as they come, which in Megatron is shifted already.
+            used as they come; Megatron's are shifted already.
 
     Raises:
-        TypeError: a model without such a loss, or an option that is none of these.
-        ValueError: in the model's forward, what `sft_loss` raises.
-        NotImplementedError: the whole model is under torch.compile or checkpoint_wrapper; its
-            layers may be. `model.build_schedule_plan` is called inside: that plan runs later.
+        TypeError: a model without such a loss; an unknown option.
+        ValueError: in the model's forward: what `sft_loss` raises.
+        NotImplementedError: the whole model is under torch.compile or checkpoint_wrapper (its
+            layers may be); `model.build_schedule_plan` is called in the context, because that plan
+            computes the loss later.
     """
     allowed = ("ignore_index", "label_smoothing", "z_loss", "softcap", "logit_scale")
     allowed += ("vocab_size", "inplace_backward", "grad_in_forward", "backend")

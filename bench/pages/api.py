@@ -1,0 +1,169 @@
+"""docs/api.md: the docstrings of the public names, read from the source without an import."""
+
+import ast
+import re
+import textwrap
+
+NAMES = {  # heading -> (what to import from, names)
+    "PyTorch": (
+        "fused_sft_loss",
+        ("sft_loss", "SFTLoss", "token_metrics", "TokenMetrics", "shift_targets"),
+    ),
+    "Megatron": (
+        "fused_sft_loss.megatron",
+        (
+            "sft_loss_func",
+            "make_forward_step",
+            "fused_cross_entropy",
+            "ResponseOnlyHead",
+            "shift_packed_targets",
+        ),
+    ),
+}
+SECTIONS = ("Args", "Returns", "Raises", "Yields")
+WIDTH = 88  # of a signature on one line
+ENTRY = re.compile(r"(\*{0,2}\w+(?:, \*{0,2}\w+)*):(?: (.*))?$")
+
+
+def blocks(root):
+    """{"api": the Markdown of all public names}."""
+    found = definitions(root / "fused_sft_loss")
+    parts = []
+    for heading, (module, names) in NAMES.items():
+        parts.append(f"## {heading}\n\nImport these from `{module}`.")
+        parts += [entry(name, *found[name]) for name in names]
+    return {"api": "\n\n".join(parts)}
+
+
+def definitions(package):
+    """Name -> (node, lines of its file) of the functions and classes that the package defines."""
+    found = {}
+    for path in sorted(package.rglob("*.py")):
+        source = path.read_text(encoding="utf-8")
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                found.setdefault(node.name, (node, source.splitlines()))
+    return found
+
+
+def entry(name, node, lines):
+    """The Markdown of one public name: heading, signature, docstring, and methods or fields."""
+    parts = [f"### `{name}`"]
+    if isinstance(node, ast.ClassDef):
+        methods = {part.name: part for part in node.body if isinstance(part, ast.FunctionDef)}
+        if "__init__" in methods:
+            parts.append(signature(f"class {name}", methods["__init__"], skip=1))
+        parts += [described(node), fields(node, lines)]
+        public = (part for part in methods.values() if part.name == "forward")
+        for part in public:
+            parts += [signature(f"{name}.{part.name}", part, skip=1), described(part)]
+    else:
+        parts += [signature(name, node), described(node)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def signature(name, node, skip=0):
+    """The call, on one line where it fits, else with one argument a line."""
+    parts = arguments(node.args)[skip:]
+    result = "" if node.returns is None else f" -> {_source(node.returns)}"
+    line = f"{name}({', '.join(parts)}){result}"
+    if len(line) > WIDTH:
+        each = ",\n    ".join(parts)
+        line = f"{name}(\n    {each},\n){result}"
+    return f"```python\n{line}\n```"
+
+
+def arguments(args):
+    """Each argument as written in a signature, `*` among them."""
+    plain = [*args.posonlyargs, *args.args]
+    defaults = [None] * (len(plain) - len(args.defaults)) + args.defaults
+    parts = [_argument(*pair) for pair in zip(plain, defaults, strict=True)]
+    if args.vararg:
+        parts.append(f"*{args.vararg.arg}")
+    elif args.kwonlyargs:
+        parts.append("*")
+    parts += [_argument(*pair) for pair in zip(args.kwonlyargs, args.kw_defaults, strict=True)]
+    return [*parts, f"**{args.kwarg.arg}"] if args.kwarg else parts
+
+
+def _argument(argument, default):
+    typed = argument.annotation is not None
+    text = argument.arg + (f": {_source(argument.annotation)}" if typed else "")
+    if default is None:
+        return text
+    return f"{text}{' = ' if typed else '='}{_source(default)}"
+
+
+def _source(node):
+    """As ruff would write it; an annotation in quotes without them."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str) and "." in node.value:
+        return node.value
+    return ast.unparse(node).replace("'", '"')
+
+
+def described(node):
+    """A docstring as Markdown; a section ends where a line is indented no more."""
+    text = ast.get_docstring(node)
+    if not text:
+        return ""
+    parts = [["", []]]
+    for line in text.splitlines():
+        if line.endswith(":") and line[:-1] in SECTIONS:
+            parts.append([line[:-1], []])
+            continue
+        if parts[-1][0] and line and not line.startswith(" "):
+            parts.append(["", []])
+        parts[-1][1].append(line)
+    out = []
+    for heading, lines in parts:
+        block = "\n".join(lines).strip("\n")
+        out.append(
+            f"**{heading}**\n\n{_entries(textwrap.dedent(block))}" if heading else _prose(block)
+        )
+    return "\n\n".join(out)
+
+
+def _prose(text):
+    """Paragraphs; an indented block is code."""
+    out = []
+    for paragraph in re.split(r"\n\s*\n", text.strip("\n")):
+        if paragraph.startswith("    "):
+            out.append(f"```python\n{textwrap.dedent(paragraph)}\n```")
+        else:
+            out.append(_words(paragraph.replace("::", ":")))
+    return "\n\n".join(out)
+
+
+def _entries(text):
+    """`name: text` at the left margin as list items; their indented lines below them."""
+    out = []
+    for line in text.splitlines():
+        match = ENTRY.match(line)
+        if match:
+            names = ", ".join(f"`{name}`" for name in match[1].split(", "))
+            out.append(f"- {names}: {match[2] or ''}".rstrip())
+        elif line.strip().startswith("- "):
+            out.append(line)
+        elif line.startswith("    ") and out:
+            out[-1] += " " + line.strip()
+        elif out and out[-1] and not out[-1].startswith("-") and line.strip():
+            out[-1] += " " + line.strip()
+        else:
+            out.append(line)
+    return _words("\n".join(out))
+
+
+def _words(text):
+    """Sphinx roles and double backticks as Markdown."""
+    text = re.sub(r":\w+:`~?(?:[\w.]+\.)?(\w+)`", r"`\1`", text)
+    return text.replace("``", "`")
+
+
+def fields(node, lines):
+    """The fields of a NamedTuple, with the comments behind them."""
+    rows = []
+    for part in node.body:
+        if isinstance(part, ast.AnnAssign):
+            comment = lines[part.lineno - 1].partition("#")[2].strip()
+            rows.append(f"- `{part.target.id}`: {comment}")
+    return "\n".join(rows)

@@ -1,0 +1,63 @@
+"""The README's table: what the loss costs on one GPU, beside the other ways to compute it."""
+
+from .markdown import milliseconds, size, table
+
+DEVICE = "nvidia-h100-80gb-hbm3"
+MODEL, PART = "mistral-nemo", 0.3
+ROWS = {  # provider -> what the README calls it
+    "reference": "PyTorch, written by hand: shift, `.float()`, `F.cross_entropy`",
+    "megatron-fused": "Megatron, fused cross-entropy",
+    "reference-compiled": "`torch.compile` of the code written by hand",
+    "liger": "Liger, cross-entropy",
+    "flash-attn-inplace": "flash-attention, Triton kernel, in place",
+    "ours-cuda-inplace": "**ours**, `inplace_backward=True`",
+    "ours-cuda-oneread-inplace": "**ours**, and `grad_in_forward=True` (one read)",
+}
+HEAD = ("", "ms, all scored", f"ms, {PART:.0%} scored", "memory beyond the logits")
+OURS = "ours-cuda-inplace"
+AGAINST = ("reference", "megatron-fused", "liger")
+
+
+def blocks(measured):
+    return {"gain": gain(measured[DEVICE])}
+
+
+def gain(one):
+    """The sentence and the table of the record `one`."""
+    case, full = _at(one, 1.0)
+    _, part = _at(one, PART)
+    lines = [_line(label, full[name], part[name]) for name, label in ROWS.items()]
+    return f"{_sentence(full, part)}\n\n{table(HEAD, lines, left=1)}\n\n{_what(one, case)}"
+
+
+def _at(one, scored):
+    """The case of MODEL with that part of its rows scored, and its rows by provider."""
+    wanted = (MODEL, 1, scored)
+    for index, case in enumerate(one["cases"]):
+        if (case["model"], case["tp"], case["scored"]) == wanted:
+            return case, {row["provider"]: row for row in one["rows"] if row["case"] == index}
+    raise ValueError(f"expected a case of {wanted} in the record of {one['machine']['device']}")
+
+
+def _line(label, full, part):
+    return [label, milliseconds(full), milliseconds(part), size(full["memory"]["full"])]
+
+
+def _sentence(full, part):
+    peers = " / ".join(f"{full[name]['ms']['p50']:.1f}" for name in AGAINST)
+    ours = full[OURS]["ms"]["p50"], part[OURS]["ms"]["p50"]
+    share = ours[1] / ours[0]
+    less = "about half of that" if 0.4 <= share <= 0.6 else f"{share:.0%} of that"
+    return (
+        f"**{ours[0]:.2f} ms against {peers} (written by hand / Megatron / Liger) on an H100, no "
+        f"extra memory, and {less} when {PART:.0%} of the tokens are scored.**"
+    )
+
+
+def _what(one, case):
+    machine = one["machine"]
+    return (
+        f"Loss and gradient of {case['rows']} tokens and a vocabulary of {case['columns']}: bf16 "
+        f"logits of {size(case['logits_bytes'])}. Measured on {machine['device']} with torch "
+        f"{machine['versions']['torch']}, {machine['date'][:10]}; medians."
+    )

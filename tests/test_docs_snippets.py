@@ -1,0 +1,186 @@
+"""Every Python snippet of the README and of docs/ runs as printed, and does what the page says."""
+
+import sys
+import types
+
+import pytest
+import snippets
+import torch
+import torch.nn.functional as F
+
+import fused_sft_loss as fsl
+from bench.megatron_cpu import run_ranks
+from examples.small_run import make_batches, run_schedule
+
+SNIPPETS = snippets.everything()
+CLOSE = {"rtol": 1e-4, "atol": 1e-6}
+
+
+def batch(dtype=torch.float32):
+    """(logits, not a leaf; their leaf; labels; loss_mask)"""
+    leaf = torch.randn(2, 9, 64, requires_grad=True)
+    mask = torch.tensor([1, 0.5, 1, 0, 2, 1, 1, 0, 1]).expand(2, 9)  # the first never counts
+    return (leaf * 3).to(dtype), leaf, torch.randint(0, 64, (2, 9)), mask
+
+
+def by_hand(logits, labels, mask):
+    """Loss of the definition in float64, and its gradient in the logits."""
+    logits = logits.detach().double().requires_grad_()
+    losses = F.cross_entropy(logits[:, :-1].mT, labels[:, 1:], reduction="none")
+    loss = (losses * mask[:, 1:]).sum() / mask[:, 1:].sum()
+    return loss.detach(), torch.autograd.grad(loss, logits)[0]
+
+
+def test_every_snippet_has_a_check():
+    assert set(SNIPPETS) == {*PLAIN, *MEGATRON}
+
+
+def check_readme(page, name):
+    logits, leaf, labels, mask = batch()
+    names = {"logits": logits, "labels": labels, "loss_mask": mask, "F": F}
+    loss = SNIPPETS[page, name].run(names)["loss"]
+    if name == "equal":
+        loss.backward()
+    want, grad = by_hand(logits, labels, mask)
+    torch.testing.assert_close(loss.double(), want, rtol=1e-5, atol=0)
+    torch.testing.assert_close(leaf.grad.double(), grad * 3, **CLOSE)
+
+
+def check_first_call(page, name):
+    names = SNIPPETS[page, name].run({})
+    want, grad = by_hand(names["logits"], names["labels"], names["loss_mask"])
+    torch.testing.assert_close(names["loss"].double(), want, rtol=1e-5, atol=0)
+    torch.testing.assert_close(names["logits"].grad.double(), grad, rtol=2e-2, atol=1e-4)
+
+
+def check_other_calls(page, name):
+    names = SNIPPETS[page, "first call"].run({})
+    first = names["loss"].detach()
+    names = SNIPPETS[page, name].run(names)
+    torch.testing.assert_close(names["loss"].detach(), first, rtol=0, atol=0)  # shifted before
+    labels, mask = names["labels"][:, 1:], names["loss_mask"][:, 1:]
+    right = (names["logits"][:, :-1].argmax(-1) == labels) & (mask != 0)
+    assert float(names["accuracy"]) == pytest.approx(float(right.sum() / mask.sum()))
+
+
+def check_algorithm(page, name):
+    """The design's PyTorch gives the package's loss and gradient: one shard and two, two dtypes."""
+    names = SNIPPETS[page, name].run({})
+    for dtype, close in ((torch.float32, CLOSE), (torch.bfloat16, {"rtol": 1e-2, "atol": 1e-6})):
+        logits, _, labels, mask = batch(dtype)
+        logits = logits.detach().requires_grad_()
+        want = fsl.sft_loss(logits, labels, mask)
+        want.backward()
+        for shards in (1, 2):
+            parts = [part.detach() for part in logits.chunk(shards, -1)]
+            loss, grads = names["loss_and_gradient"](parts, labels, mask)
+            torch.testing.assert_close(loss, want.detach(), rtol=1e-5, atol=0)
+            torch.testing.assert_close(torch.cat(grads, -1), logits.grad, **close)
+
+
+PLAIN = {
+    ("README.md", "use"): check_readme,
+    ("README.md", "equal"): check_readme,
+    ("docs/index.md", "first call"): check_first_call,
+    ("docs/index.md", "other calls"): check_other_calls,
+    ("docs/design.md", "algorithm"): check_algorithm,
+}
+
+
+@pytest.mark.parametrize("page, name", PLAIN)
+def test_snippet(page, name):
+    PLAIN[page, name](page, name)
+
+
+# --- Megatron -------------------------------------------------------------------------------------
+
+
+def trainers_step(data_iterator, model, return_schedule_plan=False):
+    """A forward step like those of Megatron-LM and Primus: the model is called with labels."""
+    batch = next(data_iterator)
+    labels, mask = batch["tokens"].roll(-1, 1), batch["loss_mask"].roll(-1, 1)
+    mask[:, -1] = 0
+    inputs = batch["tokens"], batch["position_ids"], batch["attention_mask"]
+    losses = model(*inputs, labels=labels, loss_mask=mask)
+
+    def loss_func(output_tensor):
+        loss, count = (output_tensor * mask).sum(), mask.sum().to(torch.int)
+        report = torch.stack([loss.detach().clone(), count.float()])
+        return loss, count, {"lm loss": report}
+
+    return losses, loss_func
+
+
+def bridge():
+    """Stand-ins for the three modules of Megatron-Bridge that the snippet imports."""
+    called = []
+    parts = {
+        "finetune": {"finetune": lambda config, step: called.append(step)},
+        "gpt_step": {"forward_step": lambda state, *arguments: trainers_step(*arguments)},
+        "state": {"GlobalState": type("GlobalState", (), {})},
+    }
+    package = "megatron.bridge.training"
+    for name in ("megatron.bridge", package):
+        sys.modules[name] = types.ModuleType(name)
+    for name, contents in parts.items():
+        module = sys.modules[f"{package}.{name}"] = types.ModuleType(name)
+        vars(module).update(contents)
+    return called
+
+
+def in_megatron(snippet, step, cp):
+    """Train with the forward step that a snippet defines: (loss, tokens, gradients, reports)."""
+    names = {"get_batch": next, "forward_step": trainers_step, "config": None}
+    names["create_sft_forward_step"] = lambda: trainers_step
+    called = bridge()
+    names = snippet.run(names) if snippet else names
+    step, reported = names[step], set()
+    if called:
+        (bridged,) = called
+        step = lambda *arguments: bridged(None, *arguments)  # noqa: E731
+
+    def watched(data_iterator, model):
+        output, loss_func = step(data_iterator, model)
+
+        def watching(output_tensor):
+            *result, report = loss_func(output_tensor)
+            reported.update(report)
+            return *result, report
+
+        return output, watching
+
+    model, loss, tokens = run_schedule(watched, make_batches(), cp=cp)
+    grads = {name: parameter.main_grad for name, parameter in model.module.named_parameters()}
+    return loss, tokens, grads, reported
+
+
+MEGATRON = {  # -> the forward step's name, context-parallel size
+    ("README.md", "trainer"): ("fused_forward_step", 1),
+    ("docs/megatron.md", "pretrain"): ("fused_forward_step", 1),
+    ("docs/megatron.md", "primus"): ("forward_step", 1),
+    ("docs/megatron.md", "bridge"): ("fused_forward_step", 1),
+    ("docs/megatron.md", "own step"): ("forward_step", 1),
+    ("docs/megatron.md", "loss func"): ("forward_step", 1),
+    ("docs/megatron.md", "report"): ("forward_step", 1),
+    ("docs/megatron.md", "context parallel"): ("forward_step", 2),
+    ("docs/megatron.md", "head"): ("forward_step", 1),
+}
+
+
+@pytest.fixture(scope="module")
+def megatrons_own():
+    """The same run with Megatron's own cross-entropy."""
+    return run_ranks(1, in_megatron, None, "forward_step", 1)[0]
+
+
+@pytest.mark.parametrize("page, name", MEGATRON)
+def test_megatron_snippet(page, name, megatrons_own):
+    step, cp = MEGATRON[page, name]
+    ranks = run_ranks(cp, in_megatron, SNIPPETS[page, name], step, cp)
+    loss, tokens, grads, _ = megatrons_own
+    assert sum(rank[1] for rank in ranks) == tokens
+    assert sum(rank[0] for rank in ranks) == pytest.approx(loss, rel=1e-5)
+    for key, grad in ranks[0][2].items():
+        torch.testing.assert_close(grad, grads[key], **CLOSE)
+    reported = {"lm loss", "accuracy", "entropy"} if name == "report" else {"lm loss"}
+    assert ranks[0][3] == reported
