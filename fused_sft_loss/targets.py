@@ -77,14 +77,15 @@ def shift_targets(
     Args:
         labels: `[b, s]` (or `[n]`) integer token ids.
         loss_mask: same shape, any dtype. None counts every label.
-        cu_seqlens: `[k+1]` increasing document boundaries over the b*s positions. They end where they
-            first decrease, so a tail of -1 or 0 is ignored. The last position of a document, and
-            every position outside all documents, gets `ignore_index` and mask 0.
+        cu_seqlens: `[k+1]` increasing document boundaries over the b*s positions. They end where
+            they first decrease, so a tail of -1 or 0 is ignored. The last position of a document,
+            and every position outside all documents, gets `ignore_index` and mask 0.
         ignore_index: the label of positions without a next token.
 
     Returns:
         (labels, loss_mask): new tensors of the same shapes and dtypes. A mask of None becomes bool.
-        Labels become int64 if their dtype cannot hold `ignore_index`, or is uint16, uint32 or uint64.
+        Labels become int64 if their dtype is uint16, uint32 or uint64, or cannot hold
+        `ignore_index`.
     """
     checks.targets(labels, loss_mask, cu_seqlens)
     limits = torch.iinfo(labels.dtype)
