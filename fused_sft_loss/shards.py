@@ -33,13 +33,12 @@ def placed(columns: int, options: Options) -> tuple[int, int, str]:
                 f"rank sees the others' sizes), got vocab_size={size}, vocab_start={start}"
             )
         return start, size, group.group_name
-    start, total = dist.get_rank(group) * columns, columns * ranks
-    size = total if size is None else size
-    _equal(columns, ranks, size, start)
-    return start, size, group.group_name
+    size = columns * ranks if size is None else size
+    _equal(columns, ranks, size)
+    return dist.get_rank(group) * columns, size, group.group_name
 
 
-def _equal(columns: int, ranks: int, size: int, start: int) -> None:
+def _equal(columns: int, ranks: int, size: int) -> None:
     """Raise ValueError unless equal shards in rank order can hold a vocabulary of `size`.
 
     The last ones may be padding alone. Where the first one alone would hold everything they are
