@@ -54,8 +54,8 @@ def _equal(columns: int, ranks: int, size: int) -> None:
     if size <= columns:
         raise ValueError(
             f"expected {ranks} shards of vocab_size={size}, got {columns} columns here, which is "
-            "all of it; these look like gathered logits: drop tp_group. Where they are a shard and "
-            f"the other ranks hold padding alone, pass vocab_start={start} on this rank"
+            "all of it; these look like gathered logits: drop tp_group. Where they are shards, all "
+            f"but the first of padding alone, pass vocab_start=rank * {columns}"
         )
 
 
