@@ -33,13 +33,12 @@ def placed(columns: int, options: Options) -> tuple[int, int, str]:
                 f"rank sees the others' sizes), got vocab_size={size}, vocab_start={start}"
             )
         return start, size, group.group_name
-    start, total = dist.get_rank(group) * columns, columns * ranks
-    size = total if size is None else size
-    _equal(columns, ranks, size, start)
-    return start, size, group.group_name
+    size = columns * ranks if size is None else size
+    _equal(columns, ranks, size)
+    return dist.get_rank(group) * columns, size, group.group_name
 
 
-def _equal(columns: int, ranks: int, size: int, start: int) -> None:
+def _equal(columns: int, ranks: int, size: int) -> None:
     """Raise ValueError unless equal shards in rank order can hold a vocabulary of `size`.
 
     The last ones may be padding alone. Where the first one alone would hold everything they are
@@ -55,8 +54,8 @@ def _equal(columns: int, ranks: int, size: int, start: int) -> None:
     if size <= columns:
         raise ValueError(
             f"expected {ranks} shards of vocab_size={size}, got {columns} columns here, which is "
-            "all of it; these look like gathered logits: drop tp_group. Where they are a shard and "
-            f"the other ranks hold padding alone, pass vocab_start={start} on this rank"
+            "all of it; these look like gathered logits: drop tp_group. Where they are shards, all "
+            f"but the first of padding alone, pass vocab_start=rank * {columns}"
         )
 
 

@@ -3,6 +3,7 @@
 Each setting has a process to itself: a buffer of the wrong dtype corrupts the heap.
 """
 
+import ast
 import os
 import random
 import subprocess
@@ -69,3 +70,34 @@ def test_trap_a_global_default_changes_no_bit(run, setting):
             same = a.dtype == b.dtype and a.device == b.device
             where = f"case {key[0]}, backend {key[1]}, result {number}: {a.dtype} {a.device}"
             assert same and torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)), where
+
+
+FACTORIES = {"empty", "zeros", "ones", "full", "tensor", "arange", "as_tensor", "scalar_tensor"}
+FACTORIES |= {"rand", "randn", "linspace", "eye"}
+
+
+def unnamed(source):
+    """Lines on which torch makes a tensor without being told both its dtype and its device, or
+    `torch.where` chooses between two numbers, which gives one of the default dtype."""
+    for call in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)):
+        function = ast.unparse(call.func)
+        told = {keyword.arg for keyword in call.keywords}
+        if function in {f"torch.{name}" for name in FACTORIES} and not {"dtype", "device"} <= told:
+            yield call.lineno
+        if function == "torch.where" and all(map(is_number, call.args[1:])):
+            yield call.lineno
+
+
+def is_number(node):
+    return isinstance(node, ast.Constant) or ast.unparse(node) in ("torch.nan", "torch.inf")
+
+
+def test_every_allocation_names_its_dtype_and_device():
+    root, found = TESTS.parent, []
+    files = [*root.glob("fused_sft_loss/**/*.py"), *root.glob("triton_kernels/*.py")]
+    assert len(files) > 30
+    for file in files:
+        found += [f"{file.relative_to(root)}:{line}" for line in unnamed(file.read_text())]
+    assert found == []
+    for source in ("torch.empty(3, 4)", "torch.where(a, torch.nan, 0.0)", "torch.arange(3)"):
+        assert list(unnamed(source)) == [1]

@@ -100,7 +100,7 @@ def _stats(chip, shape, dtype, options) -> Iterator[Variant]:
             shape,
             _logits(dtype, columns, rows, unaligned),
             *_vectors(rows, torch.int64, torch.float32),
-            torch.empty(rows, wanted, device="meta"),
+            torch.empty(rows, wanted, dtype=torch.float32, device="meta"),
             valid=columns,
             vocab_start=0,
             softcap=softcap,
@@ -143,7 +143,7 @@ def _merge(chip, options) -> Iterator[Variant]:
         extra = (torch.float32, torch.bool, torch.float32) if metrics else ()
         (launch,) = merge.plan(
             chip,
-            torch.empty(8, rows, columns, device="meta"),
+            torch.empty(8, rows, columns, dtype=torch.float32, device="meta"),
             *_vectors(rows, torch.int64, torch.float32, torch.float32, torch.float32, *extra),
             vocab_size=WIDEST,
             label_smoothing=0.1 if columns > 3 else 0.0,
