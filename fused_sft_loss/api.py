@@ -95,7 +95,8 @@ def sft_loss(
             6. Any other gradient in backward is still right: rows stored for another one are
             computed again, on the device and without a synchronisation. With inplace_backward the
             logits are gone when forward returns, and such rows are multiplied by the ratio, which
-            rounds 16-bit gradients a second time (not when it is a power of two). Worth it where
+            rounds 16-bit gradients a second time (not when it is a power of two and both gradients
+            are normal numbers: those stored in fp16 below 6e-5 have fewer digits). Worth it where
             the gradient is known and rows are many. It needs the whole vocabulary (no tp_group) and
             backend "cpu", "cuda" or "hip"; backward runs once; together with inplace_backward it
             stays out of torch.compile's graphs. Where no gradient is asked for (no_grad, logits
@@ -170,10 +171,9 @@ def loss_terms_and_metrics(
         checks.inplace(logits)
     targets, call = _prepare(logits, labels, loss_mask, options)
     vectors = torch.ops.fused_sft_loss.token_losses_and_metrics(*call, options.inplace_backward)
-    losses, lse, loss, log_prob, correct, entropy = (v.view(labels.shape) for v in vectors)
-    metrics = (loss, log_prob, lse, correct, entropy)
-    terms = LossTerms(losses, targets.weight_sum, targets.count)
-    return terms, TokenMetrics(*(figure.detach() for figure in metrics))
+    losses, _normalizer, *metrics = vectors
+    terms = LossTerms(losses.view(labels.shape), targets.weight_sum, targets.count)
+    return terms, TokenMetrics(*(figure.view(labels.shape).detach() for figure in metrics))
 
 
 def _expected_gradient(expected: bool | float | Tensor, weight_sum: Tensor, mean: bool) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import rowmath
-from .autograd import rows_scale, vectors_like
+from .autograd import losses_like, rows_scale
 from .backends import choose
 from .operators import differentiable, operator
 from .rowmath import RowMath
@@ -28,6 +28,8 @@ def token_losses(logits: Tensor, target: Tensor, weight: Tensor, *rest) -> Tenso
     """
     *math, _group_name, backend, expected, inplace = rest
     stored = rows_scale(expected, weight)
+    if inplace:
+        stored = can_be_rescaled(stored, weight, logits.dtype)
     call = (logits.detach(), target, weight, stored, *math, backend)
     if inplace:
         if torch.compiler.is_compiling():
@@ -38,13 +40,28 @@ def token_losses(logits: Tensor, target: Tensor, weight: Tensor, *rest) -> Tenso
                 "one of them, or keep the loss out of the compiled graph (fullgraph=False does)"
             )
         logits = _SameMemory.apply(logits)
-        losses, lse = row_stats_grad_(*call)
+        losses, normalizer = row_stats_grad_(*call)
         grad = None
     else:
-        losses, lse, grad = row_stats_grad(*call)
+        losses, normalizer, grad = row_stats_grad(*call)
     return torch.ops.fused_sft_loss.with_grad(
-        logits, losses, grad, target, weight, lse, stored, *math, backend
+        logits, losses, grad, target, weight, normalizer, stored, *math, backend
     )
+
+
+#: A row in place is stored for its expected scale while that lies between these, and for 1
+#: otherwise: from zeros and from infinities no other gradient can be made. Below 2^-24 all of a
+#: row would be 0 in fp16.
+STORED_FOR_ONE_BELOW = {torch.float16: 2.0**-24}
+STORED_FOR_ITSELF = (2.0**-60, 2.0**60)
+
+
+def can_be_rescaled(stored: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The scales `[N]` for which rows are stored in place; 0 still where the weight is."""
+    least, most = STORED_FOR_ITSELF
+    size = stored.abs()
+    kept = (size >= STORED_FOR_ONE_BELOW.get(dtype, least)) & (size <= most)
+    return torch.where(kept | (weight == 0), stored, 1.0)
 
 
 class _SameMemory(torch.autograd.Function):
@@ -66,10 +83,10 @@ class _SameMemory(torch.autograd.Function):
 @operator(
     f"row_stats_grad(Tensor logits, Tensor target, Tensor weight, Tensor scale, {_MATH}, "
     "str backend) -> (Tensor, Tensor, Tensor)",
-    lambda logits, target, weight, *rest: (*vectors_like(weight, 2), torch.empty_like(logits)),
+    lambda logits, target, weight, *rest: (*losses_like(weight), torch.empty_like(logits)),
 )
 def row_stats_grad(logits, target, weight, scale, *rest):
-    """(weight * loss `[N]`, lse `[N]`, the gradient of scale * loss in the logits' dtype)."""
+    """(losses and normalizer of `row_losses`, the gradient of scale * loss in the logits' dtype)."""
     out = torch.empty_like(logits)
     return (*_write(logits, target, weight, scale, rest, out), out)
 
@@ -77,7 +94,7 @@ def row_stats_grad(logits, target, weight, scale, *rest):
 @operator(
     f"row_stats_grad_(Tensor(a!) logits, Tensor target, Tensor weight, Tensor scale, {_MATH}, "
     "str backend) -> (Tensor, Tensor)",
-    lambda logits, target, weight, *rest: vectors_like(weight, 2),
+    lambda logits, target, weight, *rest: losses_like(weight),
     changes=0,
 )
 def row_stats_grad_(logits, target, weight, scale, *rest):
@@ -91,15 +108,15 @@ def _write(logits, target, weight, scale, rest, out):
 
 
 @operator(
-    "row_regrad_(Tensor(a!) grad, Tensor logits, Tensor target, Tensor lse, Tensor scale, "
+    "row_regrad_(Tensor(a!) grad, Tensor logits, Tensor target, Tensor normalizer, Tensor scale, "
     f"Tensor stored, {_MATH}, str backend) -> ()",
     lambda *args: None,
     changes=0,
 )
-def row_regrad_(grad, logits, target, lse, scale, stored, *rest):
+def row_regrad_(grad, logits, target, normalizer, scale, stored, *rest):
     """The gradient of scale * loss in those rows of `grad` that hold it for another scale."""
     math, backend = RowMath(*rest[:-1]), rest[-1]
-    choose.load(backend).row_grad(logits, lse, target, scale, math, grad, stored)
+    choose.load(backend).row_grad(logits, normalizer, target, scale, math, grad, stored)
 
 
 @operator(
@@ -115,26 +132,26 @@ def row_rescale_(grad, scale, stored, *rest):
 
 @differentiable(
     "with_grad(Tensor logits, Tensor losses, Tensor? grad, Tensor target, Tensor weight, "
-    f"Tensor lse, Tensor stored, {_MATH}, str backend) -> Tensor"
+    f"Tensor normalizer, Tensor stored, {_MATH}, str backend) -> Tensor"
 )
 class WithGrad(torch.autograd.Function):
     """The losses `[N]`, whose gradient in the logits is `grad`, or where that is None lies in their
     memory; both for the scale `stored` `[N]`."""
 
     @staticmethod
-    def forward(ctx, logits, losses, grad, target, weight, lse, stored, *rest):
-        ctx.save_for_backward(logits, grad, target, weight, lse, stored)
+    def forward(ctx, logits, losses, grad, target, weight, normalizer, stored, *rest):
+        ctx.save_for_backward(logits, grad, target, weight, normalizer, stored)
         ctx.rest = rest
         return losses.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_losses):
-        logits, grad, target, weight, lse, stored = ctx.saved_tensors
+        logits, grad, target, weight, normalizer, stored = ctx.saved_tensors
         scale = rows_scale(grad_losses, weight)
         if grad is None:
             row_rescale_(logits, scale, stored, *ctx.rest)
             grad = logits.detach()
         else:
-            row_regrad_(grad, logits, target, lse, scale, stored, *ctx.rest)
+            row_regrad_(grad, logits, target, normalizer, scale, stored, *ctx.rest)
         return (grad, *[None] * (6 + len(ctx.rest)))

@@ -27,6 +27,15 @@ class RowMath(NamedTuple):
     vocab_start: int  # global id of this shard's column 0
     vocab_size: int  # true global vocabulary
 
+    @property
+    def unit(self) -> float:
+        """z = unit * x, x being the capped logit under a softcap and the raw one otherwise.
+
+        Statistics are in units of this x: a difference of neighbouring x is exact, and one of
+        rounded products unit * x is not.
+        """
+        return 1.0 if self.softcap else self.logit_scale
+
     def valid_columns(self, columns: int) -> int:
         """How many of a shard's `columns` are vocabulary rather than padding."""
         return max(0, min(columns, self.vocab_size - self.vocab_start))
