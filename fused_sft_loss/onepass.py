@@ -86,7 +86,7 @@ class _SameMemory(torch.autograd.Function):
     lambda logits, target, weight, *rest: (*losses_like(weight), torch.empty_like(logits)),
 )
 def row_stats_grad(logits, target, weight, scale, *rest):
-    """(losses and normalizer of `row_losses`, the gradient of scale * loss in the logits' dtype)."""
+    """The losses and normalizer of `row_losses`, and the gradient of scale * loss."""
     out = torch.empty_like(logits)
     return (*_write(logits, target, weight, scale, rest, out), out)
 

@@ -115,9 +115,9 @@ class Run(Passes):
         rows, columns = self.stats.shape
         self.unwritten_losses()
         args = MergeArgs(
-            **self._named("stats target weight loss normalizer"), ranks=1, rows=rows, columns=columns,
-            rank_stride=rows * columns, unit=self._unit(), vocab_size=self.vocab_size,
-            **self.terms,
+            **self._named("stats target weight loss normalizer"), ranks=1, rows=rows,
+            columns=columns, rank_stride=rows * columns, unit=self._unit(),
+            vocab_size=self.vocab_size, **self.terms,
         )  # fmt: skip
         code = kernel("merge", columns=columns)
         self._run("merge", code, blocks(rows), VECTOR_THREADS, args, Metrics())

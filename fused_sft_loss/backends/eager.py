@@ -82,8 +82,10 @@ def load(tile: Tensor, memory: Tensor | None = None) -> tuple[Tensor, Tensor]:
 
 
 def transform(x: Tensor, spare: Tensor, math: RowMath) -> tuple[Tensor, Tensor | None]:
-    """(capped x, tanh of the softcap) of fp32 logits, in their memory and that of `spare`; (x, None)
-    without a softcap. z = math.unit * that."""
+    """(capped x, tanh of the softcap or None) of fp32 logits, in their memory and that of `spare`.
+
+    z = math.unit * capped x.
+    """
     if not math.softcap:
         return x, None
     bent, within = spare

@@ -104,7 +104,9 @@ class Gpu:
         out: Tensor,
         stored: Tensor | None = None,
     ) -> None:
-        args = addresses.grad_args(self.module, logits, normalizer, target, scale, math, out, stored)
+        args = addresses.grad_args(
+            self.module, logits, normalizer, target, scale, math, out, stored
+        )
         self._launch(self.module.row_grad, args, logits.device)
 
     def row_stats_grad(
