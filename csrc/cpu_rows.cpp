@@ -129,9 +129,8 @@ Sums sums_against(const Z& z, const void* row, int64_t begin, int64_t end, float
           a.weighted + b.weighted};
 }
 
-// Sums against one maximum restated against another, delta = unit * (old - new).
-void move_maximum(Partial* p, float delta) {
-  const float factor = exp_nonpositive(delta, kLog2e);
+// Sums against one maximum restated against another: delta = unit * (old - new), factor = e^delta.
+void move_maximum(Partial* p, float delta, float factor) {
   p->weighted = (p->weighted + delta * p->denominator) * factor;
   p->denominator *= factor;
 }
@@ -157,9 +156,11 @@ Partial chunk_stats(const Z& z, const void* row, int64_t begin, int64_t end) {
     sums = sums_against<T, want>(z, row, begin, end, reference);
   }
   Partial out{max, sums.denominator, sums.sum, sums.weighted * z.unit, begin};
-  if (max != -kInf) move_maximum(&out, (reference - max) * z.unit);
-  if (max != -kInf && out.denominator < 1)
-    out.denominator = 1;  // the maximum's own term: no loss is negative
+  if (max != -kInf) {
+    // By the maximum's own exponential, whose error is then taken out of the sum: it counts as 1.
+    move_maximum(&out, (reference - max) * z.unit, 1.0f / exp_nonpositive(max - reference, z.unit2));
+    if (out.denominator < 1) out.denominator = 1;  // but for a last rounding, so that no loss is negative
+  }
   if constexpr (want == Want::metrics) {
     while (out.argmax < end - 1 && element<T>(row, out.argmax) != top) ++out.argmax;
   }
@@ -175,7 +176,7 @@ void merge(Partial* into, const Partial& next, float unit) {
     lower.denominator *= 0.0f;
     lower.weighted *= 0.0f;
   } else if (lower.max != max) {
-    move_maximum(&lower, delta);
+    move_maximum(&lower, delta, exp_nonpositive(delta, kLog2e));
   }
   into->max = max;
   into->denominator += right.denominator;
