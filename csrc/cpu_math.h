@@ -28,6 +28,16 @@ constexpr float kInf = __builtin_inff();
 
 FSL_INLINE float canonical(float x) { return x == x ? x : __builtin_nanf(""); }
 
+// a * b + c, rounded once where there is an instruction for it. Left to the compiler's contraction, the same
+// expression could round once in a loop and twice outside of it.
+FSL_INLINE float multiply_add(float a, float b, float c) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
 // e^(scale * u) for scale * u <= 88, given scale2 = scale * log2(e); NaN for a NaN whose low 9 bits are
 // clear. u * scale2 = n + f with |f| <= 1/2, and 2^f is a polynomial of degree 5 with p(0) = 1 (Lawson's
 // weighted least squares for the smallest maximal relative error: 9.2e-8). The scale is part of the
@@ -39,8 +49,8 @@ FSL_INLINE float canonical(float x) { return x == x ? x : __builtin_nanf(""); }
 // gives NaN: it arises only in a row that holds +inf, and in sums that are not used.
 FSL_INLINE float exp_nonpositive(float u, float scale2) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
-  const float shifted = u * scale2 + kRound;
-  const float f = u * scale2 - (shifted - kRound);
+  const float shifted = multiply_add(u, scale2, kRound);
+  const float f = multiply_add(u, scale2, kRound - shifted);
   float p = 0.001326472731307149f;
   p = p * f + 0.009671512991189957f;
   p = p * f + 0.05550733581185341f;

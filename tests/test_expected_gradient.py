@@ -1,5 +1,5 @@
-"""grad_in_forward in place, where the logits are gone: expected gradients that others cannot be made
-of."""
+"""grad_in_forward in place, where the logits are gone when forward returns: expected gradients that
+no other gradient can be made of."""
 
 import pytest
 import torch
@@ -59,7 +59,7 @@ def test_in_place_a_weight_that_makes_the_expected_gradient_vanish(name, weight)
 
 @pytest.mark.parametrize("name", ONE_READ)
 def test_in_place_the_usual_expected_gradients_are_stored_for_themselves(name):
-    """A mean over a million tokens, a loss scale: backward finds its gradient and writes nothing."""
+    """A mean over a million tokens, a loss scale: backward leaves the gradient as it was stored."""
     logits, labels = torch.randn(1, 2, 1003), torch.randint(0, 1003, (1, 2))
     with using(name) as backend:
         for expected in (1e-6, 1.0, 2.0**16, 2.0**24):
