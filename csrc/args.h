@@ -25,13 +25,19 @@ struct Rows {
 struct Transform {
   float logit_scale;
   float softcap;  // 0: none
+
+  // z = unit * x, x being the capped logit under a softcap and the raw one otherwise. Statistics are in units
+  // of this x: a difference of neighbouring x is exact, and one of rounded products unit * x is not.
+  float unit() const { return softcap > 0 ? 1.0f : logit_scale; }
 };
 
 // Targets that are no vocabulary id: of a row that is not scored, and of one whose label is out of range (its
 // loss is NaN).
 constexpr int64_t kNotScored = -1, kOutOfVocabulary = -2;
 
-// Columns of the statistics row that row_stats writes, in this order. The first three are always there.
+// Columns of the statistics row that row_stats writes, in this order. The first three are always there:
+// max x, sum of exp(unit * (x - max)), x of the target; then the sum of x, the id of the maximum, and the sum
+// of u * exp(u) with u = unit * (x - max).
 enum Stat : int { kMax = 0, kDenominator = 1, kTarget = 2, kSum = 3, kArgmax = 4, kWeighted = 5 };
 enum class Want : int { loss = 3, smoothing = 4, metrics = 6 };  // the value is the number of columns
 
@@ -45,13 +51,18 @@ struct StatsArgs {
   float* stats;  // [N, want]
 };
 
+// The two numbers per row that the gradient needs of the whole vocabulary: max x (see Transform::unit) and
+// the sum of exp(unit * (x - max)). Their log-sum-exp as one fp32 number would be off by half a unit in its
+// last place, and every probability by that factor: all of it from |z| = 1e8 on.
+enum Normalizer : int { kRowMax = 0, kRowSum = 1, kNormalizer = 2 };
+
 struct GradArgs {
   Rows logits;
   Rows grad;  // may be the same memory as logits
   Transform transform;
-  const int64_t* target;  // [N]
-  const float* lse;       // [N]
-  const float* scale;     // [N] weight * upstream gradient; 0: the row gets stored zeros and is not read
+  const int64_t* target;    // [N]
+  const float* normalizer;  // [N, kNormalizer]
+  const float* scale;       // [N] weight * upstream gradient; 0: the row gets stored zeros and is not read
   int64_t vocab_start;
   float label_smoothing;  // eps
   float z_loss;
@@ -63,10 +74,10 @@ struct GradArgs {
 
 // Loss and gradient of each row from one read of it, where all of the vocabulary is here.
 struct StatsGradArgs {
-  GradArgs grad;        // its lse is the one below, which is written before it is read
+  GradArgs grad;        // its normalizer is the one below, which is written before it is read
   const float* weight;  // [N] 0: the row is not read, its gradient is zeros
   float* loss;          // [N]: weight * loss
-  float* lse;           // [N]
+  float* normalizer;    // [N, kNormalizer]
 };
 
 // Rows of a gradient that was stored for another scale than the real one, multiplied by their ratio.
@@ -95,10 +106,11 @@ struct MergeArgs {
   int64_t ranks, rows, columns, rank_stride;
   const int64_t* target;  // [N]
   const float* weight;    // [N]
+  float unit;             // Transform::unit
   float label_smoothing, z_loss;
   int64_t vocab_size;
-  float* loss;  // [N]: weight * loss
-  float* lse;   // [N]
+  float* loss;        // [N]: weight * loss
+  float* normalizer;  // [N, kNormalizer]; 0 where weight is 0, NaN where the label is out of range
 };
 
 }  // namespace fsl

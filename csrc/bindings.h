@@ -39,13 +39,13 @@ inline StatsArgs stats_args(const Rows& logits, float logit_scale, float softcap
 }
 
 inline GradArgs grad_args(const Rows& logits, const Rows& grad, float logit_scale, float softcap,
-                          uintptr_t target, uintptr_t lse, uintptr_t scale, int64_t vocab_start,
+                          uintptr_t target, uintptr_t normalizer, uintptr_t scale, int64_t vocab_start,
                           float label_smoothing, float z_loss, int64_t vocab_size, uintptr_t stored) {
   return {logits,
           grad,
           {logit_scale, softcap},
           pointer<int64_t>(target),
-          pointer<float>(lse),
+          pointer<float>(normalizer),
           pointer<float>(scale),
           vocab_start,
           label_smoothing,
@@ -54,8 +54,9 @@ inline GradArgs grad_args(const Rows& logits, const Rows& grad, float logit_scal
           pointer<float>(stored)};
 }
 
-inline StatsGradArgs stats_grad_args(const GradArgs& grad, uintptr_t weight, uintptr_t loss, uintptr_t lse) {
-  return {grad, pointer<float>(weight), pointer<float>(loss), pointer<float>(lse)};
+inline StatsGradArgs stats_grad_args(const GradArgs& grad, uintptr_t weight, uintptr_t loss,
+                                     uintptr_t normalizer) {
+  return {grad, pointer<float>(weight), pointer<float>(loss), pointer<float>(normalizer)};
 }
 
 inline RescaleArgs rescale_args(const Rows& grad, uintptr_t scale, uintptr_t stored) {
@@ -87,8 +88,9 @@ inline TargetsArgs targets_args(uintptr_t labels, uintptr_t mask, uintptr_t cu_s
 }
 
 inline MergeArgs merge_args(uintptr_t stats, int64_t ranks, int64_t rows, int64_t columns,
-                            int64_t rank_stride, uintptr_t target, uintptr_t weight, float label_smoothing,
-                            float z_loss, int64_t vocab_size, uintptr_t loss, uintptr_t lse) {
+                            int64_t rank_stride, uintptr_t target, uintptr_t weight, float unit,
+                            float label_smoothing, float z_loss, int64_t vocab_size, uintptr_t loss,
+                            uintptr_t normalizer) {
   return {pointer<float>(stats),
           ranks,
           rows,
@@ -96,11 +98,12 @@ inline MergeArgs merge_args(uintptr_t stats, int64_t ranks, int64_t rows, int64_
           rank_stride,
           pointer<int64_t>(target),
           pointer<float>(weight),
+          unit,
           label_smoothing,
           z_loss,
           vocab_size,
           pointer<float>(loss),
-          pointer<float>(lse)};
+          pointer<float>(normalizer)};
 }
 
 // Local to the module: each backend's module has classes of its own.
@@ -115,11 +118,12 @@ inline void bind_args(pybind11::module_& m) {
            py::arg("columns"), py::arg("stats"));
   py::class_<GradArgs>(m, "GradArgs", py::module_local())
       .def(py::init(&grad_args), py::kw_only(), py::arg("logits"), py::arg("grad"), py::arg("logit_scale"),
-           py::arg("softcap"), py::arg("target"), py::arg("lse"), py::arg("scale"), py::arg("vocab_start"),
-           py::arg("label_smoothing"), py::arg("z_loss"), py::arg("vocab_size"), py::arg("stored"));
+           py::arg("softcap"), py::arg("target"), py::arg("normalizer"), py::arg("scale"),
+           py::arg("vocab_start"), py::arg("label_smoothing"), py::arg("z_loss"), py::arg("vocab_size"),
+           py::arg("stored"));
   py::class_<StatsGradArgs>(m, "StatsGradArgs", py::module_local())
       .def(py::init(&stats_grad_args), py::kw_only(), py::arg("grad"), py::arg("weight"), py::arg("loss"),
-           py::arg("lse"));
+           py::arg("normalizer"));
   py::class_<RescaleArgs>(m, "RescaleArgs", py::module_local())
       .def(py::init(&rescale_args), py::kw_only(), py::arg("grad"), py::arg("scale"), py::arg("stored"));
   py::class_<TargetsArgs>(m, "TargetsArgs", py::module_local())
@@ -130,9 +134,9 @@ inline void bind_args(pybind11::module_& m) {
            py::arg("count"), py::arg("weight_sum"));
   py::class_<MergeArgs>(m, "MergeArgs", py::module_local())
       .def(py::init(&merge_args), py::kw_only(), py::arg("stats"), py::arg("ranks"), py::arg("rows"),
-           py::arg("columns"), py::arg("rank_stride"), py::arg("target"), py::arg("weight"),
+           py::arg("columns"), py::arg("rank_stride"), py::arg("target"), py::arg("weight"), py::arg("unit"),
            py::arg("label_smoothing"), py::arg("z_loss"), py::arg("vocab_size"), py::arg("loss"),
-           py::arg("lse"));
+           py::arg("normalizer"));
 }
 
 }  // namespace fsl

@@ -38,8 +38,8 @@ PYBIND11_MODULE(_cpu, m) {
       py::arg("args"), py::kw_only(), py::arg("threads"), released());
   m.def("row_targets", &fsl::cpu::row_targets, py::arg("args"));
   m.def("merge", &fsl::cpu::merge, py::arg("args"));
-  m.def("exp", [](uintptr_t in, uintptr_t out, int64_t n) {
-    fsl::cpu::exp(pointer<float>(in), pointer<float>(out), n);
+  m.def("exp", [](uintptr_t in, uintptr_t out, int64_t n, float scale2) {
+    fsl::cpu::exp(pointer<float>(in), pointer<float>(out), n, scale2);
   });
   m.def("isas", &fsl::cpu::isas, "Instruction sets this processor runs, fastest first.");
   m.def("isa", &fsl::cpu::isa, "The instruction set in use.");

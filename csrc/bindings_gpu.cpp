@@ -52,13 +52,16 @@ PYBIND11_MODULE(FSL_MODULE, m) {
       py::arg("args"), py::kw_only(), py::arg("stream"));
   m.def(
       "merge",
-      [](const MergeArgs& args, uintptr_t log_prob, uintptr_t correct, uintptr_t entropy, uintptr_t stream) {
-        gpu::merge(args, {pointer<float>(log_prob), pointer<uint8_t>(correct), pointer<float>(entropy)},
+      [](const MergeArgs& args, uintptr_t lse, uintptr_t log_prob, uintptr_t correct, uintptr_t entropy,
+         uintptr_t stream) {
+        gpu::merge(args,
+                   {pointer<float>(lse), pointer<float>(log_prob), pointer<uint8_t>(correct),
+                    pointer<float>(entropy)},
                    pointer<void>(stream));
       },
-      "Metrics of each row when log_prob, correct and entropy are given, else (0) its weighted loss.",
-      py::arg("args"), py::kw_only(), py::arg("log_prob"), py::arg("correct"), py::arg("entropy"),
-      py::arg("stream"));
+      "Metrics of each row when lse, log_prob, correct and entropy are given, else (0) its weighted loss.",
+      py::arg("args"), py::kw_only(), py::arg("lse"), py::arg("log_prob"), py::arg("correct"),
+      py::arg("entropy"), py::arg("stream"));
   m.def("build_info", [] {
     py::dict info;
     info["version"] = FSL_VERSION;

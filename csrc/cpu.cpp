@@ -104,9 +104,11 @@ void whole_row_stats(const StatsArgs& a, const RowKernels& kernels, int64_t row)
 float quiet(float x) { return std::isnan(x) ? std::nanf("") : x; }  // payloads would upset bf16 rounding
 
 RowGrad row_constants(const GradArgs& a, int64_t row) {
-  const float scale = quiet(a.scale[row]), lse = quiet(a.lse[row]);
+  const float* normalizer = a.normalizer + row * kNormalizer;
+  const float scale = quiet(a.scale[row]), max = quiet(normalizer[kRowMax]), sum = quiet(normalizer[kRowSum]);
   const float eps = a.label_smoothing;
-  return {lse, scale * (1 + 2 * a.z_loss * lse), scale * (eps / static_cast<float>(a.vocab_size)),
+  const float of_z_loss = a.z_loss > 0 ? 2 * a.z_loss * (max * a.transform.unit() + std::log(sum)) : 0.0f;
+  return {max, scale * (1 + of_z_loss) / sum, scale * (eps / static_cast<float>(a.vocab_size)),
           scale * (1 - eps), a.target[row] < 0 ? -1 : a.target[row] - a.vocab_start};
 }
 
@@ -185,7 +187,7 @@ void row_stats(const StatsArgs& a, int threads) {
   });
   for (size_t i = 0; i < busy.size(); ++i) {
     Partial row;
-    for (int64_t c = 0; c < chunks; ++c) kernels.merge(&row, partials[i * chunks + c]);
+    for (int64_t c = 0; c < chunks; ++c) kernels.merge(&row, partials[i * chunks + c], a.transform.unit());
     write_stats(a, kernels, busy[i], row);
   }
 }
@@ -213,8 +215,9 @@ void row_stats_grad(const StatsGradArgs& a, int threads) {
   const int64_t columns = static_cast<int64_t>(want);
   std::vector<float> scratch(static_cast<size_t>(rows * columns));
   const StatsArgs stats{g.logits, g.transform, g.target, a.weight, g.vocab_start, want, scratch.data()};
-  const MergeArgs loss{scratch.data(),    1,        rows,         columns, 0,    g.target, a.weight,
-                       g.label_smoothing, g.z_loss, g.vocab_size, a.loss,  a.lse};
+  const MergeArgs loss{
+      scratch.data(),    1,        rows,         columns, 0,           g.target, a.weight, g.transform.unit(),
+      g.label_smoothing, g.z_loss, g.vocab_size, a.loss,  a.normalizer};
   if (too_few(a.weight, rows, threads)) {
     row_stats(stats, threads);
     merge(loss);
@@ -239,7 +242,7 @@ void row_rescale(const RescaleArgs& a, int threads) {
   });
 }
 
-void exp(const float* in, float* out, int64_t n) { chosen()->exp(in, out, n); }
+void exp(const float* in, float* out, int64_t n, float scale2) { chosen()->exp(in, out, n, scale2); }
 
 std::vector<std::string> isas() {
   std::vector<std::string> names;

@@ -15,7 +15,7 @@ void row_rescale(const RescaleArgs& args, int threads);
 void row_targets(const TargetsArgs& args);
 void merge(const MergeArgs& args);
 void merge_row(const MergeArgs& args, int64_t row);
-void exp(const float* in, float* out, int64_t n);
+void exp(const float* in, float* out, int64_t n, float scale2);
 
 std::vector<std::string> isas();       // what this processor runs, fastest first
 void use_isa(const std::string& isa);  // throws std::invalid_argument; for tests and measurements

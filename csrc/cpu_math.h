@@ -28,17 +28,29 @@ constexpr float kInf = __builtin_inff();
 
 FSL_INLINE float canonical(float x) { return x == x ? x : __builtin_nanf(""); }
 
-// e^u for u <= 88, NaN for a NaN whose low 9 bits are clear. u * log2(e) = n + f with |f| <= 1/2, and 2^f is
-// a polynomial of degree 5 with p(0) = 1 (Lawson's weighted least squares for the smallest maximal relative
-// error: 9.2e-8). Relative error at most 2e-7 + |u| * 3e-8; without FMA instructions, where the product
-// rounds before n is taken off, 2e-7 + |u| * 9e-8. Results under 2^-126 carry an absolute error of at most
-// 2^-126, and e^u is exactly 0 from u = -88.03 (2^-127) down, -inf included. u = +inf gives NaN: it arises
-// only in a row whose log-sum-exp is NaN already.
-FSL_INLINE float exp_nonpositive(float u) {
-  constexpr float kUnderflow = -88.02969f;  // -127 ln 2
-  constexpr float kRound = 12582912.0f;     // 1.5 * 2^23: adding it rounds to an integer in the low bits
-  const float shifted = u * kLog2e + kRound;
-  const float f = u * kLog2e - (shifted - kRound);
+// a * b + c, rounded once where there is an instruction for it. Left to the compiler's contraction, the same
+// expression could round once in a loop and twice outside of it.
+FSL_INLINE float multiply_add(float a, float b, float c) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+// e^(scale * u) for scale * u <= 88, given scale2 = scale * log2(e); NaN for a NaN whose low 9 bits are
+// clear. u * scale2 = n + f with |f| <= 1/2, and 2^f is a polynomial of degree 5 with p(0) = 1 (Lawson's
+// weighted least squares for the smallest maximal relative error: 9.2e-8). The scale is part of the
+// reduction, so that u is a difference of logits and no product is rounded before it is taken. Relative error
+// at most 2e-7 + |scale * u| * 3e-8; without FMA instructions, where the product rounds before n is taken
+// off, 2e-7 + |scale
+// * u| * 9e-8; and |scale * u| * 6e-8 more where scale2 is rounded. Results under 2^-126 carry an absolute
+// error of at most 2^-126; the result is exactly 0 from n = -127 down (2^-126.5), for -inf included. u = +inf
+// gives NaN: it arises only in a row that holds +inf, and in sums that are not used.
+FSL_INLINE float exp_nonpositive(float u, float scale2) {
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  const float shifted = multiply_add(u, scale2, kRound);
+  const float f = multiply_add(u, scale2, kRound - shifted);
   float p = 0.001326472731307149f;
   p = p * f + 0.009671512991189957f;
   p = p * f + 0.05550733581185341f;
@@ -46,7 +58,7 @@ FSL_INLINE float exp_nonpositive(float u) {
   p = p * f + 0.6931470036506653f;
   p = p * f + 1.0f;
   const float scaled = as_float(as_bits(p) + (as_bits(shifted) << 23));
-  return u <= kUnderflow ? 0.0f : scaled;
+  return shifted <= kRound - 127 ? 0.0f : scaled;
 }
 
 // tanh(u) and its derivative. Away from 0 by e^{-2|u|}, which loses no digits there; near 0 by its odd
@@ -57,7 +69,7 @@ struct Tanh {
 
 FSL_INLINE Tanh tanh_and_slope(float u) {
   const float magnitude = as_float(as_bits(u) & 0x7fffffffu);
-  const float e = exp_nonpositive(-2.0f * magnitude);
+  const float e = exp_nonpositive(magnitude, -2.0f * kLog2e);
   const float inverse = 1.0f / (1.0f + e);
   const float far = as_float(as_bits((1.0f - e) * inverse) | (as_bits(u) & 0x80000000u));
   const float s = u * u;

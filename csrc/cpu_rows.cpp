@@ -7,19 +7,19 @@
 namespace fsl {
 namespace {
 
+// z = unit * value(x); unit2 = unit * log2(e).
 struct Plain {
-  float scale;
-  FSL_MEMBER float value(float x) const { return x * scale; }
-  FSL_MEMBER float less(float x, float reference) const { return x * scale - reference; }
+  float unit, unit2;
+  FSL_MEMBER float value(float x) const { return x; }
 };
 
 struct Capped {
+  static constexpr float unit = 1, unit2 = kLog2e;
   float inward;  // logit_scale / softcap
   float cap;
   float scale;
   FSL_MEMBER Tanh bend(float x) const { return tanh_and_slope(x * inward); }
   FSL_MEMBER float value(float x) const { return keep_infinity(x, cap * bend(x).value); }
-  FSL_MEMBER float less(float x, float reference) const { return value(x) - reference; }
   FSL_INLINE float keep_infinity(float x, float capped) {
     return (as_bits(x) & 0x7fffffffu) == 0x7f800000u ? x : capped;
   }
@@ -52,16 +52,16 @@ float max_of(const void* row, int64_t begin, int64_t end) {
   return max;
 }
 
-// The sums of a chunk against any finite reference. `top` is the largest logit's bits when some logit is not
-// negative (among those, integers order as floats do, and an integer maximum costs half of a float's), and
-// negative otherwise.
+// The sums of a chunk against any finite reference, all in units of x. `top` is the largest logit's bits when
+// some logit is not negative (among those, integers order as floats do, and an integer maximum costs half of
+// a float's), and negative otherwise.
 struct Sums {
   int32_t top;
   float denominator, sum, weighted;
 };
 
-// u * e^u, and 0 for -inf: a masked-out column has no entropy.
-FSL_INLINE float weighted_by(float u, float e) { return u < -88.0f ? 0.0f : u * e; }
+// u times its exponential e, and 0 where that vanishes: a masked-out column has no entropy.
+FSL_INLINE float weighted_by(float u, float e) { return e == 0.0f ? 0.0f : u * e; }
 
 // A sum is kept in kLanes parts whatever the width of the registers, so that every instruction set adds in
 // the same order. The inner loops over lanes are what the compiler turns into vectors.
@@ -89,7 +89,7 @@ struct Lanes {
   }
 
   FSL_MEMBER void add(const Z& z, float x, float reference, int l) {
-    const float u = z.less(x, reference), e = exp_nonpositive(u);
+    const float u = z.value(x) - reference, e = exp_nonpositive(u, z.unit2);
     const int32_t bits = static_cast<int32_t>(as_bits(x));
     top[l] = bits > top[l] ? bits : top[l];
     denominator[l] += e;
@@ -129,20 +129,20 @@ Sums sums_against(const Z& z, const void* row, int64_t begin, int64_t end, float
           a.weighted + b.weighted};
 }
 
-// Sums against one maximum restated against another, delta = old - new.
-void move_maximum(Partial* p, float delta) {
-  const float factor = exp_nonpositive(delta);
+// Sums against one maximum restated against another: delta = unit * (old - new), factor = e^delta.
+void move_maximum(Partial* p, float delta, float factor) {
   p->weighted = (p->weighted + delta * p->denominator) * factor;
   p->denominator *= factor;
 }
 
-// Sums of e^(z - reference) cannot overflow while no z is further than this above the reference.
+// Sums of e^(unit * (x - reference)) cannot overflow while no z is further than this above the reference.
 constexpr float kHeadroom = 64.0f;
 constexpr int64_t kGuess = 64;
 
 // One pass over the chunk: exponentials against a reference guessed from its first columns (arithmetic and
 // memory overlap, where a pass for the maximum would make them take turns), restated against the maximum
-// afterwards. A guess that proves to be far too low costs a second pass.
+// afterwards. A guess that proves to be far too low, be it by more than an fp32 number can say, costs a
+// second pass.
 template <class T, Want want, class Z>
 Partial chunk_stats(const Z& z, const void* row, int64_t begin, int64_t end) {
   float guess = max_of<T>(row, begin, begin + kGuess < end ? begin + kGuess : end);
@@ -151,28 +151,32 @@ Partial chunk_stats(const Z& z, const void* row, int64_t begin, int64_t end) {
   Sums sums = sums_against<T, want>(z, row, begin, end, reference);
   const float top = sums.top < 0 ? max_of<T>(row, begin, end) : as_float(static_cast<uint32_t>(sums.top));
   const float max = z.value(top);
-  if (max - reference > kHeadroom) {
+  if ((max - reference) * z.unit > kHeadroom) {
     reference = max;
     sums = sums_against<T, want>(z, row, begin, end, reference);
   }
-  Partial out{max, sums.denominator, sums.sum, sums.weighted, begin};
-  if (max != -kInf) move_maximum(&out, reference - max);
+  Partial out{max, sums.denominator, sums.sum, sums.weighted * z.unit, begin};
+  if (max != -kInf) {
+    // By the maximum's own exponential, whose error is then taken out of the sum: it counts as 1.
+    move_maximum(&out, (reference - max) * z.unit, 1.0f / exp_nonpositive(max - reference, z.unit2));
+    if (out.denominator < 1) out.denominator = 1;  // but for a last rounding, so that no loss is negative
+  }
   if constexpr (want == Want::metrics) {
     while (out.argmax < end - 1 && element<T>(row, out.argmax) != top) ++out.argmax;
   }
   return out;
 }
 
-void merge(Partial* into, const Partial& next) {
+void merge(Partial* into, const Partial& next, float unit) {
   Partial right = next;
   const bool higher = right.max > into->max;
   Partial& lower = higher ? *into : right;
-  const float max = higher ? right.max : into->max;
-  if (lower.max - max < -88.0f) {  // vanishes, unless it is NaN; a maximum of -inf has no exponential
+  const float max = higher ? right.max : into->max, delta = (lower.max - max) * unit;
+  if (delta < -88.0f) {  // vanishes, unless it is NaN; a maximum of -inf has no exponential
     lower.denominator *= 0.0f;
     lower.weighted *= 0.0f;
   } else if (lower.max != max) {
-    move_maximum(&lower, lower.max - max);
+    move_maximum(&lower, delta, exp_nonpositive(delta, kLog2e));
   }
   into->max = max;
   into->denominator += right.denominator;
@@ -184,17 +188,18 @@ void merge(Partial* into, const Partial& next) {
 template <class T, Want want, class Z>
 void stats_range(const Z& z, const void* row, int64_t begin, int64_t end, Partial* partial) {
   for (int64_t c = begin; c < end; c += kChunk) {
-    merge(partial, chunk_stats<T, want>(z, row, c, c + kChunk < end ? c + kChunk : end));
+    merge(partial, chunk_stats<T, want>(z, row, c, c + kChunk < end ? c + kChunk : end), z.unit);
   }
 }
 
 template <class T, class Z>
 FSL_INLINE float grad_of(const Z& z, const RowGrad& g, float x) {
   if constexpr (__is_same(Z, Plain)) {
-    return exp_nonpositive(z.less(x, g.lse)) * g.softmax_factor - g.smoothing;
+    return exp_nonpositive(x - g.reference, z.unit2) * g.softmax_factor - g.smoothing;
   } else {
     const Tanh bent = z.bend(x);
-    const float p = exp_nonpositive(Capped::keep_infinity(x, z.cap * bent.value) - g.lse);
+    const float u = Capped::keep_infinity(x, z.cap * bent.value) - g.reference;
+    const float p = exp_nonpositive(u, z.unit2);
     return (p * g.softmax_factor - g.smoothing) * (bent.slope * z.scale);
   }
 }
@@ -232,7 +237,7 @@ void grad_range(const Z& z, const RowGrad& g, const void* row, void* out, int64_
   if (owns) elements[g.target_column] = T::round(at_target);
 }
 
-Plain plain(const Transform& t) { return {t.logit_scale}; }
+Plain plain(const Transform& t) { return {t.logit_scale, t.logit_scale * kLog2e}; }
 Capped capped(const Transform& t) { return {t.logit_scale / t.softcap, t.softcap, t.logit_scale}; }
 
 // Calls run(dtype tag, transform) with the types the arguments name.
@@ -260,9 +265,9 @@ void grad(const GradArgs& a, const RowGrad& g, const void* row, void* out, int64
   with_types(a.logits.dtype, a.transform, [&](auto tag, auto z) {
     if constexpr (__is_same(decltype(z), Plain)) {
       RowGrad scaled = g;  // dz/dx is one number for the whole row
-      scaled.softmax_factor *= z.scale;
-      scaled.smoothing *= z.scale;
-      scaled.target_factor *= z.scale;
+      scaled.softmax_factor *= z.unit;
+      scaled.smoothing *= z.unit;
+      scaled.target_factor *= z.unit;
       grad_range<decltype(tag)>(z, scaled, row, out, begin, end);
     } else {
       grad_range<decltype(tag)>(z, g, row, out, begin, end);
@@ -296,9 +301,9 @@ float target_logit(const StatsArgs& a, const void* row, int64_t column) {
   return value;
 }
 
-void exp_all(const float* in, float* out, int64_t n) {
+void exp_all(const float* in, float* out, int64_t n, float scale2) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) out[i] = exp_nonpositive(canonical(in[i]));
+  for (int64_t i = 0; i < n; ++i) out[i] = exp_nonpositive(canonical(in[i]), scale2);
 }
 
 }  // namespace

@@ -17,9 +17,9 @@ bool same_document_next(const TargetsArgs& a, int64_t p) {
   return next != a.cu_seqlens && next != end && p + 1 < *next;
 }
 
-// exp(part - maximum), and 0 for a part of -inf, where -inf - -inf would make a NaN.
-float rescale(float part, float maximum) {
-  return part == -std::numeric_limits<float>::infinity() ? 0.0f : std::exp(part - maximum);
+// exp(unit * (part - maximum)), and 0 for a part of -inf, where -inf - -inf would make a NaN.
+float rescale(float part, float maximum, float unit) {
+  return part == -std::numeric_limits<float>::infinity() ? 0.0f : std::exp((part - maximum) * unit);
 }
 
 float max_or_nan(float a, float b) { return a > b || std::isnan(a) ? a : b; }
@@ -50,27 +50,32 @@ void row_targets(const TargetsArgs& a) {
 // bits.
 void merge_row(const MergeArgs& a, int64_t row) {
   const float eps = a.label_smoothing;
-  a.loss[row] = a.lse[row] = 0;
+  float* normalizer = a.normalizer + row * kNormalizer;
+  a.loss[row] = normalizer[kRowMax] = normalizer[kRowSum] = 0;
   if (a.weight[row] == 0) return;
   const float* first = a.stats + row * a.columns;
-  float maximum = first[kMax], denominator = 0, z_target = 0, sum = 0;
+  float maximum = first[kMax], denominator = 0, target = 0, sum = 0;
   for (int64_t r = 1; r < a.ranks; ++r) maximum = max_or_nan(maximum, first[r * a.rank_stride + kMax]);
   for (int64_t r = 0; r < a.ranks; ++r) {
     const float* part = first + r * a.rank_stride;
-    denominator += part[kDenominator] * rescale(part[kMax], maximum);
-    z_target += part[kTarget];
+    denominator += part[kDenominator] * rescale(part[kMax], maximum, a.unit);
+    target += part[kTarget];
     if (a.columns > kSum) sum += part[kSum];
   }
-  const float log_denominator = std::log(denominator), lse = maximum + log_denominator;
-  float loss = (maximum - z_target) + log_denominator;
+  const float log_denominator = std::log(denominator);
+  float loss = (maximum - target) * a.unit + log_denominator;
   if (eps != 0) {
     const float mean = sum / static_cast<float>(a.vocab_size);
-    loss = (1 - eps) * loss + eps * ((maximum - mean) + log_denominator);
+    loss = (1 - eps) * loss + eps * ((maximum - mean) * a.unit + log_denominator);
   }
-  if (a.z_loss != 0) loss += a.z_loss * lse * lse;
+  if (a.z_loss != 0) {
+    const float lse = maximum * a.unit + log_denominator;
+    loss += a.z_loss * lse * lse;
+  }
   const bool poisoned = a.target[row] == kOutOfVocabulary;
   a.loss[row] = poisoned ? std::nanf("") : a.weight[row] * loss;
-  a.lse[row] = poisoned ? std::nanf("") : lse;
+  normalizer[kRowMax] = poisoned ? std::nanf("") : maximum;
+  normalizer[kRowSum] = poisoned ? std::nanf("") : denominator;
 }
 
 void merge(const MergeArgs& a) {

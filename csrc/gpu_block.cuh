@@ -5,25 +5,25 @@
 
 namespace fsl::gpu {
 
-// Of some columns of a row, in units of z (see args.h, enum Stat; the target's z travels apart).
+// Of some columns of a row, in units of x (see args.h, enum Stat; the target's x travels apart).
 struct Stats {
   float top = -kInfinity;  // maximum
-  float total = 0;         // sum of exp(z - maximum)
-  float z_sum = 0;
+  float total = 0;         // sum of exp(u), u = unit * (x - maximum)
+  float x_sum = 0;
   float top_id = kInfinity;  // global id of the maximum, the smallest of equals
-  float moment = 0;          // sum of (z - maximum) * exp(z - maximum)
+  float moment = 0;          // sum of u * exp(u)
 };
 
 // The one merge there is, always left to right. A side that vanishes (its factor is 0) has no moment to move:
 // -inf * 0 is no entropy.
-FSL_DEVICE Stats fold(const Stats& a, const Stats& b) {
+FSL_DEVICE Stats fold(const Stats& a, const Stats& b, float unit) {
   const float top = max(a.top, b.top), reference = not_minus_infinity(top);
-  const float delta_a = a.top - reference, delta_b = b.top - reference;
+  const float delta_a = (a.top - reference) * unit, delta_b = (b.top - reference) * unit;
   const float shrink_a = exp(delta_a), shrink_b = exp(delta_b);
   const float moment_a = fma(shrink_a == 0 ? 0.0f : delta_a, a.total, a.moment);
   const float moment_b = fma(shrink_b == 0 ? 0.0f : delta_b, b.total, b.moment);
   const float tied = a.top_id < b.top_id ? a.top_id : b.top_id;
-  return {top, fma(b.total, shrink_b, a.total * shrink_a), a.z_sum + b.z_sum,
+  return {top, fma(b.total, shrink_b, a.total * shrink_a), a.x_sum + b.x_sum,
           b.top > a.top    ? b.top_id
           : b.top == a.top ? tied
                            : a.top_id,
@@ -35,17 +35,17 @@ FSL_DEVICE Stats load_stats(const float* at) {
   Stats s;
   s.top = at[kMax];
   s.total = at[kDenominator];
-  if (kColumns > kSum) s.z_sum = at[kSum];
+  if (kColumns > kSum) s.x_sum = at[kSum];
   if (kColumns > kArgmax) s.top_id = at[kArgmax], s.moment = at[kWeighted];
   return s;
 }
 
-// All but the target's z, which is the caller's.
+// All but the target's x, which is the caller's.
 template <int kColumns>
 FSL_DEVICE void store_stats(float* at, const Stats& s) {
   at[kMax] = s.top;
   at[kDenominator] = s.total;
-  if (kColumns > kSum) at[kSum] = s.z_sum;
+  if (kColumns > kSum) at[kSum] = s.x_sum;
   if (kColumns > kArgmax) at[kArgmax] = s.top_id, at[kWeighted] = s.moment;
 }
 

@@ -8,6 +8,7 @@ namespace fsl::gpu {
 
 // What token_metrics gets beside the loss, which is then not weighted; all null in a loss's merge.
 struct Metrics {
+  float* lse;        // [N]
   float* log_prob;   // [N]
   uint8_t* correct;  // [N]: the target is the argmax
   float* entropy;    // [N]

@@ -2,6 +2,9 @@
 // contraction: FMAs are written out, so a number has the same bits in whichever kernel it is computed.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
+
 #include "args.h"
 #include "gpu.h"
 
@@ -21,29 +24,45 @@ FSL_DEVICE float exp(float u) { return exp2(u * kLog2e); }
 // A maximum that may be subtracted: 0 for -inf, where -inf - -inf would make a NaN.
 FSL_DEVICE float not_minus_infinity(float m) { return m == -kInfinity ? 0.0f : m; }
 
-// 2^(x * scale - m * scale) is one FMA and one exp2 against the rounded product m * scale. The rounding is
-// one factor for all x, of up to half a unit of the product: too much for a sum, so it is taken out once, at
-// the end.
-struct Reference {
-  float rounded, rest;
-};
-FSL_DEVICE Reference reference_of(float m, float scale) {
-  const float rounded = m * scale;
-  return {rounded, fma(m, scale, -rounded)};
-}
-
 // What kernels need to know of the transform; made on the host, where divisions are exact.
 struct Scales {
   float unit;  // z = unit * x, where x has been capped first
   float log2;  // unit * log2(e): an exponential is one FMA and one exp2
+  float far;   // |x| from here on: see reference_of
   float inward, cap;
   float slope;  // dz/dx, but for the slope of the cap
 };
 
 inline Scales scales_of(const Transform& t) {
   const bool capped = t.softcap > 0;
-  const float unit = capped ? 1.0f : t.logit_scale;
-  return {unit, unit * kLog2e, capped ? t.logit_scale / t.softcap : 0.0f, t.softcap, t.logit_scale};
+  const float unit = t.unit(), log2 = unit * kLog2e;
+  int exponent = 0;
+  std::frexp(log2, &exponent);  // far * log2 is 2^30 to 2^31
+  const float far = std::ldexp(1.0f, std::max(31 - exponent, -94));
+  return {unit, log2, far, capped ? t.logit_scale / t.softcap : 0.0f, t.softcap, t.logit_scale};
+}
+
+// What 2^(x * log2 - m * log2), m being a maximum, is computed against: one FMA and one exp2, of x * scale -
+// rounded.
+struct Reference {
+  float scale, rounded, rest;
+};
+
+// Against the rounded product m * log2. The rounding is one factor for all x, 2^rest, of up to half a unit of
+// the product: too much for a sum, so it is taken out once, at the end.
+//
+// From |m| = far on that half unit would be 2^64 and soon more than exp2 can say. But there the fp32 numbers
+// beside m are 64 and more below it in the exponent: a logit is as large as m or it vanishes. That is what
+// any larger scale says, too: the power of two that makes the product 2^32 to 2^33 has no rounding (rest is
+// 0), gives 0 for x = m, -256 at most for any other, and never overflows upwards.
+//
+// Sums against an older maximum `old` <= m are moved by 2^(old * scale - rounded). That is right across `far`
+// as well, with no comparison: it is a power of two, so old = -far has an exact product, and any m above it
+// another one, at least a unit (128) higher, of which rest is half at most.
+FSL_DEVICE Reference reference_of(float m, const Scales& z) {
+  const float power = from_bits(0x8f000000u - (bits(m) & 0x7f800000u));  // its exponent is 286 - that of m
+  const float scale = magnitude(m) >= z.far ? power : z.log2, rounded = m * scale;
+  return {scale, rounded, fma(m, scale, -rounded)};
 }
 
 // z = cap * tanh(x * inward), infinities as they are, and the derivative over cap * inward. tanh by

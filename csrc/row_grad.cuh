@@ -1,4 +1,4 @@
-// Gradient of the logits, row by row, from the logits and each row's log-sum-exp. Computed in fp32 and
+// Gradient of the logits, row by row, from the logits and each row's normalizer. Computed in fp32 and
 // rounded once; element by element, so it may overwrite the logits. A row with scale 0 is not read: it gets
 // stored zeros.
 //
@@ -16,30 +16,31 @@ namespace fsl::gpu {
 constexpr bool kLastRowFirst = true;
 
 // A row's constants. gradient = dz/dx * (p * softmax_factor - smoothing - [target] * target_factor), where p
-// but for what rounding left out is 2^(z * log2 - reference).
+// but for its normalizer and what rounding left out is 2^(x * scale - reference).
 struct GradRow {
-  float reference, softmax_factor, smoothing, target_factor;
+  float scale, reference, softmax_factor, smoothing, target_factor;
   int own;  // the target's column, -1 when it is not here
 };
 
 template <bool kSoftcap>
-FSL_DEVICE GradRow grad_row(const GradArgs& a, const Scales& z, uint32_t n, float any_lse) {
-  const float lse = quiet(any_lse);
+FSL_DEVICE GradRow grad_row(const GradArgs& a, const Scales& z, uint32_t n, float any_top, float any_total) {
+  const float top = quiet(any_top), total = quiet(any_total);
   const float factor = quiet(a.scale[n]), slope = kSoftcap ? 1.0f : z.slope;
-  // lse / unit is what x is compared with; what the two roundings lose is one factor of the row.
-  const float lse_x = lse * reciprocal(z.unit);
-  const Reference reference = reference_of(lse_x, z.log2);
-  const float rest = fma(fma(-lse_x, z.unit, lse), kLog2e, reference.rest);
-  return {reference.rounded, factor * fma(2.0f * a.z_loss, lse, 1.0f) * exp2(-rest) * slope,
+  const float of_z_loss = a.z_loss > 0 ? 2.0f * a.z_loss * fma(top, z.unit, log(total)) : 0.0f;
+  const Reference reference = reference_of(top, z);
+  return {common(reference.scale),
+          reference.rounded,
+          factor * (1.0f + of_z_loss) * exp2(-reference.rest) * reciprocal(total) * slope,
           factor * (a.label_smoothing * reciprocal(static_cast<float>(a.vocab_size))) * slope,
-          factor * (1.0f - a.label_smoothing) * slope, own_column(a.target[n], a.vocab_start, a.logits)};
+          factor * (1.0f - a.label_smoothing) * slope,
+          own_column(a.target[n], a.vocab_start, a.logits)};
 }
 
 template <bool kSoftcap>
 FSL_DEVICE float gradient(float x, const GradRow& g, const Scales& z, bool target) {
   Capped c{x, 1.0f};
   if (kSoftcap) c = softcapped(x, z.inward, z.cap);
-  const float p = exp2(fma(c.value, z.log2, -g.reference));
+  const float p = exp2(fma(c.value, g.scale, -g.reference));
   const float grad = fma(p, g.softmax_factor, target ? -(g.smoothing + g.target_factor) : -g.smoothing);
   return kSoftcap ? grad * (c.slope * z.slope) : grad;
 }
@@ -165,7 +166,8 @@ row_grad_kernel(GradArgs a, Scales z, int splits, int segment) {
     Kernel::zeros(out, begin, end);
     return;
   }
-  const GradRow g = grad_row<kSoftcap>(a, z, n, a.lse[n]);
+  const float* normalizer = a.normalizer + int64_t{n} * kNormalizer;
+  const GradRow g = grad_row<kSoftcap>(a, z, n, normalizer[kRowMax], normalizer[kRowSum]);
   // The target's own logit is done again by the thread that writes it, which spares all others a comparison.
   // In place, it must be read before it is written.
   const bool owner =

@@ -33,7 +33,7 @@ void row_stats(const StatsArgs& a, float* parts, const Chip& chip, void* stream)
   const int64_t rows = a.logits.count();
   with_columns(a.want, [&](auto columns) {
     launch("fold_segments", fold_segments_kernel<columns()>, {(rows + threads - 1) / threads, threads},
-           stream, parts, a.weight, a.stats, rows, static_cast<int>(shares.segments));
+           stream, parts, a.weight, a.stats, rows, static_cast<int>(shares.segments), a.transform.unit());
   });
 }
 

@@ -23,7 +23,7 @@ struct Share {
 // One thread's statistics of its own columns, in units of x.
 struct Running {
   float top = -kInfinity;
-  float total = 0;  // sum of 2^u, u = x * scale - round(top * scale)
+  float total = 0;  // sum of 2^u, u as reference_of(top) says
   float x_sum = 0;
   int top_at = 0x7fffffff;
   float moment = 0;  // sum of u * 2^u
@@ -52,14 +52,14 @@ FSL_DEVICE void accumulate(Running& s, const Eight& eight, const Sum& sum, int f
       FSL_UNROLL for (int i = 7; i >= 0; --i) s.top_at = x[i] == top ? first + r * stride + i : s.top_at;
     }
   }
-  const float reference = not_minus_infinity(top) * z.log2;
-  const float delta = s.top * z.log2 - reference, shrink = exp2(delta);
+  const Reference reference = reference_of(not_minus_infinity(top), z);
+  const float delta = s.top * reference.scale - reference.rounded, shrink = exp2(delta);
   float total = 0, x_sum = 0, moment = 0;
   FSL_UNROLL for (int r = 0; r < kRuns; ++r) {
     float e[8], u[8];
     keep_order();
     eight(x, r);
-    FSL_UNROLL for (int i = 0; i < 8; ++i) u[i] = fma(x[i], z.log2, -reference);
+    FSL_UNROLL for (int i = 0; i < 8; ++i) u[i] = fma(x[i], reference.scale, -reference.rounded);
     FSL_UNROLL for (int i = 0; i < 8; ++i) e[i] = exp2(u[i]);
     total += sum_eight(e);
     if (kColumns > kArgmax) {
@@ -136,14 +136,16 @@ struct RowStats {
     FSL_SHARED(float, tops, kMaxWarps);
     FSL_SHARED(float, totals, kMaxWarps);
     const float top = block_reduce(s.top, Max{}, tops);
-    const Reference reference = reference_of(not_minus_infinity(top), z.log2);
-    const float delta = (s.top * z.log2 - reference.rounded) - reference.rest, shrink = exp2(delta);
+    const Reference reference = reference_of(not_minus_infinity(top), z);
+    const float delta = (s.top * reference.scale - reference.rounded) - reference.rest, shrink = exp2(delta);
     Stats result;
-    result.top = top * z.unit;
+    result.top = top;
     result.total = block_reduce(s.total * shrink, Add{}, totals);
+    // The maximum's own term is 1, but for the rounding of two exponentials: no loss is negative.
+    if (top > -kInfinity && result.total < 1) result.total = 1;
     if (kColumns > kSum) {
       FSL_SHARED(float, sums, kMaxWarps);
-      result.z_sum = block_reduce(s.x_sum, Add{}, sums) * z.unit;
+      result.x_sum = block_reduce(s.x_sum, Add{}, sums);
     }
     if (kColumns > kArgmax) {
       FSL_SHARED(int, ids, kMaxWarps);
@@ -158,11 +160,11 @@ struct RowStats {
   }
 };
 
-// z of the row's target, 0 when it is not among these columns.
+// x of the row's target, 0 when it is not among these columns.
 template <class T, bool kSoftcap>
 FSL_DEVICE float target_value(const StatsArgs& a, const Row& row, uint32_t n, const Scales& z) {
   const int own = own_column(a.target[n], a.vocab_start, a.logits);
-  return own < 0 ? 0.0f : capped<kSoftcap>(load_one<T>(row, own), z) * z.unit;
+  return own < 0 ? 0.0f : capped<kSoftcap>(load_one<T>(row, own), z);
 }
 
 template <class T, int kColumns, bool kSoftcap, bool kShifted>
@@ -183,7 +185,7 @@ row_stats_kernel(StatsArgs a, Scales z, Share share) {
               end = valid - begin < share.segment ? valid : begin + share.segment;
     using Kernel = RowStats<T, kColumns, kSoftcap, kShifted>;
     const Stats s = Kernel::met(Kernel::columns(row, begin, end, z), z, a.vocab_start);
-    if (share.splits == 1) all = fold(all, s);
+    if (share.splits == 1) all = fold(all, s, z.unit);
     else if (thread_id() == 0)
       store_stats<kColumns>(share.parts + (int64_t{n} * segments + segment) * kColumns, s);
   }
@@ -192,15 +194,16 @@ row_stats_kernel(StatsArgs a, Scales z, Share share) {
   if (share.splits == 1) store_stats<kColumns>(stats, all);
 }
 
-// The parts of each row that was shared out, folded; a row a thread. Its target's z is there already.
+// The parts of each row that was shared out, folded; a row a thread. Its target's x is there already.
 template <int kColumns>
 FSL_KERNEL(256, 4)
-fold_segments_kernel(const float* parts, const float* weight, float* stats, int64_t rows, int segments) {
+fold_segments_kernel(const float* parts, const float* weight, float* stats, int64_t rows, int segments,
+                     float unit) {
   const int64_t n = int64_t{block_id()} * block_threads() + thread_id();
   if (n >= rows || weight[n] == 0) return;
   Stats all;
   for (int segment = 0; segment < segments; ++segment)
-    all = fold(all, load_stats<kColumns>(parts + (n * segments + segment) * kColumns));
+    all = fold(all, load_stats<kColumns>(parts + (n * segments + segment) * kColumns), unit);
   store_stats<kColumns>(stats + n * kColumns, all);
 }
 

@@ -205,14 +205,16 @@ struct HeldInRegisters {
 
 // One logit, -inf for none, on top of those in `s`.
 FSL_DEVICE void add_one(Running& s, float x, bool there, const Scales& z) {
-  const float top = max(s.top, x), reference = not_minus_infinity(top) * z.log2;
-  s.total = fma(s.total, exp2(s.top * z.log2 - reference), exp2(fma(x, z.log2, -reference)));
+  const float top = max(s.top, x);
+  const Reference reference = reference_of(not_minus_infinity(top), z);
+  const float shrink = exp2(s.top * reference.scale - reference.rounded);
+  s.total = fma(s.total, shrink, exp2(fma(x, reference.scale, -reference.rounded)));
   s.x_sum += there ? x : 0.0f;
   s.top = top;
 }
 
 // Statistics of all blocks of the cluster, in the order of their parts.
-FSL_DEVICE Stats over_cluster(const Stats& mine, int cluster) {
+FSL_DEVICE Stats over_cluster(const Stats& mine, int cluster, float unit) {
   FSL_SHARED(float, part, 4);
   if (thread_id() == 0) store_stats<4>(part, mine);
   cluster_barrier();
@@ -220,7 +222,7 @@ FSL_DEVICE Stats over_cluster(const Stats& mine, int cluster) {
   for (int rank = 0; rank < cluster; ++rank) {
     float read[4];
     FSL_UNROLL for (int i = 0; i < 4; ++i) read[i] = i == kTarget ? 0.0f : cluster_read(part + i, rank);
-    all = fold(all, load_stats<4>(read));
+    all = fold(all, load_stats<4>(read), unit);
   }
   return all;
 }
@@ -246,7 +248,9 @@ row_stats_grad_kernel(StatsGradArgs a, Scales z, Holding holding) {
   const bool first = part == 0 && thread_id() == 0;
   if (a.weight[n] == 0) {
     Gradient::zero_columns(out, begin, until);
-    if (first) a.loss[n] = a.lse[n] = 0.0f;
+    if (!first) return;
+    a.loss[n] = 0.0f;
+    store_normalizer(a.normalizer, n, 0.0f, 0.0f);
     return;
   }
   // In place, what is read here would be gone later.
@@ -259,18 +263,18 @@ row_stats_grad_kernel(StatsGradArgs a, Scales z, Holding holding) {
   held.statistics(running, z);
   held.rest(running, in, whole, z);
   Stats all = Statistics::met(running, z, grad.vocab_start);
-  if (holding.cluster > 1) all = over_cluster(all, holding.cluster);
-  const float z_own = own < 0 ? 0.0f : capped<kSoftcap>(x_own, z) * z.unit;
+  if (holding.cluster > 1) all = over_cluster(all, holding.cluster, z.unit);
+  const float own_value = own < 0 ? 0.0f : capped<kSoftcap>(x_own, z);
   const RowLoss row =
-      row_loss(all, z_own, grad.target[n], grad.label_smoothing, grad.z_loss, grad.vocab_size);
+      row_loss(all, own_value, grad.target[n], z.unit, grad.label_smoothing, grad.z_loss, grad.vocab_size);
   if (first) {
     a.loss[n] = row.loss * a.weight[n];
-    a.lse[n] = row.lse;
+    store_normalizer(a.normalizer, n, row.top, row.total);
   }
   if (grad.scale[n] == 0) {
     Gradient::zero_columns(out, begin, until);
   } else {
-    const GradRow g = grad_row<kSoftcap>(grad, z, n, row.lse);
+    const GradRow g = grad_row<kSoftcap>(grad, z, n, row.top, row.total);
     Gradient::any_columns(in, out, g, z, held.end, end);
     held.gradient_to(out, g, z);
     Gradient::zero_columns(out, end, until);

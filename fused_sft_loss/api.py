@@ -112,9 +112,10 @@ def sft_loss(
             tensor, such as a loss scale). Forward then computes the gradient from the same read of
             the logits: 4 bytes for each bf16 logit instead of 6. If backward is called with another
             gradient, the rows are corrected on the device: from the logits, exactly; with
-            `inplace_backward` by the ratio, which rounds 16-bit gradients a second time. It needs
-            the whole vocabulary on one rank and backend "cpu", "cuda" or "hip". Backward runs once.
-            Without a gradient to compute (``no_grad``) nothing is written.
+            `inplace_backward` by the ratio, which rounds 16-bit gradients a second time (a power
+            of two is exact, unless a stored fp16 gradient is below 6e-5 and has fewer digits). It
+            needs the whole vocabulary on one rank and backend "cpu", "cuda" or "hip". Backward runs
+            once. Without a gradient to compute (``no_grad``) nothing is written.
         backend: "cpu", "cuda", "hip", "triton" or "eager". None: the fastest that runs on the
             device; ``python -m fused_sft_loss env`` prints which, and why not the others.
 
@@ -185,10 +186,9 @@ def loss_terms_and_metrics(
         )
     targets, call = _prepare(logits, labels, loss_mask, options, "loss and metrics")
     vectors = autograd.token_losses_and_metrics(*call, options.inplace_backward)
-    losses, lse, loss, log_prob, correct, entropy = (v.view(labels.shape) for v in vectors)
-    metrics = (loss, log_prob, lse, correct, entropy)
-    terms = LossTerms(losses, targets.weight_sum, targets.count)
-    return terms, TokenMetrics(*(figure.detach() for figure in metrics))
+    losses, _normalizer, *metrics = vectors
+    terms = LossTerms(losses.view(labels.shape), targets.weight_sum, targets.count)
+    return terms, TokenMetrics(*(figure.view(labels.shape).detach() for figure in metrics))
 
 
 def _expected_gradient(expected: bool | float | Tensor, weight_sum: Tensor, mean: bool) -> Tensor:

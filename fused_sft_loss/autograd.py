@@ -51,10 +51,10 @@ def merged_rows(logits, target, weight, math: RowMath, group_name: str, backend:
 @operator(
     f"row_losses(Tensor logits, Tensor target, Tensor weight, {_MATH}, str group_name, "
     "str backend) -> (Tensor, Tensor)",
-    lambda logits, target, weight, *rest: vectors_like(weight, 2),
+    lambda logits, target, weight, *rest: losses_like(weight),
 )
 def row_losses(logits, target, weight, *rest):
-    """(weight * loss `[N]`, lse `[N]`), fp32, of logits `[b, s, v]`."""
+    """(weight * loss `[N]`, normalizer `[N, 2]`), fp32, of logits `[b, s, v]`."""
     math, (group_name, backend) = RowMath.of_arguments(*rest[:_MATH_FIELDS]), rest[_MATH_FIELDS:]
     columns = 4 if math.label_smoothing else 3
     gathered = merged_rows(logits, target, weight, math, group_name, backend, columns)
@@ -63,19 +63,20 @@ def row_losses(logits, target, weight, *rest):
 
 @operator(
     "row_losses_and_metrics(Tensor logits, Tensor target, Tensor weight, "
-    f"{_MATH}, str group_name, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    lambda logits, target, weight, *rest: vectors_like(weight, 6, truths=(4,)),
+    f"{_MATH}, str group_name, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    lambda logits, target, weight, *rest: (
+        *losses_like(weight),
+        *vectors_like(weight, 5, truths=(3,)),
+    ),
 )
 def row_losses_and_metrics(logits, target, weight, *rest):
-    """(losses, lse) of `row_losses`, then (loss, log_prob, correct, entropy) of `token_metrics`,
-    `[N]` each, of one read."""
+    """(losses, normalizer) of `row_losses`, then all of `token_metrics`, of one read."""
     math, (group_name, backend) = RowMath.of_arguments(*rest[:_MATH_FIELDS]), rest[_MATH_FIELDS:]
     gathered = merged_rows(logits, target, weight, math, group_name, backend, 6)
-    losses, lse = choose.load(backend).merge(gathered, target, weight, math)
-    loss, log_prob, _, correct, entropy = choose.load(backend).merge_metrics(
-        gathered, target, weight, math
-    )
-    return losses, lse, loss, log_prob, correct, entropy
+    kernels = choose.load(backend)
+    losses, normalizer = kernels.merge(gathered, target, weight, math)
+    return losses, normalizer, *kernels.merge_metrics(gathered, target, weight, math)
 
 
 @operator(
@@ -91,31 +92,31 @@ def token_metrics(logits, target, weight, *rest):
 
 
 @operator(
-    f"row_grad(Tensor grad, Tensor logits, Tensor target, Tensor weight, Tensor lse, {_MATH}, "
-    "str backend) -> Tensor",
+    "row_grad(Tensor grad, Tensor logits, Tensor target, Tensor weight, Tensor normalizer, "
+    f"{_MATH}, str backend) -> Tensor",
     lambda grad, logits, *rest: torch.empty_like(logits),
 )
-def row_grad(grad, logits, target, weight, lse, *rest):
+def row_grad(grad, logits, target, weight, normalizer, *rest):
     """Gradient of the logits, in their dtype, for the gradient `[N]` of the token losses."""
     out = torch.empty_like(logits)
-    _write_grad(grad, logits, target, weight, lse, rest, out)
+    _write_grad(grad, logits, target, weight, normalizer, rest, out)
     return out
 
 
 @operator(
-    f"row_grad_(Tensor grad, Tensor(a!) logits, Tensor target, Tensor weight, Tensor lse, {_MATH}, "
-    "str backend) -> ()",
+    "row_grad_(Tensor grad, Tensor(a!) logits, Tensor target, Tensor weight, Tensor normalizer, "
+    f"{_MATH}, str backend) -> ()",
     lambda *args: None,
     changes=1,
 )
-def row_grad_(grad, logits, target, weight, lse, *rest):
+def row_grad_(grad, logits, target, weight, normalizer, *rest):
     """:func:`row_grad` over the logits themselves."""
-    _write_grad(grad, logits, target, weight, lse, rest, logits)
+    _write_grad(grad, logits, target, weight, normalizer, rest, logits)
 
 
-def _write_grad(grad, logits, target, weight, lse, rest, out):
+def _write_grad(grad, logits, target, weight, normalizer, rest, out):
     math, backend = RowMath.of_arguments(*rest[:-1]), rest[-1]
-    choose.load(backend).row_grad(logits, lse, target, rows_scale(grad, weight), math, out)
+    choose.load(backend).row_grad(logits, normalizer, target, rows_scale(grad, weight), math, out)
 
 
 def rows_scale(grad: Tensor, weight: Tensor) -> Tensor:
@@ -124,6 +125,11 @@ def rows_scale(grad: Tensor, weight: Tensor) -> Tensor:
     A row with weight 0 stays out even when the upstream gradient is not finite.
     """
     return torch.where(weight != 0, grad.float() * weight, 0.0)
+
+
+def losses_like(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses `[N]` and normalizer `[N, 2]` without data."""
+    return (*vectors_like(weight, 1), weight.new_empty(weight.shape[0], 2, dtype=torch.float32))
 
 
 def vectors_like(weight: Tensor, count: int, truths: tuple[int, ...] = ()) -> tuple[Tensor, ...]:
@@ -143,17 +149,17 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        (logits, target, weight, *rest), (_losses, lse, *figures) = inputs, output
+        (logits, target, weight, *rest), (_losses, normalizer, *figures) = inputs, output
         *rest, ctx.inplace = rest
-        ctx.save_for_backward(logits, target, weight, lse)
+        ctx.save_for_backward(logits, target, weight, normalizer)
         ctx.rest = (*rest[:_MATH_FIELDS], rest[-1])
-        ctx.mark_non_differentiable(lse, *figures)
+        ctx.mark_non_differentiable(normalizer, *figures)
 
     @staticmethod
     @first_order
     def backward(ctx, grad_losses, *_grads_of_figures):
-        logits, target, weight, lse = ctx.saved_tensors
-        args = (grad_losses, logits, target, weight, lse, *ctx.rest)
+        logits, target, weight, normalizer = ctx.saved_tensors
+        args = (grad_losses, logits, target, weight, normalizer, *ctx.rest)
         if ctx.inplace and not traced(logits):
             row_grad_(*args)
             grad_logits = logits.detach()
@@ -182,6 +188,6 @@ token_losses = differentiable(
 token_losses_and_metrics = differentiable(
     "token_losses_and_metrics(Tensor logits, Tensor target, Tensor weight, "
     f"{_MATH}, str group_name, str backend, bool inplace_backward) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     TokenLossesAndMetrics,
 )

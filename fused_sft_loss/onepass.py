@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import rowmath
-from .autograd import rows_scale, vectors_like
+from .autograd import losses_like, rows_scale
 from .backends import choose
 from .inplace import traced
 from .operators import differentiable, first_order, operator
@@ -28,14 +28,32 @@ def token_losses(logits: Tensor, target: Tensor, weight: Tensor, *rest) -> Tenso
     """
     *math, _group_name, backend, expected, inplace = rest
     stored = rows_scale(expected, weight)
+    inplace = inplace and not traced(logits)
+    if inplace:
+        stored = can_be_rescaled(stored, weight, logits.dtype)
     call = (logits.detach(), target, weight, stored, *math, backend)
-    if inplace and not traced(logits):
+    if inplace:
         logits = _SameMemory.apply(logits)
-        losses, lse = row_stats_grad_(*call)
+        losses, normalizer = row_stats_grad_(*call)
         grad = None
     else:
-        losses, lse, grad = row_stats_grad(*call)
-    return with_grad(logits, losses, grad, target, weight, lse, stored, *math, backend)
+        losses, normalizer, grad = row_stats_grad(*call)
+    return with_grad(logits, losses, grad, target, weight, normalizer, stored, *math, backend)
+
+
+#: A row in place is stored for its expected scale while that lies between these, and for 1
+#: otherwise: from zeros and from infinities no other gradient can be made. Below 2^-24 all of a
+#: row would be 0 in fp16.
+STORED_FOR_ONE_BELOW = {torch.float16: 2.0**-24}
+STORED_FOR_ITSELF = (2.0**-60, 2.0**60)
+
+
+def can_be_rescaled(stored: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The scales `[N]` for which rows are stored in place; 0 still where the weight is."""
+    least, most = STORED_FOR_ITSELF
+    size = stored.abs()
+    kept = (size >= STORED_FOR_ONE_BELOW.get(dtype, least)) & (size <= most)
+    return torch.where(kept | (weight == 0), stored, 1.0)
 
 
 class _SameMemory(torch.autograd.Function):
@@ -57,10 +75,10 @@ class _SameMemory(torch.autograd.Function):
 @operator(
     f"row_stats_grad(Tensor logits, Tensor target, Tensor weight, Tensor scale, {_MATH}, "
     "str backend) -> (Tensor, Tensor, Tensor)",
-    lambda logits, target, weight, *rest: (*vectors_like(weight, 2), torch.empty_like(logits)),
+    lambda logits, target, weight, *rest: (*losses_like(weight), torch.empty_like(logits)),
 )
 def row_stats_grad(logits, target, weight, scale, *rest):
-    """(weight * loss `[N]`, lse `[N]`, the gradient of scale * loss in the logits' dtype)."""
+    """The losses and normalizer of `row_losses`, and the gradient of scale * loss."""
     out = torch.empty_like(logits)
     return (*_write(logits, target, weight, scale, rest, out), out)
 
@@ -68,7 +86,7 @@ def row_stats_grad(logits, target, weight, scale, *rest):
 @operator(
     f"row_stats_grad_(Tensor(a!) logits, Tensor target, Tensor weight, Tensor scale, {_MATH}, "
     "str backend) -> (Tensor, Tensor)",
-    lambda logits, target, weight, *rest: vectors_like(weight, 2),
+    lambda logits, target, weight, *rest: losses_like(weight),
     changes=0,
 )
 def row_stats_grad_(logits, target, weight, scale, *rest):
@@ -82,15 +100,15 @@ def _write(logits, target, weight, scale, rest, out):
 
 
 @operator(
-    "row_regrad_(Tensor(a!) grad, Tensor logits, Tensor target, Tensor lse, Tensor scale, "
+    "row_regrad_(Tensor(a!) grad, Tensor logits, Tensor target, Tensor normalizer, Tensor scale, "
     f"Tensor stored, {_MATH}, str backend) -> ()",
     lambda *args: None,
     changes=0,
 )
-def row_regrad_(grad, logits, target, lse, scale, stored, *rest):
+def row_regrad_(grad, logits, target, normalizer, scale, stored, *rest):
     """The gradient of scale * loss in those rows of `grad` that hold it for another scale."""
     math, backend = RowMath.of_arguments(*rest[:-1]), rest[-1]
-    choose.load(backend).row_grad(logits, lse, target, scale, math, grad, stored)
+    choose.load(backend).row_grad(logits, normalizer, target, scale, math, grad, stored)
 
 
 @operator(
@@ -114,24 +132,24 @@ class WithGrad(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        logits, _losses, grad, target, weight, lse, stored, *ctx.rest = inputs
-        ctx.save_for_backward(logits, grad, target, weight, lse, stored)
+        logits, _losses, grad, target, weight, normalizer, stored, *ctx.rest = inputs
+        ctx.save_for_backward(logits, grad, target, weight, normalizer, stored)
 
     @staticmethod
     @first_order
     def backward(ctx, grad_losses):
-        logits, grad, target, weight, lse, stored = ctx.saved_tensors
+        logits, grad, target, weight, normalizer, stored = ctx.saved_tensors
         scale = rows_scale(grad_losses, weight)
         if grad is None:
             grad = logits.clone() if traced(logits) else logits.detach()
             row_rescale_(grad, scale, stored, *ctx.rest)
         else:
-            row_regrad_(grad, logits, target, lse, scale, stored, *ctx.rest)
+            row_regrad_(grad, logits, target, normalizer, scale, stored, *ctx.rest)
         return (grad, *[None] * (6 + len(ctx.rest)))
 
 
 with_grad = differentiable(
     "with_grad(Tensor logits, Tensor losses, Tensor? grad, Tensor target, Tensor weight, "
-    f"Tensor lse, Tensor stored, {_MATH}, str backend) -> Tensor",
+    f"Tensor normalizer, Tensor stored, {_MATH}, str backend) -> Tensor",
     WithGrad,
 )

@@ -48,6 +48,15 @@ class RowMath(NamedTuple):
             scale = torch.tensor(float(scale), dtype=torch.float64, device="cpu")
         return self._replace(logit_scale=scale)
 
+    @property
+    def unit(self) -> float:
+        """z = unit * x, x being the capped logit under a softcap and the raw one otherwise.
+
+        Statistics are in units of this x: a difference of neighbouring x is exact, and one of
+        rounded products unit * x is not.
+        """
+        return 1.0 if self.softcap else self.logit_scale
+
     def valid_columns(self, columns: int) -> int:
         """How many of a shard's `columns` are vocabulary rather than padding."""
         return max(0, min(columns, self.vocab_size - self.vocab_start))

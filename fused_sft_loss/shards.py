@@ -86,42 +86,44 @@ def check(held: list[tuple[int, int, int]]) -> None:
         )
 
 
-def merge_exponentials(gathered: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Maximum, sum of exp(z - maximum) and each shard's rescaling `[ranks, N]` from `[ranks, N,
-    k]`.
+def merge_exponentials(gathered: Tensor, unit: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Maximum, sum of exp(unit * (x - maximum)) and each shard's shift `[ranks, N]`, which is
+    unit * (its maximum - maximum), from `[ranks, N, k]`.
 
     A shard, or a whole row, may be all -inf: its factor is 0, where -inf - -inf would make a NaN.
     """
     maximum = gathered[..., 0].amax(0)
-    shift = gathered[..., 0] - maximum
+    shift = (gathered[..., 0] - maximum) * unit
     shift = torch.where(gathered[..., 0] == -torch.inf, -torch.inf, shift)
-    rescale = shift.exp()
-    return maximum, _ordered_sum(gathered[..., 1] * rescale), rescale
+    return maximum, _ordered_sum(gathered[..., 1] * shift.exp()), shift
 
 
 def merge(gathered: Tensor, target: Tensor, weight: Tensor, math: RowMath) -> tuple[Tensor, Tensor]:
-    """(weight * loss `[N]`, lse `[N]`), fp32, from the shards' statistics `[ranks, N, k]`.
+    """(weight * loss `[N]`, normalizer `[N, 2]`), fp32, from the shards' statistics `[ranks, N,
+    k]`.
+
+    The normalizer is the row's maximum x and its sum of exp(unit * (x - maximum)), apart: their
+    log-sum-exp as one fp32 number would be off by half a unit in its last place, and every
+    probability by that factor: all of it from |z| = 1e8 on.
 
     Both are exactly 0 in rows with weight 0, whatever their statistics. A label outside the
     vocabulary makes both NaN.
     """
-    maximum, denominator, _ = merge_exponentials(gathered)
+    maximum, denominator, _ = merge_exponentials(gathered, math.unit)
     log_denominator = denominator.log()
-    lse = maximum + log_denominator
-    z_target = _ordered_sum(gathered[..., 2])
-    # (maximum - z_y) first: both are logits, so their difference is exact when it matters.
-    loss = (maximum - z_target) + log_denominator
+    # (maximum - x_y) first: both are logits, so their difference is exact when it matters.
+    loss = (maximum - _ordered_sum(gathered[..., 2])) * math.unit + log_denominator
     if math.label_smoothing:
         mean = _ordered_sum(gathered[..., 3]) / math.vocab_size
-        smooth = (maximum - mean) + log_denominator
+        smooth = (maximum - mean) * math.unit + log_denominator
         loss = (1 - math.label_smoothing) * loss + math.label_smoothing * smooth
     if math.z_loss:
-        loss = loss + math.z_loss * lse.square()
-    poisoned = target == OUT_OF_VOCABULARY
+        loss = loss + math.z_loss * (maximum * math.unit + log_denominator).square()
+    poison = torch.where(target == OUT_OF_VOCABULARY, torch.nan, 0.0)
     scored = weight != 0
-    lse = torch.where(scored, torch.where(poisoned, torch.nan, lse), 0.0)
-    loss = torch.where(scored, torch.where(poisoned, torch.nan, weight * loss), 0.0)
-    return loss, lse
+    loss = torch.where(scored, weight * loss + poison, 0.0)
+    normalizer = torch.stack([maximum, denominator], -1) + poison.unsqueeze(-1)
+    return loss, torch.where(scored.unsqueeze(-1), normalizer, 0.0)
 
 
 def merge_metrics(
@@ -130,22 +132,26 @@ def merge_metrics(
     """(loss, log_prob, lse, correct, entropy) `[N]`; 0 or False where weight is 0. The loss is
     unweighted.
 
-    entropy = lse - sum of p*z; with u = z - maximum that is log(denominator) - sum(u * e^u) /
+    entropy = lse - sum of p*z; with u = z - max z that is log(denominator) - sum(u * e^u) /
     denominator.
     """
     scored = weight != 0
-    loss, lse = merge(gathered, target, scored.float(), math)
-    maximum, denominator, rescale = merge_exponentials(gathered)
-    shift = torch.where(rescale == 0, 0.0, gathered[..., 0] - maximum)
+    loss, _ = merge(gathered, target, scored.float(), math)
+    maximum, denominator, shift = merge_exponentials(gathered, math.unit)
+    log_denominator, rescale = denominator.log(), shift.exp()
+    shift = torch.where(rescale == 0, 0.0, shift)
     weighted = _ordered_sum((gathered[..., 5] + shift * gathered[..., 1]) * rescale)
-    entropy = denominator.log() - weighted / denominator
-    log_prob = (_ordered_sum(gathered[..., 2]) - maximum) - denominator.log()
+    entropy = log_denominator - weighted / denominator
+    lse = maximum * math.unit + log_denominator
+    log_prob = (_ordered_sum(gathered[..., 2]) - maximum) * math.unit - log_denominator
     # Of equal maxima the first id wins, as in torch.argmax over the whole vocabulary.
     holder = torch.where(gathered[..., 0] == maximum, gathered[..., 4], torch.inf)
     correct = scored & (holder.amin(0) == target)
     poisoned = target == OUT_OF_VOCABULARY
-    log_prob = torch.where(scored, log_prob.masked_fill(poisoned, torch.nan), 0.0)
-    entropy = torch.where(scored, entropy.masked_fill(poisoned, torch.nan), 0.0)
+    lse, log_prob, entropy = (
+        torch.where(scored, figure.masked_fill(poisoned, torch.nan), 0.0)
+        for figure in (lse, log_prob, entropy)
+    )
     return loss, log_prob, lse, correct, entropy
 
 

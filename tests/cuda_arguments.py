@@ -42,13 +42,13 @@ GradArgs = _struct(
     "GradArgs",
     **_of(Rows, "logits grad"),
     transform=Transform,
-    **_of(POINTER, "target lse scale"),
+    **_of(POINTER, "target normalizer scale"),
     vocab_start=c_int64,
     **_of(c_float, "label_smoothing z_loss"),
     vocab_size=c_int64,
     stored=POINTER,
 )
-StatsGradArgs = _struct("StatsGradArgs", grad=GradArgs, **_of(POINTER, "weight loss lse"))
+StatsGradArgs = _struct("StatsGradArgs", grad=GradArgs, **_of(POINTER, "weight loss normalizer"))
 RescaleArgs = _struct("RescaleArgs", grad=Rows, **_of(POINTER, "scale stored"))
 TargetsArgs = _struct(
     "TargetsArgs",
@@ -64,12 +64,12 @@ MergeArgs = _struct(
     stats=POINTER,
     **_of(c_int64, "ranks rows columns rank_stride"),
     **_of(POINTER, "target weight"),
-    **_of(c_float, "label_smoothing z_loss"),
+    **_of(c_float, "unit label_smoothing z_loss"),
     vocab_size=c_int64,
-    **_of(POINTER, "loss lse"),
+    **_of(POINTER, "loss normalizer"),
 )
-Metrics = _struct("Metrics", **_of(POINTER, "log_prob correct entropy"))
-Scales = _struct("Scales", **_of(c_float, "unit log2 inward cap slope"))
+Metrics = _struct("Metrics", **_of(POINTER, "lse log_prob correct entropy"))
+Scales = _struct("Scales", **_of(c_float, "unit log2 far inward cap slope"))
 Share = _struct("Share", **_of(c_int32, "splits segment"), parts=POINTER)
 Holding = _struct("Holding", **_of(c_int32, "cluster columns"))
 

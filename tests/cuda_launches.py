@@ -107,14 +107,17 @@ class Run(Passes):
         if splits > 1:
             pointers = (t.data_ptr() for t in (self.parts, self.weight, self.stats))
             fold = kernel("fold_segments", columns=columns)
-            self._run("fold", fold, blocks(rows), VECTOR_THREADS, *pointers, rows, segments)
+            self._run(
+                "fold", fold, blocks(rows), VECTOR_THREADS, *pointers, rows, segments, self._unit(),
+            )  # fmt: skip
 
     def merged(self):
         rows, columns = self.stats.shape
         self.unwritten_losses()
         args = MergeArgs(
-            **self._named("stats target weight loss lse"), ranks=1, rows=rows, columns=columns,
-            rank_stride=rows * columns, vocab_size=self.vocab_size, **self.terms,
+            **self._named("stats target weight loss normalizer"), ranks=1, rows=rows,
+            columns=columns, rank_stride=rows * columns, unit=self._unit(),
+            vocab_size=self.vocab_size, **self.terms,
         )  # fmt: skip
         code = kernel("merge", columns=columns)
         self._run("merge", code, blocks(rows), VECTOR_THREADS, args, Metrics())
@@ -140,7 +143,7 @@ class Run(Passes):
         self.unwritten_losses()
         chosen = line("row_stats_grad", logits.shape[-1])
         held = held or -(-self.vocab_size // 8) * 8
-        args = StatsGradArgs(grad=self._grad_args(grad), **self._named("weight loss lse"))
+        args = StatsGradArgs(grad=self._grad_args(grad), **self._named("weight loss normalizer"))
         shifted = skew(logits) != 0 or skew(grad) != 0
         code = kernel("row_stats_grad", shifted=shifted, **self.options)
         self._run(
@@ -152,7 +155,7 @@ class Run(Passes):
     def _grad_args(self, grad) -> GradArgs:
         return GradArgs(
             logits=self._rows(self.logits), grad=self._rows(grad), transform=self.transform,
-            **self._named("target lse"), scale=self.weight.data_ptr(),
+            **self._named("target normalizer"), scale=self.weight.data_ptr(),
             vocab_size=self.vocab_size, **self.terms,
         )  # fmt: skip
 
@@ -167,9 +170,14 @@ class Run(Passes):
     def _scales(self) -> Scales:
         """As scales_of in gpu_math.cuh."""
         scale, cap = self.transform.logit_scale, self.transform.softcap
-        unit = np.float32(1.0 if cap else scale)
+        unit = self._unit()
+        log2 = np.float32(unit) * LOG2E
+        far = 2.0 ** min(31 - np.frexp(log2)[1], 127)
         inward = np.float32(scale) / np.float32(cap) if cap else 0.0
-        return Scales(unit, unit * LOG2E, inward, cap, scale)
+        return Scales(unit, log2, far, inward, cap, scale)
+
+    def _unit(self) -> float:
+        return 1.0 if self.transform.softcap else self.transform.logit_scale
 
     def _named(self, names: str) -> dict[str, int]:
         return {name: getattr(self, name).data_ptr() for name in names.split()}
@@ -181,7 +189,7 @@ class Run(Passes):
                 share(machine, attribute, tensor)
         if self.edit:
             code = Kernel(self.edit(code), code.name)
-        packed = [a if isinstance(a, int) else bytes(a) for a in arguments]
+        packed = [a if isinstance(a, (int, float)) else bytes(a) for a in arguments]
         machine.launch(code, grid, threads, packed, dynamic_shared)
         self.counts[name] = machine.counts
 

@@ -82,7 +82,8 @@ class Run(Passes):
     def merged(self):
         self.unwritten_losses()
         plan = merge.plan(
-            self.planned_for, self.stats[None], self.target, self.weight, self.loss, self.lse,
+            self.planned_for, self.stats[None], self.target, self.weight, self.loss,
+            self.normalizer, unit=1.0 if self.cap["softcap"] else self.cap["logit_scale"],
             vocab_size=self.vocab_size, **self.terms,
         )  # fmt: skip
         self._run("merge", plan)
@@ -91,7 +92,8 @@ class Run(Passes):
         self.grad = self.logits if self.inplace else self.unwritten_gradient()
         shape = self._shape("row_grad")
         plan = row_grad.plan(
-            self.planned_for, shape, self.logits, self.lse, self.target, self.weight, self.grad,
+            self.planned_for, shape, self.logits, self.normalizer, self.target, self.weight,
+            self.grad,
             valid=self.valid, vocab_start=0, vocab_size=self.vocab_size, **self.cap, **self.terms,
         )  # fmt: skip
         self._run("gradient", plan)

@@ -42,7 +42,8 @@ class Passes:
         self.count, self.weight_sum = torch.tensor(-1, dtype=torch.int32), torch.tensor(-1.0)
 
     def unwritten_losses(self):
-        self.loss, self.lse = (torch.full((self.labels.numel(),), float("nan")) for _ in range(2))
+        self.loss = torch.full((self.labels.numel(),), float("nan"))
+        self.normalizer = torch.full((self.labels.numel(), 2), float("nan"))
 
     def unwritten_gradient(self) -> torch.Tensor:
         """Apart from the logits, in rows that lie as theirs do."""

@@ -3,7 +3,16 @@
 import pytest
 import torch
 from backends import ON_CPU, using
-from cases import DTYPES, VOCABULARIES, build, cases, expected, run, storage_grad
+from cases import (
+    DTYPES,
+    VOCABULARIES,
+    build,
+    cases,
+    expected,
+    gradient_scale,
+    run,
+    storage_grad,
+)
 from hypothesis import HealthCheck, given, settings
 
 import fused_sft_loss as fsl
@@ -55,7 +64,7 @@ def test_losses_and_gradients_over_the_option_product(backend, case):
             got, wanted, rtol=2e-2, atol=0.02 * (wanted.abs().max().item() or 1)
         )
     else:
-        scale = (want.weight * upstream).abs().max().item() * case.options["logit_scale"]
+        scale = gradient_scale(case, want, upstream)
         assert_grad(grad, wanted_grad, case.storage.dtype, scale)
 
 
@@ -169,7 +178,7 @@ def test_eager_cut_into_small_tiles(tile, case):
             **case.call_options(),
         )
     assert_losses(losses, want)
-    scale = (want.weight * upstream).abs().max().item() * options["logit_scale"]
+    scale = gradient_scale(case, want, upstream)
     assert_grad(grad, storage_grad(case, want.grad), case.storage.dtype, scale)
     assert torch.equal(metrics.correct.flatten(), want.correct)
     torch.testing.assert_close(metrics.entropy.flatten().double(), want.entropy, rtol=0, atol=2e-5)

@@ -69,21 +69,16 @@ def operator_arguments(backend):
     logits = torch.randn(2, 3, 100, requires_grad=True)
     target, weight = torch.randint(0, 90, (6,)), torch.rand(6)
     weight[2] = 0
-    lse, grad = torch.randn(6) + 10, torch.randn(6)
+    normalizer, grad = torch.rand(6, 2) + 1, torch.randn(6)
     labels, mask = torch.randint(0, 90, (2, 3)), torch.rand(2, 3)
     return {
         "row_targets": (labels, mask, torch.tensor([0, 4, 6]), True, -100, 90, backend),
         "token_losses": (logits, target, weight, *math.arguments(), "", backend, False),
         "token_losses_and_metrics": (logits, target, weight, *math.arguments(), "", backend, False),
-        "row_grad": (grad, logits.detach(), target, weight, lse, *math.arguments(), backend),
+        "row_grad": (grad, logits.detach(), target, weight, normalizer, *math.arguments(), backend),
         "row_grad_": (
-            grad,
-            logits.detach().clone(),
-            target,
-            weight,
-            lse,
-            *math.arguments(),
-            backend,
+            *(grad, logits.detach().clone(), target, weight, normalizer),
+            *(*math.arguments(), backend),
         ),
         "token_metrics": (logits.detach(), target, weight, *math.arguments(), "", backend),
     }

@@ -306,17 +306,15 @@ def test_opcheck():
         call = (logits, target, weight, weight, *math.arguments(), name)
         opcheck(ops.row_stats_grad, call)
         opcheck(ops.row_stats_grad_, call)
-        losses, lse, grad = ops.row_stats_grad(*call)
+        losses, normalizer, grad = ops.row_stats_grad(*call)
         leaf = logits.clone().requires_grad_()
         for held in (grad, None):
             opcheck(
                 ops.with_grad,
-                (leaf, losses, held, target, weight, lse, weight, *math.arguments(), name),
+                (leaf, losses, held, target, weight, normalizer, weight, *math.arguments(), name),
                 # Backward may write over what it is given: it runs once.
                 test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
             )
-        opcheck(
-            ops.row_regrad_,
-            (grad, logits, target, lse, weight * 2, weight, *math.arguments(), name),
-        )
+        again = (grad, logits, target, normalizer, weight * 2, weight, *math.arguments(), name)
+        opcheck(ops.row_regrad_, again)
         opcheck(ops.row_rescale_, (grad, weight * 2, weight, *math.arguments(), name))

@@ -18,6 +18,7 @@ TESTS = Path(__file__).parent
 RUNS = {  # name -> (what is run, how many tests there are at least)
     "options": ("triton_options.py test_against_oracle.py", 140),
     "traps": ("test_traps.py test_traps_of_masks.py", 70),
+    "extremes": ("test_extreme_logits.py", 17),
     "sharded": ("test_sharded.py", 5),
     "others": ("test_module_and_metrics.py test_determinism.py test_compile.py::test_opcheck", 9),
     "rows": ("triton_rows.py triton_vectors.py", 140),

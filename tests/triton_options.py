@@ -8,7 +8,16 @@ from random import Random
 
 import pytest
 import torch
-from cases import DTYPES, LAYOUTS, VOCABULARIES, build, expected, run, storage_grad
+from cases import (
+    DTYPES,
+    LAYOUTS,
+    VOCABULARIES,
+    build,
+    expected,
+    gradient_scale,
+    run,
+    storage_grad,
+)
 from test_against_oracle import assert_grad, assert_losses
 
 import fused_sft_loss as fsl
@@ -45,7 +54,7 @@ def test_losses_and_gradients(seed):
     want = expected(case, upstream)
     losses, grad = run(case, "triton", upstream)
     assert_losses(losses, want)
-    scale = (want.weight * upstream).abs().max().item() * case.options["logit_scale"]
+    scale = gradient_scale(case, want, upstream)
     assert_grad(grad, storage_grad(case, want.grad), case.storage.dtype, scale)
 
 

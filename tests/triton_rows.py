@@ -58,8 +58,7 @@ def test_same_bits_whatever_the_split(small_tiles, monkeypatch, dtype, softcap, 
         monkeypatch.setattr(row_grad, "splits", lambda *_, n=parts: n)
         stats = kernels.row_stats(logits, target, weight, math, columns)
         grad = torch.empty_like(logits)
-        lse = stats[:, 0] + stats[:, 1].log()
-        kernels.row_grad(logits, lse, target, weight, math, grad)
+        kernels.row_grad(logits, stats[:, :2].contiguous(), target, weight, math, grad)
         results.append((stats, grad))
     assert results[0][0][:, 1].count_nonzero() == (weight != 0).sum()
     for stats, grad in results[1:]:
@@ -152,7 +151,7 @@ def test_scored_rows_are_read_once_and_masked_ones_never(small_tiles, monkeypatc
     scale = weight.clone()
     scale[2] = 0  # an upstream gradient of 0
     with recorded_accesses() as (loads, stores):
-        kernels.row_grad(logits, stats[:, 0] + stats[:, 1].log(), target, scale, MATH, grad)
+        kernels.row_grad(logits, stats[:, :2].contiguous(), target, scale, MATH, grad)
     wanted = (scale != 0).long().unsqueeze(1).expand(-1, 3007).clone()
     wanted[:, 3000:] = 0
     assert torch.equal(counts(loads, logits).flatten(0, 1), wanted)
@@ -166,7 +165,7 @@ def test_backward_begins_with_the_last_row(small_tiles, monkeypatch, last_first)
     logits, target, weight = rows_of(torch.float32)
     grad = torch.empty_like(logits)
     with recorded_accesses() as (_, stores):
-        kernels.row_grad(logits, torch.zeros(4), target, weight, MATH, grad)
+        kernels.row_grad(logits, torch.ones(4, 2), target, weight, MATH, grad)
     rows = [(int(store[0]) - grad.data_ptr()) // (4 * 3000) for store in stores]
     assert rows == sorted(rows, reverse=last_first) and set(rows) == set(range(4))
 
@@ -201,12 +200,12 @@ def test_kernels_do_not_synchronise(small_tiles, monkeypatch, options, parts):
         rows = kernels.row_targets(case.labels, case.loss_mask, cuts, True, -100, 3000)
         columns = 4 if math.label_smoothing else 3
         stats = kernels.row_stats(case.storage, rows.target, rows.weight, math, columns)
-        _, lse = kernels.merge(stats.unsqueeze(0), rows.target, rows.weight, math)
-        kernels.row_grad(case.storage, lse, rows.target, rows.weight, math, case.storage)
+        _, normalizer = kernels.merge(stats.unsqueeze(0), rows.target, rows.weight, math)
+        kernels.row_grad(case.storage, normalizer, rows.target, rows.weight, math, case.storage)
         stats = kernels.row_stats(case.storage, rows.target, rows.weight, math, 6)
         kernels.merge_metrics(stats.unsqueeze(0), rows.target, rows.weight, math)
         with pytest.raises(AssertionError, match="synchronises"):  # the mode can fail
-            bool(lse.sum() > 0)
+            bool(normalizer.sum() > 0)
 
 
 def test_nothing_synchronises_from_end_to_end(monkeypatch):
@@ -266,7 +265,7 @@ def test_search_leaves_logits_that_are_their_own_gradient_alone(small_tiles, mon
     """FUSED_SFT_LOSS_AUTOTUNE runs a kernel many times; in place the first run must be the last."""
     logits, target, weight = rows_of(torch.float32)
     want = torch.empty_like(logits)
-    kernels.row_grad(logits, torch.full((4,), 9.0), target, weight, MATH, want)
+    kernels.row_grad(logits, torch.full((4, 2), 9.0), target, weight, MATH, want)
     monkeypatch.setenv(tune.VARIABLE, "1")
     monkeypatch.setattr(tune, "_found", {})
     ran = []
@@ -279,7 +278,7 @@ def test_search_leaves_logits_that_are_their_own_gradient_alone(small_tiles, mon
         return shape
 
     monkeypatch.setattr(tune, "search", search)
-    kernels.row_grad(logits, torch.full((4,), 9.0), target, weight, MATH, logits)
+    kernels.row_grad(logits, torch.full((4, 2), 9.0), target, weight, MATH, logits)
     assert ran == ["row_grad"] and torch.equal(logits, want)
 
 
@@ -294,7 +293,7 @@ def test_nothing_to_do(empty):
     losses, _ = kernels.merge(stats.unsqueeze(0), target, weight, math)
     assert losses.shape == (rows,)
     grad = torch.full_like(logits, 7.0)
-    kernels.row_grad(logits, weight, target, weight, math, grad)
+    kernels.row_grad(logits, torch.ones(rows, 2), target, weight, math, grad)
     assert (grad == 0).all()
     labels = torch.zeros(2, logits.shape[1], dtype=torch.int64)
     got = kernels.row_targets(labels, None, None, True, -100, 9)

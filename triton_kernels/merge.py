@@ -14,14 +14,16 @@ def merge_kernel(
     target,  # [N] int64
     weight,  # [N] fp32; 0: the row's results are 0
     loss,  # [N] fp32: weight * loss, with METRICS just the loss
-    lse,  # [N] fp32
-    log_prob,  # [N] fp32, with METRICS, as what follows
+    normalizer,  # [N, 2] fp32: maximum x, sum of exp(unit * (x - maximum))
+    lse,  # [N] fp32, with METRICS, as what follows
+    log_prob,  # [N] fp32
     correct,  # [N] uint8
     entropy,  # [N] fp32
     rows,
     ranks,
     stride_rank: tl.int64,
     stride_row: tl.int64,
+    unit,  # z = unit * x
     vocab_size,  # fp32
     label_smoothing,
     z_loss,
@@ -38,24 +40,24 @@ def merge_kernel(
     scored = row_weight != 0.0
     top = tl.full([BLOCK], -INF, tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
-    z_target = tl.zeros([BLOCK], tl.float32)
-    z_sum = tl.zeros([BLOCK], tl.float32)
+    x_target = tl.zeros([BLOCK], tl.float32)
+    x_sum = tl.zeros([BLOCK], tl.float32)
     top_id = tl.full([BLOCK], INF, tl.float32)
     moment = tl.zeros([BLOCK], tl.float32)
     gathered += row.to(tl.int64) * stride_row
     for _rank in range(0, ranks):
         s_top, s_total, s_sum, s_id, s_moment = load_stats(gathered, inside, COLUMNS)
-        top, total, z_sum, top_id, moment = fold(
-            top, total, z_sum, top_id, moment, s_top, s_total, s_sum, s_id, s_moment
+        top, total, x_sum, top_id, moment = fold(
+            top, total, x_sum, top_id, moment, s_top, s_total, s_sum, s_id, s_moment, unit
         )
-        z_target += tl.load(gathered + 2, mask=inside, other=0.0)
+        x_target += tl.load(gathered + 2, mask=inside, other=0.0)
         gathered += stride_rank
     log_total = tl.log(total)
-    row_lse = top + log_total
-    # (maximum - z_y) first: both are logits, so their difference is exact when it matters.
-    value = (top - z_target) + log_total
+    row_lse = tl.fma(top, unit, log_total)
+    # (maximum - x_y) first: both are logits, so their difference is exact when it matters.
+    value = tl.fma(top - x_target, unit, log_total)
     if SMOOTHED:
-        smooth = (top - z_sum / vocab_size) + log_total
+        smooth = tl.fma(top - x_sum / vocab_size, unit, log_total)
         value = tl.fma(value, 1.0 - label_smoothing, label_smoothing * smooth)
     if Z_LOSS:
         value = tl.fma(row_lse * row_lse, z_loss, value)
@@ -63,9 +65,12 @@ def merge_kernel(
         value *= row_weight
     poison = tl.where(row_target == OUT_OF_VOCABULARY, float("nan"), 0.0)
     tl.store(loss + row, tl.where(scored, value + poison, 0.0), mask=inside)
-    tl.store(lse + row, tl.where(scored, row_lse + poison, 0.0), mask=inside)
+    at = normalizer + row.to(tl.int64) * 2
+    tl.store(at, tl.where(scored, top + poison, 0.0), mask=inside)
+    tl.store(at + 1, tl.where(scored, total + poison, 0.0), mask=inside)
     if METRICS:
-        value = (z_target - top) - log_total
+        tl.store(lse + row, tl.where(scored, row_lse + poison, 0.0), mask=inside)
+        value = tl.fma(x_target - top, unit, -log_total)
         tl.store(log_prob + row, tl.where(scored, value + poison, 0.0), mask=inside)
         value = log_total - moment / total
         tl.store(entropy + row, tl.where(scored, value + poison, 0.0), mask=inside)
@@ -79,11 +84,13 @@ def plan(
     target: torch.Tensor,  # [N] int64
     weight: torch.Tensor,  # [N] fp32
     loss: torch.Tensor,  # [N] fp32, written, as what follows
-    lse: torch.Tensor,  # [N] fp32
-    log_prob: torch.Tensor | None = None,  # [N] fp32; None: no metrics
+    normalizer: torch.Tensor,  # [N, 2] fp32
+    lse: torch.Tensor | None = None,  # [N] fp32; None: no metrics
+    log_prob: torch.Tensor | None = None,  # [N] fp32
     correct: torch.Tensor | None = None,  # [N] bool
     entropy: torch.Tensor | None = None,  # [N] fp32
     *,
+    unit: float,
     vocab_size: int,
     label_smoothing: float,
     z_loss: float,
@@ -95,6 +102,7 @@ def plan(
         "target": target,
         "weight": weight,
         "loss": loss,
+        "normalizer": normalizer,
         "lse": lse,
         "log_prob": log_prob,
         "correct": None if correct is None else correct.view(torch.uint8),
@@ -103,6 +111,7 @@ def plan(
         "ranks": ranks,
         "stride_rank": gathered.stride(0),
         "stride_row": gathered.stride(1),
+        "unit": unit,
         "vocab_size": float(vocab_size),
         "label_smoothing": label_smoothing,
         "z_loss": z_loss,

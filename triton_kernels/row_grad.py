@@ -1,4 +1,4 @@
-"""Gradient of the logits, row by row, from the logits and each row's log-sum-exp.
+"""Gradient of the logits, row by row, from the logits and each row's normalizer.
 
 Computed in fp32 and rounded once; element by element, so it may overwrite the logits. A row with
 scale 0 is not read: it gets stored zeros.
@@ -12,9 +12,10 @@ from .launch import Chip, Launch, Shape, aligned, splits
 from .rowmath import (
     LOG2E,
     cap_and_slope,
+    far_from_0,
     load_columns,
     narrow,
-    reference_and_rest,
+    reference_of,
     row_pointer,
     tile_columns,
 )
@@ -30,7 +31,7 @@ def grad_tile(
     x,  # [RUNS, THREADS, 8] fp32
     columns,
     own,  # the target among them, if it is there
-    scale2,  # p = 2^(z * scale2 - reference), z = x without SOFTCAP
+    scale2,  # p = 2^(x * scale2 - reference), x capped first when SOFTCAP
     reference,
     softmax_factor,
     smoothing,
@@ -56,7 +57,7 @@ def row_grad_kernel(
     logits,  # row n at (n // seq) * stride_b + (n % seq) * stride_s
     grad,  # row n at (n // seq) * out_stride_b + (n % seq) * out_stride_s; may be the logits
     target,  # [N] int64
-    lse,  # [N] fp32
+    normalizer,  # [N, 2] fp32: maximum x, sum of exp(unit * (x - maximum))
     row_scale,  # [N] fp32; 0: the row is not read and gets zeros
     seq,
     stride_b: tl.int64,
@@ -70,12 +71,14 @@ def row_grad_kernel(
     two_z_loss,
     target_share,  # 1 - label_smoothing
     column_share,  # label_smoothing / vocab_size
+    unit,  # z = unit * x
     scale,
     inward,
     cap,
     SOFTCAP: tl.constexpr,
     ALIGNED: tl.constexpr,
     REVERSED: tl.constexpr,
+    Z_LOSS: tl.constexpr,
     SEGMENT: tl.constexpr,
     RUNS: tl.constexpr,
     THREADS: tl.constexpr,
@@ -106,14 +109,14 @@ def row_grad_kernel(
     own = label - vocab_start
     # A target elsewhere (none, another shard's) is a column that no tile has.
     own = tl.where((label >= 0) & (own >= 0) & (own < valid), own, -1).to(tl.int32)
-    lse_row = tl.load(lse + row)
-    unit = 1.0 if SOFTCAP else scale
+    normalizer += row.to(tl.int64) * 2
+    top = tl.load(normalizer)
+    total = tl.load(normalizer + 1)
     scale2 = unit * LOG2E
-    # lse / unit is what x is compared with; what the two roundings lose is one factor of the row.
-    lse_x = lse_row / unit
-    reference, rest = reference_and_rest(lse_x, scale2)
-    rest += tl.fma(-lse_x, unit, lse_row) * LOG2E
-    softmax_factor = factor * tl.fma(two_z_loss, lse_row, 1.0) * tl.exp2(-rest)
+    scale2, reference, rest = reference_of(top, scale2, far_from_0(scale2))
+    softmax_factor = factor * tl.exp2(-rest) / total
+    if Z_LOSS:
+        softmax_factor *= tl.fma(two_z_loss, tl.fma(top, unit, tl.log(total)), 1.0)
     smoothing = factor * column_share
     at_target = smoothing + factor * target_share
     if not SOFTCAP:
@@ -143,7 +146,7 @@ def plan(
     chip: Chip,
     shape: Shape,
     logits: torch.Tensor,  # [b, s, v]
-    lse: torch.Tensor,  # [N] fp32
+    normalizer: torch.Tensor,  # [N, 2] fp32
     target: torch.Tensor,  # [N] int64
     scale: torch.Tensor,  # [N] fp32
     out: torch.Tensor,  # [b, s, v], written; may be the logits
@@ -163,7 +166,7 @@ def plan(
         "logits": logits,
         "grad": out,
         "target": target,
-        "lse": lse,
+        "normalizer": normalizer,
         "row_scale": scale,
         "seq": logits.shape[1],
         "stride_b": logits.stride(0),
@@ -177,12 +180,14 @@ def plan(
         "two_z_loss": 2.0 * z_loss,
         "target_share": 1.0 - label_smoothing,
         "column_share": label_smoothing / vocab_size,
+        "unit": 1.0 if softcap else logit_scale,
         "scale": logit_scale,
         "inward": logit_scale / softcap if softcap else 0.0,
         "cap": softcap,
         "SOFTCAP": softcap > 0,
         "ALIGNED": aligned(logits) and aligned(out),
         "REVERSED": LAST_ROW_FIRST,
+        "Z_LOSS": z_loss > 0,
         "SEGMENT": shape.segment,
         "RUNS": shape.runs,
         "THREADS": shape.threads,

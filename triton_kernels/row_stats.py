@@ -17,12 +17,13 @@ from .rowmath import (
     LN2,
     LOG2E,
     cap_and_slope,
+    far_from_0,
     fold,
     load_stats,
     load_tile,
     max_tile,
     not_minus_infinity,
-    reference_and_rest,
+    reference_of,
     row_pointer,
     store_stats,
     sum_tile,
@@ -40,11 +41,12 @@ def accumulate(
     first,
     end,  # columns from here on are not there, when MASKED
     top,  # [THREADS], as what follows: maximum of x,
-    total,  # sum of 2^u, u = x * scale - reference(top)
+    total,  # sum of 2^u, u as reference_of(top) says
     x_sum,
     top_at,  # first column of the maximum
     moment,  # sum of u * 2^u
     scale,  # of x, times log2(e): the exponential is one FMA and one exp2
+    far,
     inward,
     cap,
     COLUMNS: tl.constexpr,
@@ -61,10 +63,10 @@ def accumulate(
         at = tl.where(x == tile_top[None, :, None], first + columns, LAST)
         top_at = tl.where(tile_top > top, tl.min(tl.min(at, 2), 0), top_at)
     new_top = tl.maximum(top, tile_top)
-    reference = not_minus_infinity(new_top) * scale
+    scale, reference, _rest = reference_of(not_minus_infinity(new_top), scale, far)
     delta = top * scale - reference
     shrink = tl.exp2(delta)
-    u = tl.fma(x, scale, -reference[None, :, None])
+    u = tl.fma(x, scale[None, :, None], -reference[None, :, None])
     e = tl.exp2(u)
     if COLUMNS > 4:
         moment = tl.fma(tl.where(shrink == 0.0, 0.0, delta), total, moment) * shrink
@@ -91,9 +93,11 @@ def segment_stats(
     RUNS: tl.constexpr,
     THREADS: tl.constexpr,
 ):
-    """Scalars (maximum z, sum of exp(z - maximum), sum of z, column of the maximum, moment)."""
+    """Scalars (maximum x, sum of exp(scale * (x - maximum)), sum of x, column of the maximum,
+    moment)."""
     TILE: tl.constexpr = RUNS * THREADS * 8
     scale2 = scale * LOG2E
+    far = far_from_0(scale2)
     columns = tile_columns(RUNS, THREADS)
     top = tl.full([THREADS], -INF, tl.float32)
     total = tl.zeros([THREADS], tl.float32)
@@ -105,25 +109,28 @@ def segment_stats(
         x = load_tile(row + first, TILE, RUNS, THREADS, ALIGNED, False)
         top, total, x_sum, top_at, moment = accumulate(
             x, columns, first, end, top, total, x_sum, top_at, moment,
-            scale2, inward, cap, COLUMNS, SOFTCAP, RUNS, THREADS, False,
+            scale2, far, inward, cap, COLUMNS, SOFTCAP, RUNS, THREADS, False,
         )  # fmt: skip
     if whole < end:
         x = load_tile(row + whole, end - whole, RUNS, THREADS, ALIGNED, True)
         top, total, x_sum, top_at, moment = accumulate(
             x, columns, whole, end, top, total, x_sum, top_at, moment,
-            scale2, inward, cap, COLUMNS, SOFTCAP, RUNS, THREADS, True,
+            scale2, far, inward, cap, COLUMNS, SOFTCAP, RUNS, THREADS, True,
         )  # fmt: skip
     row_top = tl.max(top, 0)
-    reference, rest = reference_and_rest(not_minus_infinity(row_top), scale2)
+    scale2, reference, rest = reference_of(not_minus_infinity(row_top), scale2, far)
     delta = (top * scale2 - reference) - rest
     shrink = tl.exp2(delta)
+    row_total = tl.sum(total * shrink, 0)
+    # The maximum's own term is 1, but for the rounding of two exponentials: no loss is negative.
+    row_total = tl.where((row_top > -INF) & (row_total < 1.0), 1.0, row_total)
     if COLUMNS > 4:
         top_at = tl.where(top == row_top, top_at, LAST)
         moment = tl.fma(tl.where(shrink == 0.0, 0.0, delta), total, moment) * shrink
     return (
-        row_top * scale,
-        tl.sum(total * shrink, 0),
-        tl.sum(x_sum, 0) * scale,
+        row_top,
+        row_total,
+        tl.sum(x_sum, 0),
         tl.min(top_at, 0),
         tl.sum(moment, 0) * LN2,
     )
@@ -134,7 +141,7 @@ def row_stats_kernel(
     logits,  # row n at (n // seq) * stride_b + (n % seq) * stride_s, `valid` columns of it
     target,  # [N] int64
     weight,  # [N] fp32; 0: the row is not read
-    stats,  # [N, COLUMNS] fp32; when SPLIT only the target's z
+    stats,  # [N, COLUMNS] fp32; when SPLIT only the target's x
     parts,  # [N, segments, COLUMNS] fp32, when SPLIT; their column 2 is unused
     seq,
     stride_b: tl.int64,
@@ -165,7 +172,7 @@ def row_stats_kernel(
     logits = row_pointer(logits, row, seq, stride_b, stride_s, ALIGNED)
     top = -INF
     total = 0.0
-    z_sum = 0.0
+    x_sum = 0.0
     top_id = INF
     moment = 0.0
     per_part = tl.cdiv(segments, splits)
@@ -180,11 +187,11 @@ def row_stats_kernel(
             at = parts + (row.to(tl.int64) * segments + segment) * COLUMNS
             store_stats(at, s_top, s_total, s_sum, s_id, s_moment, None, COLUMNS)
         else:
-            top, total, z_sum, top_id, moment = fold(
-                top, total, z_sum, top_id, moment, s_top, s_total, s_sum, s_id, s_moment
+            top, total, x_sum, top_id, moment = fold(
+                top, total, x_sum, top_id, moment, s_top, s_total, s_sum, s_id, s_moment, scale
             )
     if not SPLIT:
-        store_stats(stats, top, total, z_sum, top_id, moment, None, COLUMNS)
+        store_stats(stats, top, total, x_sum, top_id, moment, None, COLUMNS)
     if part == 0:
         label = tl.load(target + row)
         own = label - vocab_start
@@ -192,16 +199,17 @@ def row_stats_kernel(
         x_target = widen(tl.load(logits + own, mask=owned, other=0.0))
         if SOFTCAP:
             x_target, _slope = cap_and_slope(x_target, inward, cap)
-        tl.store(stats + 2, tl.where(owned, x_target * scale, 0.0))
+        tl.store(stats + 2, tl.where(owned, x_target, 0.0))
 
 
 @triton.jit(do_not_specialize=["rows", "segments"])
 def fold_segments_kernel(
     parts,  # [N, segments, COLUMNS] fp32
     weight,  # [N] fp32; 0: the row's parts were not written
-    stats,  # [N, COLUMNS] fp32, all of it but the target's z of scored rows
+    stats,  # [N, COLUMNS] fp32, all of it but the target's x of scored rows
     rows,
     segments,
+    unit,  # z = unit * x
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -211,21 +219,21 @@ def fold_segments_kernel(
     row = row.to(tl.int64)
     top = tl.full([BLOCK], -INF, tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
-    z_sum = tl.zeros([BLOCK], tl.float32)
+    x_sum = tl.zeros([BLOCK], tl.float32)
     top_id = tl.full([BLOCK], INF, tl.float32)
     moment = tl.zeros([BLOCK], tl.float32)
     for segment in range(0, segments):
         s_top, s_total, s_sum, s_id, s_moment = load_stats(
             parts + (row * segments + segment) * COLUMNS, scored, COLUMNS
         )
-        top, total, z_sum, top_id, moment = fold(
-            top, total, z_sum, top_id, moment, s_top, s_total, s_sum, s_id, s_moment
+        top, total, x_sum, top_id, moment = fold(
+            top, total, x_sum, top_id, moment, s_top, s_total, s_sum, s_id, s_moment, unit
         )
     store_stats(
         stats + row * COLUMNS,
         tl.where(scored, top, 0.0),
         tl.where(scored, total, 0.0),
-        tl.where(scored, z_sum, 0.0),
+        tl.where(scored, x_sum, 0.0),
         tl.where(scored, top_id, 0.0),
         tl.where(scored, moment, 0.0),
         inside,
@@ -253,7 +261,7 @@ def plan(
     logit_scale: float,
 ) -> list[Launch]:
     """The launches that fill `stats`: one, or two where rows are few."""
-    columns = stats.shape[1]
+    columns, unit = stats.shape[1], 1.0 if softcap else logit_scale
     rows, segments = weight.numel(), triton.cdiv(valid, shape.segment)
     parts_per_row = splits(chip, rows, segments)
     split = parts_per_row > 1
@@ -274,7 +282,7 @@ def plan(
                 "valid": valid,
                 "vocab_start": vocab_start,
                 "splits": parts_per_row,
-                "scale": 1.0 if softcap else logit_scale,
+                "scale": unit,
                 "inward": logit_scale / softcap if softcap else 0.0,
                 "cap": softcap,
                 "COLUMNS": columns,
@@ -299,6 +307,7 @@ def plan(
                     "stats": stats,
                     "rows": rows,
                     "segments": segments,
+                    "unit": unit,
                     "COLUMNS": columns,
                     "BLOCK": VECTOR_BLOCK,
                 },

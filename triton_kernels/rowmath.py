@@ -47,15 +47,35 @@ def not_minus_infinity(m):
 
 
 @triton.jit
-def reference_and_rest(m, scale):
-    """m * scale as fp32, and what its rounding left out.
+def far_from_0(scale):
+    """|m| from here on: see `reference_of`. A power of two times scale is 2^30 to 2^31."""
+    field = 284 - (scale.to(tl.int32, bitcast=True) >> 23)
+    return (tl.minimum(tl.maximum(field, 33), 255) << 23).to(tl.float32, bitcast=True)
 
-    2^(x * scale - m * scale) takes one FMA and one exp2 against the rounded product. The rounding
-    is one factor for all x, half a unit of the product: too much for the sum, so it is taken out
-    once, at the end.
+
+@triton.jit
+def reference_of(m, scale, far):
+    """(scale, rounded, rest): what 2^(x * scale - m * scale), m being a maximum, is computed
+    against: one FMA and one exp2, of x * scale - rounded.
+
+    Against the rounded product m * scale. The rounding is one factor for all x, 2^rest, of up to
+    half a unit of the product: too much for the sum, so it is taken out once, at the end.
+
+    From |m| = far on that half unit would be 2^64 and soon more than exp2 can say. But there the
+    fp32 numbers beside m are 64 and more below it in the exponent: a logit is as large as m or it
+    vanishes. That is what any larger scale says, too: the power of two that makes the product 2^32
+    to 2^33 has no rounding (rest is 0), gives 0 for x = m, -256 at most for any other, and never
+    overflows upwards.
+
+    Sums against an older maximum `old` <= m are moved by 2^(old * scale - rounded). That is right
+    across `far` as well: it is a power of two, so old = -far has an exact product, and any m above
+    it another one, at least a unit (128) higher, of which rest is half at most.
     """
-    reference = m * scale
-    return reference, tl.fma(m, scale, -reference)
+    exponent = m.to(tl.uint32, bitcast=True) & 0x7F800000
+    power = (0x8F000000 - exponent).to(tl.float32, bitcast=True)  # its exponent is 286 - that of m
+    scale = tl.where(tl.abs(m) >= far, power, scale)
+    rounded = m * scale
+    return scale, rounded, tl.fma(m, scale, -rounded)
 
 
 @triton.jit
@@ -181,8 +201,9 @@ def sum_tile(x, RUNS: tl.constexpr, THREADS: tl.constexpr):
 
 
 @triton.jit
-def fold(max_a, sum_a, z_a, id_a, moment_a, max_b, sum_b, z_b, id_b, moment_b):
-    """Statistics (maximum, sum of exp, sum of z, id of the maximum, moment) of columns a and b.
+def fold(max_a, sum_a, x_a, id_a, moment_a, max_b, sum_b, x_b, id_b, moment_b, unit):
+    """Statistics (maximum, sum of exp, sum of x, id of the maximum, moment) of columns a and b, in
+    units of x: z = unit * x.
 
     The one merge there is, of a row's segments and of the ranks' shards, always left to right;
     scalars or tensors of rows. Of equal maxima the smaller id stays. A side that vanishes (its
@@ -190,8 +211,8 @@ def fold(max_a, sum_a, z_a, id_a, moment_a, max_b, sum_b, z_b, id_b, moment_b):
     """
     top = tl.maximum(max_a, max_b)
     reference = not_minus_infinity(top)
-    delta_a = max_a - reference
-    delta_b = max_b - reference
+    delta_a = (max_a - reference) * unit
+    delta_b = (max_b - reference) * unit
     shrink_a = exp(delta_a)
     shrink_b = exp(delta_b)
     moment_a = tl.fma(tl.where(shrink_a == 0.0, 0.0, delta_a), sum_a, moment_a)
@@ -200,7 +221,7 @@ def fold(max_a, sum_a, z_a, id_a, moment_a, max_b, sum_b, z_b, id_b, moment_b):
     return (
         top,
         tl.fma(sum_b, shrink_b, sum_a * shrink_a),
-        z_a + z_b,
+        x_a + x_b,
         tl.where(max_b > max_a, id_b, tl.where(max_b == max_a, tied, id_a)),
         tl.fma(moment_b, shrink_b, moment_a * shrink_a),
     )
@@ -211,24 +232,24 @@ def load_stats(stats, mask, COLUMNS: tl.constexpr):
     """What `fold` takes, of the row or rows of statistics at `stats`; 0 for what they lack."""
     top = tl.load(stats, mask=mask, other=0.0)
     total = tl.load(stats + 1, mask=mask, other=0.0)
-    z_sum = tl.zeros_like(top)
-    top_id = z_sum
-    moment = z_sum
+    x_sum = tl.zeros_like(top)
+    top_id = x_sum
+    moment = x_sum
     if COLUMNS > 3:
-        z_sum = tl.load(stats + 3, mask=mask, other=0.0)
+        x_sum = tl.load(stats + 3, mask=mask, other=0.0)
     if COLUMNS > 4:
         top_id = tl.load(stats + 4, mask=mask, other=0.0)
         moment = tl.load(stats + 5, mask=mask, other=0.0)
-    return top, total, z_sum, top_id, moment
+    return top, total, x_sum, top_id, moment
 
 
 @triton.jit
-def store_stats(stats, top, total, z_sum, top_id, moment, mask, COLUMNS: tl.constexpr):
-    """The inverse of `load_stats`; column 2, the target's z, is the caller's."""
+def store_stats(stats, top, total, x_sum, top_id, moment, mask, COLUMNS: tl.constexpr):
+    """The inverse of `load_stats`; column 2, the target's x, is the caller's."""
     tl.store(stats, top, mask=mask)
     tl.store(stats + 1, total, mask=mask)
     if COLUMNS > 3:
-        tl.store(stats + 3, z_sum, mask=mask)
+        tl.store(stats + 3, x_sum, mask=mask)
     if COLUMNS > 4:
         tl.store(stats + 4, top_id, mask=mask)
         tl.store(stats + 5, moment, mask=mask)

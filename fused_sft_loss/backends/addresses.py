@@ -81,6 +81,11 @@ def targets_args(
     )
 
 
+def losses_like(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Memory of the loss `[N]` and the normalizer `[N, 2]` of rows with weights `[N]`."""
+    return torch.empty_like(weight), weight.new_empty(weight.numel(), 2)
+
+
 def stats_args(
     module: ModuleType, logits: Tensor, target: Tensor, weight: Tensor, stats: Tensor, math: RowMath
 ):
@@ -101,7 +106,7 @@ def merge_args(
     weight: Tensor,
     math: RowMath,
     loss: Tensor,
-    lse: Tensor,
+    normalizer: Tensor,
 ):
     ranks, row_count, columns = gathered.shape
     return module.MergeArgs(
@@ -113,7 +118,8 @@ def merge_args(
         target=target.data_ptr(),
         weight=weight.data_ptr(),
         loss=loss.data_ptr(),
-        lse=lse.data_ptr(),
+        normalizer=normalizer.data_ptr(),
+        unit=math.unit,
         **_of_the_loss(math),
     )
 
@@ -121,7 +127,7 @@ def merge_args(
 def grad_args(
     module: ModuleType,
     logits: Tensor,
-    lse: Tensor,
+    normalizer: Tensor,
     target: Tensor,
     scale: Tensor,
     math: RowMath,
@@ -132,7 +138,7 @@ def grad_args(
         logits=rows(module, logits, math),
         grad=rows(module, out, math),
         target=target.data_ptr(),
-        lse=lse.data_ptr(),
+        normalizer=normalizer.data_ptr(),
         scale=scale.data_ptr(),
         stored=address(stored),
         **_of_a_shard(math),
@@ -149,13 +155,13 @@ def stats_grad_args(
     math: RowMath,
     out: Tensor,
     loss: Tensor,
-    lse: Tensor,
+    normalizer: Tensor,
 ):
     return module.StatsGradArgs(
-        grad=grad_args(module, logits, lse, target, scale, math, out),
+        grad=grad_args(module, logits, normalizer, target, scale, math, out),
         weight=weight.data_ptr(),
         loss=loss.data_ptr(),
-        lse=lse.data_ptr(),
+        normalizer=normalizer.data_ptr(),
     )
 
 

@@ -90,9 +90,12 @@ def load(tile: Tensor, memory: Tensor | None = None) -> tuple[Tensor, Tensor]:
 
 
 def transform(x: Tensor, spare: Tensor, math: RowMath) -> tuple[Tensor, Tensor | None]:
-    """(z, tanh of the softcap or None) of fp32 logits, in their memory and that of `spare`."""
+    """(capped x, tanh of the softcap or None) of fp32 logits, in their memory and that of `spare`.
+
+    z = math.unit * capped x.
+    """
     if not math.softcap:
-        return (x if math.logit_scale == 1 else x.mul_(math.logit_scale)), None
+        return x, None
     bent, within = spare
     torch.mul(x, math.logit_scale / math.softcap, out=bent).tanh_()
     numbers = torch.finfo(x.dtype)
@@ -121,15 +124,20 @@ def at_targets(logits: Tensor, target: Tensor, scored: Tensor, math: RowMath) ->
     return rows, (rows // seq, rows % seq, column.clamp(0, columns - 1)), here
 
 
-def tile_stats(z: Tensor, first: int, columns: int) -> Tensor:
+def scaled(z: Tensor, unit: float) -> Tensor:
+    """unit * z, in place."""
+    return z if unit == 1 else z.mul_(unit)
+
+
+def tile_stats(x: Tensor, first: int, columns: int, unit: float) -> Tensor:
     """Statistics `[rows, columns]` of one tile whose first column has global id `first`; all but
-    that of the target. Writes over `z`."""
-    maximum = z.amax(-1, keepdim=True)
-    sums = [z.sum(-1, keepdim=True)] if columns > 3 else []
+    that of the target. Writes over `x`."""
+    maximum = x.amax(-1, keepdim=True)
+    sums = [x.sum(-1, keepdim=True)] if columns > 3 else []
     if columns > 4:
-        sums.append((z.argmax(-1, keepdim=True) + first).float())
+        sums.append((x.argmax(-1, keepdim=True) + first).float())
     # Where all are -inf, differences to the lowest number are, and not NaN.
-    shifted = z.sub_(maximum.clamp(min=torch.finfo(z.dtype).min))
+    shifted = scaled(x.sub_(maximum.clamp(min=torch.finfo(x.dtype).min)), unit)
     exponentials = shifted.exp() if columns > 4 else shifted.exp_()
     denominator = exponentials.sum(-1, keepdim=True)
     if columns > 4:
@@ -138,11 +146,12 @@ def tile_stats(z: Tensor, first: int, columns: int) -> Tensor:
     return torch.cat([maximum, denominator, torch.zeros_like(maximum), *sums], -1)
 
 
-def merge_tiles(left: Tensor, right: Tensor) -> Tensor:
+def merge_tiles(left: Tensor, right: Tensor, unit: float) -> Tensor:
     """Statistics of two neighbouring column ranges of the same rows, `[rows, columns]` each."""
     both = torch.stack([left, right])
     maximum = both[..., 0].amax(0)
-    delta = torch.where(both[..., 0] == -torch.inf, -torch.inf, both[..., 0] - maximum)
+    delta = (both[..., 0] - maximum) * unit
+    delta = torch.where(both[..., 0] == -torch.inf, -torch.inf, delta)
     shrink = delta.exp()
     merged = both.sum(0)
     merged[:, 0] = maximum
@@ -169,37 +178,40 @@ def row_stats(
     stats = empty_stats(weight.numel(), columns, like=logits)
     memory = scratch(valid, logits.device)
     for index, rows in tiles(scored, batch, seq, valid):
-        z, _ = transform(*load(logits[index], memory), math)
-        part = tile_stats(z, math.vocab_start + index[-1].start, columns)
-        stats[rows] = part if index[-1].start == 0 else merge_tiles(stats[rows], part)
+        x, _ = transform(*load(logits[index], memory), math)
+        part = tile_stats(x, math.vocab_start + index[-1].start, columns, math.unit)
+        first = index[-1].start == 0
+        stats[rows] = part if first else merge_tiles(stats[rows], part, math.unit)
     rows, targets, here = at_targets(logits, target, scored, math)
-    z, _ = transform(*load(logits[targets]), math)
-    stats[rows, 2] = torch.where(here, z, 0.0)
+    x, _ = transform(*load(logits[targets]), math)
+    stats[rows, 2] = torch.where(here, x, 0.0)
     return torch.where(scored.unsqueeze(-1), stats, 0.0)
 
 
 def row_grad(
-    logits: Tensor, lse: Tensor, target: Tensor, scale: Tensor, math: RowMath, out: Tensor
+    logits: Tensor, normalizer: Tensor, target: Tensor, scale: Tensor, math: RowMath, out: Tensor
 ) -> None:
     batch, seq, width = logits.shape
     valid, scored = math.valid_columns(width), scale != 0
-    softmax_factor = (scale * (1 + 2 * math.z_loss * lse)).unsqueeze(-1)
+    maximum, total = normalizer.unsqueeze(1).unbind(-1)
+    softmax_factor = scale.unsqueeze(-1) / total
+    if math.z_loss:
+        softmax_factor *= 1 + 2 * math.z_loss * (maximum * math.unit + total.log())
     smoothing = (scale * (math.label_smoothing / math.vocab_size)).unsqueeze(-1)
-    lse = lse.unsqueeze(-1)
 
-    def softmax_part(z, rows):
-        grad = z.sub_(lse[rows]).exp_().mul_(softmax_factor[rows])
+    def softmax_part(x, rows):
+        grad = scaled(x.sub_(maximum[rows]), math.unit).exp_().mul_(softmax_factor[rows])
         return grad.sub_(smoothing[rows]) if math.label_smoothing else grad
 
     # Before `out`, which may be the logits, is written.
     rows, targets, here = at_targets(logits, target, scored, math)
-    z, bent = transform(*load(logits[targets].unsqueeze(-1)), math)
-    grad = softmax_part(z, rows).sub_((scale[rows] * (1 - math.label_smoothing)).unsqueeze(-1))
+    x, bent = transform(*load(logits[targets].unsqueeze(-1)), math)
+    grad = softmax_part(x, rows).sub_((scale[rows] * (1 - math.label_smoothing)).unsqueeze(-1))
     grad_of_target = chain(grad, bent, math).squeeze(-1).to(out.dtype)
     memory = scratch(valid, logits.device)
     for index, rows in tiles(scored, batch, seq, valid):
-        z, bent = transform(*load(logits[index], memory), math)
-        grad = chain(softmax_part(z, rows), bent, math)
+        x, bent = transform(*load(logits[index], memory), math)
+        grad = chain(softmax_part(x, rows), bent, math)
         if not chooses_rows(logits):
             grad.masked_fill_(~scored[rows].unsqueeze(-1), 0.0)
         out[index] = grad.to(out.dtype) if isinstance(rows, Tensor) else grad

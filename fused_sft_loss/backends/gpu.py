@@ -81,29 +81,32 @@ class Gpu:
     def merge(
         self, gathered: Tensor, target: Tensor, weight: Tensor, math: RowMath
     ) -> tuple[Tensor, Tensor]:
-        loss, lse = torch.empty_like(weight), torch.empty_like(weight)
-        self._merge(gathered, target, weight, math, loss, lse)
-        return loss, lse
+        results = addresses.losses_like(weight)
+        self._merge(gathered, target, weight, math, results)
+        return results
 
     def merge_metrics(
         self, gathered: Tensor, target: Tensor, weight: Tensor, math: RowMath
     ) -> tuple[Tensor, ...]:
-        loss, lse, log_prob, entropy = (torch.empty_like(weight) for _ in range(4))
+        results = loss, _ = addresses.losses_like(weight)
+        lse, log_prob, entropy = (torch.empty_like(weight) for _ in range(3))
         correct = torch.empty_like(weight, dtype=torch.bool)
-        self._merge(gathered, target, weight, math, loss, lse, log_prob, correct, entropy)
+        self._merge(gathered, target, weight, math, results, lse, log_prob, correct, entropy)
         return loss, log_prob, lse, correct, entropy
 
     def row_grad(
         self,
         logits: Tensor,
-        lse: Tensor,
+        normalizer: Tensor,
         target: Tensor,
         scale: Tensor,
         math: RowMath,
         out: Tensor,
         stored: Tensor | None = None,
     ) -> None:
-        args = addresses.grad_args(self.module, logits, lse, target, scale, math, out, stored)
+        args = addresses.grad_args(
+            self.module, logits, normalizer, target, scale, math, out, stored
+        )
         self._launch(self.module.row_grad, args, logits.device)
 
     def row_stats_grad(
@@ -115,7 +118,7 @@ class Gpu:
         math: RowMath,
         out: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        results = torch.empty_like(weight), torch.empty_like(weight)
+        results = addresses.losses_like(weight)
         args = addresses.stats_grad_args(
             self.module, logits, target, weight, scale, math, out, *results
         )
@@ -131,12 +134,22 @@ class Gpu:
             function(args, chip=self._chip(device), stream=_stream(device))
 
     def _merge(
-        self, gathered, target, weight, math, loss, lse, log_prob=None, correct=None, entropy=None
+        self,
+        gathered,
+        target,
+        weight,
+        math,
+        results,
+        lse=None,
+        log_prob=None,
+        correct=None,
+        entropy=None,
     ) -> None:
-        args = addresses.merge_args(self.module, gathered, target, weight, math, loss, lse)
+        args = addresses.merge_args(self.module, gathered, target, weight, math, *results)
         with _on(weight.device):
             self.module.merge(
                 args,
+                lse=addresses.address(lse),
                 log_prob=addresses.address(log_prob),
                 correct=addresses.address(correct),
                 entropy=addresses.address(entropy),

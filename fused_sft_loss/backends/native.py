@@ -53,28 +53,28 @@ def row_stats(
 
 
 def merge(gathered: Tensor, target: Tensor, weight: Tensor, math: RowMath) -> tuple[Tensor, Tensor]:
-    loss, lse = torch.empty_like(weight), torch.empty_like(weight)
-    _cpu.merge(addresses.merge_args(_cpu, gathered, target, weight, math, loss, lse))
-    return loss, lse
+    results = addresses.losses_like(weight)
+    _cpu.merge(addresses.merge_args(_cpu, gathered, target, weight, math, *results))
+    return results
 
 
 def row_grad(
     logits: Tensor,
-    lse: Tensor,
+    normalizer: Tensor,
     target: Tensor,
     scale: Tensor,
     math: RowMath,
     out: Tensor,
     stored: Tensor | None = None,
 ) -> None:
-    args = addresses.grad_args(_cpu, logits, lse, target, scale, math, out, stored)
+    args = addresses.grad_args(_cpu, logits, normalizer, target, scale, math, out, stored)
     _cpu.row_grad(args, threads=torch.get_num_threads())
 
 
 def row_stats_grad(
     logits: Tensor, target: Tensor, weight: Tensor, scale: Tensor, math: RowMath, out: Tensor
 ) -> tuple[Tensor, Tensor]:
-    results = torch.empty_like(weight), torch.empty_like(weight)
+    results = addresses.losses_like(weight)
     args = addresses.stats_grad_args(_cpu, logits, target, weight, scale, math, out, *results)
     _cpu.row_stats_grad(args, threads=torch.get_num_threads())
     return results

@@ -14,6 +14,7 @@ from ..triton_kernels import row_targets as row_targets_kernels
 from ..triton_kernels.launch import INTERPRETED as _INTERPRETED
 from ..triton_kernels.launch import Shape, chip_of
 from ..triton_kernels.tune import choose
+from .addresses import losses_like
 
 __all__ = ["INTERPRETED", "merge", "merge_metrics", "row_grad", "row_stats", "row_targets"]
 
@@ -74,7 +75,7 @@ def row_stats(
 
 
 def merge(gathered: Tensor, target: Tensor, weight: Tensor, math: RowMath) -> tuple[Tensor, Tensor]:
-    results = torch.empty_like(weight), torch.empty_like(weight)
+    results = losses_like(weight)
     _merge(gathered, target, weight, math, results)
     return results
 
@@ -82,14 +83,15 @@ def merge(gathered: Tensor, target: Tensor, weight: Tensor, math: RowMath) -> tu
 def merge_metrics(
     gathered: Tensor, target: Tensor, weight: Tensor, math: RowMath
 ) -> tuple[Tensor, ...]:
-    loss, lse, log_prob, entropy = (torch.empty_like(weight) for _ in range(4))
+    loss, normalizer = losses_like(weight)
+    lse, log_prob, entropy = (torch.empty_like(weight) for _ in range(3))
     correct = torch.empty_like(weight, dtype=torch.bool)
-    _merge(gathered, target, weight, math, (loss, lse, log_prob, correct, entropy))
+    _merge(gathered, target, weight, math, (loss, normalizer, lse, log_prob, correct, entropy))
     return loss, log_prob, lse, correct, entropy
 
 
 def row_grad(
-    logits: Tensor, lse: Tensor, target: Tensor, scale: Tensor, math: RowMath, out: Tensor
+    logits: Tensor, normalizer: Tensor, target: Tensor, scale: Tensor, math: RowMath, out: Tensor
 ) -> None:
     chip = chip_of(logits.device)
 
@@ -100,7 +102,7 @@ def row_grad(
                 chip,
                 shape,
                 logits,
-                lse,
+                normalizer,
                 target,
                 scale,
                 out,
@@ -125,6 +127,7 @@ def _merge(gathered, target, weight, math: RowMath, results: tuple[Tensor, ...])
         target,
         weight,
         *results,
+        unit=math.unit,
         vocab_size=math.vocab_size,
         label_smoothing=math.label_smoothing,
         z_loss=math.z_loss,

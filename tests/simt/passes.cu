@@ -50,7 +50,8 @@ struct Problem {
   void run(Want want, float softcap, float smoothing) {
     const int columns = static_cast<int>(want);
     const Transform transform{1.0f, softcap};
-    std::vector<float> stats(kRows * columns), loss(kRows), lse(kRows), log_prob(kRows), entropy(kRows);
+    std::vector<float> stats(kRows * columns), loss(kRows), normalizer(kRows * kNormalizer), lse(kRows),
+        log_prob(kRows), entropy(kRows);
     std::vector<uint8_t> correct(kRows);
     const StatsArgs args{rows(logits), transform, target.data(), weight.data(), 0, want, stats.data()};
     const gpu::Shares shares = gpu::row_stats_shares(args, chip);
@@ -58,9 +59,9 @@ struct Problem {
     gpu::row_stats(args, parts.data(), chip, nullptr);
     print("stats", stats);
     const bool metrics = want == Want::metrics;
-    gpu::merge({stats.data(), 1, kRows, columns, 0, target.data(), weight.data(), smoothing, 0, kColumns,
-                loss.data(), lse.data()},
-               {metrics ? log_prob.data() : nullptr, correct.data(), entropy.data()}, nullptr);
+    gpu::merge({stats.data(), 1, kRows, columns, 0, target.data(), weight.data(), 1, smoothing, 0, kColumns,
+                loss.data(), normalizer.data()},
+               {lse.data(), metrics ? log_prob.data() : nullptr, correct.data(), entropy.data()}, nullptr);
     print("loss", loss);
     print("entropy", entropy);
     if (metrics) return;
@@ -69,8 +70,8 @@ struct Problem {
     Rows grad = rows(apart);
     grad.data = apart.data() + 4;
     const auto args_to = [&](const Rows& in, const Rows& out) {
-      return GradArgs{in, out,       transform, target.data(), lse.data(), weight.data(),
-                      0,  smoothing, 0,         kColumns,      nullptr};
+      return GradArgs{in,        out, transform, target.data(), normalizer.data(), weight.data(), 0,
+                      smoothing, 0,   kColumns,  nullptr};
     };
     gpu::row_grad(args_to(rows(logits), grad), chip, nullptr);
     gpu::row_grad(args_to(rows(same), rows(same)), chip, nullptr);
@@ -86,11 +87,11 @@ struct Problem {
   // The same from one read, then for twice the scale: by rescaling, which is exact for a power of two.
   void one_read(const Transform& transform, float smoothing, std::vector<uint16_t> wanted,
                 const std::vector<float>& wanted_loss) {
-    std::vector<float> loss(kRows), lse(kRows), twice(kRows);
+    std::vector<float> loss(kRows), normalizer(kRows * kNormalizer), twice(kRows);
     std::vector<uint16_t> same = logits;
-    const GradArgs args{rows(same), rows(same), transform, target.data(), lse.data(), weight.data(),
-                        0,          smoothing,  0,         kColumns,      nullptr};
-    gpu::row_stats_grad({args, weight.data(), loss.data(), lse.data()}, chip, nullptr);
+    const GradArgs args{rows(same), rows(same), transform, target.data(), normalizer.data(), weight.data(), 0,
+                        smoothing,  0,          kColumns,  nullptr};
+    gpu::row_stats_grad({args, weight.data(), loss.data(), normalizer.data()}, chip, nullptr);
     print("one read", same);
     int far = 0;
     for (size_t i = 0; i < same.size(); ++i) far += std::abs(same[i] - wanted[i]) > 1;
