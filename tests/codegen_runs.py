@@ -42,7 +42,7 @@ def codegen(folder, *arguments):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=3600,
     )
     assert done.returncode in (0, 1) and path.exists(), done.stderr[-4000:]
     return json.loads(path.read_text())

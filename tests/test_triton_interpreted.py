@@ -49,7 +49,7 @@ def interpret(what, at_least, *options):
         "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")]),
     }
     done = subprocess.run(
-        command, cwd=TESTS.parent, env=environment, capture_output=True, text=True, timeout=600
+        command, cwd=TESTS.parent, env=environment, capture_output=True, text=True, timeout=3600
     )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     passed = int(done.stdout.rpartition(" passed")[0].split()[-1])
