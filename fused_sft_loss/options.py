@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,13 +33,9 @@ class Options:
     def validate(self) -> None:
         """Raise TypeError or ValueError for options that are wrong whatever the tensors."""
         expect(self.layout in ("bsv", "sbv"), "layout 'bsv' or 'sbv'", self.layout)
-        for name in ("shift", "inplace_backward"):
-            _typed(self, name, "a bool", bool)
-        for name in ("ignore_index", "vocab_size", "vocab_start"):
-            _typed(self, name, "an int", Integral)
-        for name in ("label_smoothing", "z_loss", "softcap"):
-            _typed(self, name, "a number", Real)
-        _typed(self, "logit_scale", "a number or a 0-d CPU tensor", Real, Tensor)
+        for name, kind in KINDS.items():
+            if type(getattr(self, name)) not in kind.usual:
+                _typed(self, name, kind)
         expect(
             -(2**63) <= self.ignore_index < 2**63, "ignore_index within int64", self.ignore_index
         )
@@ -91,14 +87,34 @@ def in_fp32(value: float) -> bool:
     return FP32.tiny <= value <= FP32.max
 
 
-def _typed(options: Options, name: str, expected: str, *types: type) -> None:
-    """Raise TypeError unless the option is of one of the types (a bool counts as no number), or
-    None where that is its default."""
+class _Kind(NamedTuple):
+    """What an option may be: all `types`; those in `usual` are found without asking an ABC."""
+
+    named: str
+    types: tuple[type, ...]
+    usual: tuple[type, ...]
+
+
+_BOOL = _Kind("a bool", (bool,), (bool,))
+_INT = _Kind("an int", (Integral,), (int,))
+_NUMBER = _Kind("a number", (Real,), (float, int))
+_SCALE = _Kind("a number or a 0-d CPU tensor", (Real, Tensor), (float, int))
+KINDS = {
+    **dict.fromkeys(("shift", "inplace_backward"), _BOOL),
+    **dict.fromkeys(("ignore_index", "vocab_size", "vocab_start"), _INT),
+    **dict.fromkeys(("label_smoothing", "z_loss", "softcap"), _NUMBER),
+    "logit_scale": _SCALE,
+}
+
+
+def _typed(options: Options, name: str, kind: _Kind) -> None:
+    """Raise TypeError unless the option is of its kind (a bool counts as no number), or None where
+    that is its default."""
     value = getattr(options, name)
     if value is None and getattr(Options, name) is None:
         return
-    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-        raise TypeError(f"expected {name} to be {expected}, got {type(value).__name__} {value!r}")
+    if not isinstance(value, kind.types) or (isinstance(value, bool) and bool not in kind.types):
+        raise TypeError(f"expected {name} to be {kind.named}, got {type(value).__name__} {value!r}")
 
 
 def expect(holds: bool, expected: str, got) -> None:

@@ -138,11 +138,11 @@ def same_document_next(cu_seqlens: Tensor, positions: int) -> Tensor:
 def check_values(loss_mask: Tensor | None, cu_seqlens: Tensor | None, positions: int) -> None:
     """Raise ValueError for a weight that is negative or not finite in fp32, and for boundaries that
     are not boundaries."""
-    if loss_mask is not None and loss_mask.dtype != torch.bool:
+    if loss_mask is not None and loss_mask.dtype != torch.bool and loss_mask.numel():
         weight = loss_mask.float()
-        bad = ~((weight >= 0) & (weight < torch.inf))
-        if bad.any():
-            at = bad.nonzero()[0].tolist()
+        low, high = torch.aminmax(weight)  # both NaN where any is
+        if not (low.item() >= 0 and high.item() < torch.inf):
+            at = (~((weight >= 0) & (weight < torch.inf))).nonzero()[0].tolist()
             value = loss_mask[tuple(at)].item()
             raise ValueError(f"expected loss_mask >= 0 and finite, got {value} at loss_mask{at}")
     if cu_seqlens is not None:
