@@ -15,10 +15,17 @@ import pytest
 pytest.importorskip("triton")
 
 TESTS = Path(__file__).parent
+EXTREMES = (
+    "maxima_of_any_finite_size",
+    "metrics_of_maxima_of_any_finite_size",
+    "shards_of_any_finite_size",
+    "probabilities_of_ties_sum_to_1",
+    "loss_of_sure_tokens",
+)
 RUNS = {  # name -> (what is run, how many tests there are at least)
     "options": ("triton_options.py test_against_oracle.py", 140),
     "traps": ("test_traps.py test_traps_of_masks.py", 70),
-    "extremes": ("test_extreme_logits.py", 17),
+    "extremes": (" ".join(f"test_extreme_logits.py::test_{name}" for name in EXTREMES), 13),
     "sharded": ("test_sharded.py", 5),
     "others": ("test_module_and_metrics.py test_determinism.py test_compile.py::test_opcheck", 9),
     "rows": ("triton_rows.py triton_vectors.py", 140),
