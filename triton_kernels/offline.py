@@ -123,7 +123,8 @@ def _grad(chip, shape, dtype, options) -> Iterator[Variant]:
             chip,
             shape,
             logits,
-            *_vectors(rows, torch.float32, torch.int64, torch.float32),
+            torch.empty(rows, 2, device="meta"),
+            *_vectors(rows, torch.int64, torch.float32),
             logits,
             valid=columns,
             vocab_start=0,
@@ -140,11 +141,14 @@ def _grad(chip, shape, dtype, options) -> Iterator[Variant]:
 def _merge(chip, options) -> Iterator[Variant]:
     rows = 4096
     for columns, metrics in ((3, False), (4, False), (6, True)) if options else ((3, False),):
-        extra = (torch.float32, torch.bool, torch.float32) if metrics else ()
+        extra = (torch.float32, torch.float32, torch.bool, torch.float32) if metrics else ()
         (launch,) = merge.plan(
             chip,
             torch.empty(8, rows, columns, dtype=torch.float32, device="meta"),
-            *_vectors(rows, torch.int64, torch.float32, torch.float32, torch.float32, *extra),
+            *_vectors(rows, torch.int64, torch.float32, torch.float32),
+            torch.empty(rows, 2, device="meta"),
+            *_vectors(rows, *extra),
+            unit=1.0,
             vocab_size=WIDEST,
             label_smoothing=0.1 if columns > 3 else 0.0,
             z_loss=1e-4 if columns > 3 else 0.0,
