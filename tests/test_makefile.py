@@ -33,7 +33,9 @@ def checkout(tmp_path):
 
 
 def make(checkout, *arguments, **variables):
-    variables = {"CXX": "", "CUDA_HOME": "", "CUDA_PATH": "", "ROCM_PATH": "", **variables}
+    unset = ("CXX", "CUDA_HOME", "CUDA_PATH", "ROCM_PATH")
+    unset += ("MAKEFLAGS", "MAKEOVERRIDES", "MAKELEVEL")  # of the make that runs the tests
+    variables = {**dict.fromkeys(unset, ""), **variables}
     return run([MAKE, *arguments], cwd=checkout, PATH=str(checkout / "bin"), **variables)
 
 
