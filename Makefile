@@ -37,7 +37,7 @@ CXX_FILES := $(wildcard $(foreach ending,h cpp cu cuh,csrc/*.$(ending) tests/sim
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 
-ABSENT := $(if $(FUSED_SFT_LOSS_WITHOUT),$(shell $(PYTHON) csrc/without.py || echo wrong))
+ABSENT := $(if $(FUSED_SFT_LOSS_WITHOUT),$(shell FUSED_SFT_LOSS_WITHOUT='$(FUSED_SFT_LOSS_WITHOUT)' $(PYTHON) -B csrc/without.py || echo wrong))
 ifneq ($(filter wrong,$(ABSENT)),)
     $(error FUSED_SFT_LOSS_WITHOUT is wrong; the line above says what is)
 endif

@@ -13,7 +13,7 @@ pytest.importorskip("rich")
 from bench.codegen import csrc, toolchains  # noqa: E402
 
 if not toolchains.find("cuda"):
-    pytest.skip(f"no nvcc; {toolchains.INSTALL['cuda']}", allow_module_level=True)
+    pytest.skip(f"no nvcc: {toolchains.advice('cuda')}", allow_module_level=True)
 
 from cuda_arguments import STRUCTS  # noqa: E402
 from cuda_launches import Run, kernel, line, modules  # noqa: E402

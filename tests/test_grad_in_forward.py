@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import simt_build
 import torch
 from backends import ON_CPU, on_shim, using
 from cases import DTYPES, Case, build, cases, expected, gradient_scale, storage_grad
@@ -163,7 +164,7 @@ def test_an_expected_loss_scale(scale):
 def test_rows_that_do_not_fit_on_the_chip(vendor, chip, dtype, view):
     """Without clusters, or with registers for half of a row, the rest is read twice."""
     if f"{vendor}-simt" not in ON_CPU:
-        pytest.skip("the SIMT shim cannot be compiled here")
+        pytest.skip(f"the SIMT shim cannot be compiled: {simt_build.missing()}")
     options = {"softcap": 30.0, "label_smoothing": 0.1, "vocab_size": 299_995}
     case = build(view, dtype, 1, 2, 300_003, 3, "none", {**options, "shift": False})
     want = expected(case)

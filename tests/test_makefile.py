@@ -33,7 +33,9 @@ def checkout(tmp_path):
 
 
 def make(checkout, *arguments, **variables):
-    variables = {"CXX": "", "CUDA_HOME": "", "CUDA_PATH": "", "ROCM_PATH": "", **variables}
+    unset = ("CXX", "CUDA_HOME", "CUDA_PATH", "ROCM_PATH")
+    unset += ("MAKEFLAGS", "MAKEOVERRIDES", "MAKELEVEL")  # of the make that runs the tests
+    variables = {**dict.fromkeys(unset, ""), **variables}
     return run([MAKE, *arguments], cwd=checkout, PATH=str(checkout / "bin"), **variables)
 
 
@@ -130,7 +132,12 @@ def test_the_switch_refuses_a_tool_it_does_not_know(checkout):
 def test_the_switch_leaves_optional_installations_out(checkout, names, left_out):
     (checkout / ".venv").mkdir()
     (checkout / ".venv/.installed").touch()
-    done = make(checkout, "-n", "test", PYTHON=sys.executable, FUSED_SFT_LOSS_WITHOUT=names)
-    assert done.returncode == 0, done.stderr
-    assert ("liger-kernel" not in done.stdout) == left_out
-    assert ("megatron-core" not in done.stdout) == (names == "all")
+    switch = {"FUSED_SFT_LOSS_WITHOUT": names}
+    on_its_command_line = [f"{name}={value}" for name, value in switch.items()]
+    for done in (
+        make(checkout, "-n", "test", PYTHON=sys.executable, **switch),
+        make(checkout, "-n", "test", *on_its_command_line, PYTHON=sys.executable),
+    ):
+        assert done.returncode == 0, done.stderr
+        assert ("liger-kernel" not in done.stdout) == left_out
+        assert ("megatron-core" not in done.stdout) == (names == "all")

@@ -91,7 +91,7 @@ class Toolchain:
 @cache
 def find(backend: str) -> Toolchain | None:
     """The compiler for `cuda` or `hip`, None when there is none."""
-    if without.absent({"cuda": "nvcc", "hip": "clang"}[backend]):
+    if _left_out(backend):
         return None
     for compiler in _candidates(backend):
         path = shutil.which(compiler)
@@ -103,7 +103,16 @@ def find(backend: str) -> Toolchain | None:
 def need(backend: str) -> Toolchain:
     if found := find(backend):
         return found
-    raise UserError(f"no compiler for --backend {backend} here: {INSTALL[backend]}")
+    raise UserError(f"no compiler for --backend {backend} here: {advice(backend)}")
+
+
+def advice(backend: str) -> str:
+    """How to get a compiler, or which switch leaves it out."""
+    return _left_out(backend) or INSTALL[backend]
+
+
+def _left_out(backend: str) -> str | None:
+    return without.absent({"cuda": "nvcc", "hip": "clang"}[backend])
 
 
 def _candidates(backend: str) -> list[str]:
