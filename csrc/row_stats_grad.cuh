@@ -242,20 +242,22 @@ row_stats_grad_kernel(StatsGradArgs a, Scales z, Holding holding) {
   const int each = ((valid + 7) / 8 + holding.cluster - 1) / holding.cluster * 8;
   const int begin = part * each < valid ? part * each : valid,
             end = valid - begin < each ? valid : begin + each;
+  const Row in = row_at<T>(grad.logits, n);
+  // Found anew where they are needed: kept through the statistics, they cost registers that sm_100 lacks.
+  const auto row_out = [&] { return row_at<T>(grad.grad, n); };
+  const auto target_column = [&] { return own_column(grad.target[n], grad.vocab_start, grad.logits); };
   // Padding is the last block's.
-  const int until = part == holding.cluster - 1 ? static_cast<int>(grad.grad.columns) : end;
-  const Row in = row_at<T>(grad.logits, n), out = row_at<T>(grad.grad, n);
+  const auto until = [&] { return part == holding.cluster - 1 ? static_cast<int>(grad.grad.columns) : end; };
   const bool first = part == 0 && thread_id() == 0;
   if (a.weight[n] == 0) {
-    Gradient::zero_columns(out, begin, until);
+    Gradient::zero_columns(row_out(), begin, until());
     if (!first) return;
     a.loss[n] = 0.0f;
     store_normalizer(a.normalizer, n, 0.0f, 0.0f);
     return;
   }
   // In place, what is read here would be gone later.
-  const int own = own_column(grad.target[n], grad.vocab_start, grad.logits);
-  const float x_own = common(own < 0 ? 0.0f : load_one<T>(in, own));
+  const float x_own = common(target_column() < 0 ? 0.0f : load_one<T>(in, target_column()));
   const int whole = begin + (end - begin) / 8 * 8, odd = whole + thread_id();
   Running running;
   add_one(running, odd < end ? capped<kSoftcap>(load_one<T>(in, odd), z) : -kInfinity, odd < end, z);
@@ -264,6 +266,8 @@ row_stats_grad_kernel(StatsGradArgs a, Scales z, Holding holding) {
   held.rest(running, in, whole, z);
   Stats all = Statistics::met(running, z, grad.vocab_start);
   if (holding.cluster > 1) all = over_cluster(all, holding.cluster, z.unit);
+  const int own = target_column();
+  const Row out = row_out();
   const float own_value = own < 0 ? 0.0f : capped<kSoftcap>(x_own, z);
   const RowLoss row =
       row_loss(all, own_value, grad.target[n], z.unit, grad.label_smoothing, grad.z_loss, grad.vocab_size);
@@ -272,12 +276,12 @@ row_stats_grad_kernel(StatsGradArgs a, Scales z, Holding holding) {
     store_normalizer(a.normalizer, n, row.top, row.total);
   }
   if (grad.scale[n] == 0) {
-    Gradient::zero_columns(out, begin, until);
+    Gradient::zero_columns(out, begin, until());
   } else {
     const GradRow g = grad_row<kSoftcap>(grad, z, n, row.top, row.total);
     Gradient::any_columns(in, out, g, z, held.end, end);
     held.gradient_to(out, g, z);
-    Gradient::zero_columns(out, end, until);
+    Gradient::zero_columns(out, end, until());
     barrier();  // its own logit is written over what was written there
     if (thread_id() == 0 && own >= begin && own < end)
       T::put(out.start + int64_t{own} * T::kBytes, gradient<kSoftcap>(x_own, g, z, true));
