@@ -119,10 +119,10 @@ def merge(gathered: Tensor, target: Tensor, weight: Tensor, math: RowMath) -> tu
         loss = (1 - math.label_smoothing) * loss + math.label_smoothing * smooth
     if math.z_loss:
         loss = loss + math.z_loss * (maximum * math.unit + log_denominator).square()
-    poison = torch.where(target == OUT_OF_VOCABULARY, torch.nan, 0.0)
-    scored = weight != 0
-    loss = torch.where(scored, weight * loss + poison, 0.0)
-    normalizer = torch.stack([maximum, denominator], -1) + poison.unsqueeze(-1)
+    poisoned, scored = target == OUT_OF_VOCABULARY, weight != 0
+    loss = torch.where(scored, (weight * loss).masked_fill(poisoned, torch.nan), 0.0)
+    normalizer = torch.stack([maximum, denominator], -1)
+    normalizer = normalizer.masked_fill(poisoned.unsqueeze(-1), torch.nan)
     return loss, torch.where(scored.unsqueeze(-1), normalizer, 0.0)
 
 

@@ -1,6 +1,7 @@
 """The package as others get it: wheels, with and without a compiler, and what they link."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,8 @@ from wheel_check import USE, install_and_use, wheel_faults
 from csrc import without
 
 ROOT = Path(__file__).parent.parent
-FILES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "Makefile")
+VERSION = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+FILES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "Makefile", "LICENSE")
 FOLDERS = ("csrc", "fused_sft_loss", "triton_kernels")
 STEERING = {"FUSED_SFT_LOSS_BUILD", "TORCH_CUDA_ARCH_LIST", "PYTORCH_ROCM_ARCH", without.VARIABLE}
 
@@ -60,7 +62,7 @@ def test_wheel_in_an_empty_environment(source, tmp_path):
     assert not any(name.startswith(("triton_kernels/", "tests/", "bench/")) for name in names)
     assert wheel_faults(wheel) == []
     used, report = install_and_use(wheel, tmp_path / "venv")
-    assert used[1:] == ["0.1.0+cpu", "cpu", "True"]
+    assert used[1:] == [f"{VERSION}+cpu", "cpu", "True"]
     assert "takes 'cpu'" in report
 
 
@@ -79,7 +81,7 @@ def test_without_a_compiler_it_installs_works_and_says_so(source, tmp_path):
 def test_sdist_has_what_a_build_needs(source, tmp_path):
     assert build(source, tmp_path, kind="sdist").returncode == 0
     (archive,) = tmp_path.glob("*.tar.gz")
-    assert archive.name == "fused_sft_loss-0.1.0.tar.gz"  # whatever this machine could build
+    assert archive.name == f"fused_sft_loss-{VERSION}.tar.gz"  # whatever this machine could build
     shutil.unpack_archive(archive, tmp_path)
     (unpacked,) = (path for path in tmp_path.iterdir() if path.is_dir())
     sources = {path.name for path in (ROOT / "csrc").glob("*.*")}

@@ -49,7 +49,10 @@ def run(tmp_path_factory):
         if setting not in known:
             out = folder / setting.replace(" ", "_")
             command = [sys.executable, TESTS / "global_defaults.py", setting]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
+            path = os.pathsep.join(
+                [str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]
+            )
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
             done = subprocess.run(
                 [*command, folder / "cases", out], env=environment, capture_output=True, text=True
             )

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_build import ROOT, build, run
+from test_build import ROOT, VERSION, build, run
 from wheel_check import wheel_faults
 
 from csrc import toolchains, without
@@ -257,7 +257,7 @@ def test_a_wheel_says_what_is_inside_and_has_no_leftovers(tree, tmp_path):
     done = build(tree, tmp_path / "dist", FUSED_SFT_LOSS_BUILD="cuda", **variables)
     assert done.returncode == 0, done.stdout + done.stderr
     (wheel,) = (tmp_path / "dist").glob("*.whl")
-    assert wheel.name.startswith("fused_sft_loss-0.1.0+cu13-")
+    assert wheel.name.startswith(f"fused_sft_loss-{VERSION}+cu13-")
     assert wheel_faults(wheel) == [
         "expected modules ['_cpu', '_cuda'] by its name, got ['_cuda']",
     ]
