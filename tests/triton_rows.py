@@ -219,7 +219,9 @@ def test_nothing_synchronises_from_end_to_end(monkeypatch):
             caller = sys._getframe(1).f_globals["__name__"]
             # logit_scale is on the CPU, whatever the logits: `rowmath` may read it.
             allowed = caller == "fused_sft_loss.rowmath" and self.device.type == "cpu"
-            assert allowed or not caller.startswith("fused_sft_loss"), f"{caller} calls {name}"
+            assert allowed or not caller.startswith("fused_sft_loss"), (
+                f"{caller} calls Tensor.{name}"
+            )
             return original(self, *args, **kwargs)
 
         monkeypatch.setattr(torch.Tensor, name, trapped)
