@@ -2,7 +2,7 @@
 #
 #   make help      these lines
 #   make demo      a real Megatron SFT run on this CPU: the reference loss against ours, step by step
-#   make test      the test suite: every promise on every backend (6 to 8 minutes on two cores)
+#   make test      the test suite: every promise on every backend
 #   make check     what takes longer: the whole products of options, every Megatron, audits, wheels, sanitizers
 #   make lint      ruff and clang-format
 #   make format    let both rewrite the files
