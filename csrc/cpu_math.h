@@ -42,11 +42,10 @@ FSL_INLINE float multiply_add(float a, float b, float c) {
 // clear. u * scale2 = n + f with |f| <= 1/2, and 2^f is a polynomial of degree 5 with p(0) = 1 (Lawson's
 // weighted least squares for the smallest maximal relative error: 9.2e-8). The scale is part of the
 // reduction, so that u is a difference of logits and no product is rounded before it is taken. Relative error
-// at most 2e-7 + |scale * u| * 3e-8; without FMA instructions, where the product rounds before n is taken
-// off, 2e-7 + |scale
-// * u| * 9e-8; and |scale * u| * 6e-8 more where scale2 is rounded. Results under 2^-126 carry an absolute
-// error of at most 2^-126; the result is exactly 0 from n = -127 down (2^-126.5), for -inf included. u = +inf
-// gives NaN: it arises only in a row that holds +inf, and in sums that are not used.
+// at most 2e-7 + |z| * 3e-8 with z = scale * u; without FMA instructions, where the product rounds before n
+// is taken off, 2e-7 + |z| * 9e-8; and |z| * 6e-8 more where scale2 is rounded. Results under 2^-126 carry
+// an absolute error of at most 2^-126; the result is exactly 0 from n = -127 down (2^-126.5), for -inf
+// included. u = +inf gives NaN: it arises only in a row that holds +inf, and in sums that are not used.
 FSL_INLINE float exp_nonpositive(float u, float scale2) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
   const float shifted = multiply_add(u, scale2, kRound);

@@ -274,8 +274,9 @@ def _prepare(
         agreement.tell(error, options.tp_group, logits)
         raise
     scoring = labels, loss_mask, options.cu_seqlens, options.shift, int(options.ignore_index)
+    arguments = math.arguments()
     if group_name:
-        shard = call, logits.dtype, logits.shape[-1], *math.arguments(), group_name, backend
+        shard = call, logits.dtype, logits.shape[-1], *arguments, group_name, backend
         found = agreement.agreed_targets(*scoring, *shard)
     else:
         found = autograd.row_targets(*scoring, math.vocab_size, backend)
@@ -285,7 +286,7 @@ def _prepare(
         logits = logits.unsqueeze(0)
     elif options.layout == "sbv":
         logits = logits.transpose(0, 1)
-    return targets, (logits, targets.target, targets.weight, *math.arguments(), group_name, backend)
+    return targets, (logits, targets.target, targets.weight, *arguments, group_name, backend)
 
 
 def _validated(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import flags, rowmath, shards, targets
 from .backends import choose
+from .backends.addresses import losses_like
 from .inplace import traced
 from .operators import differentiable, first_order, operator
 from .rowmath import RowMath
@@ -125,11 +126,6 @@ def rows_scale(grad: Tensor, weight: Tensor) -> Tensor:
     A row with weight 0 stays out even when the upstream gradient is not finite.
     """
     return torch.where(weight != 0, grad.float() * weight, 0.0)
-
-
-def losses_like(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Losses `[N]` and normalizer `[N, 2]` without data."""
-    return (*vectors_like(weight, 1), weight.new_empty(weight.shape[0], 2, dtype=torch.float32))
 
 
 def vectors_like(weight: Tensor, count: int, truths: tuple[int, ...] = ()) -> tuple[Tensor, ...]:

@@ -41,14 +41,19 @@ def tensors(
             f"expected labels {rows} for logits {list(logits.shape)} (layout {layout!r}), "
             f"got {list(labels.shape)}{hint}"
         )
-    targets(labels, loss_mask, cu_seqlens)
-    _one_device(logits, labels=labels, loss_mask=loss_mask, cu_seqlens=cu_seqlens)
+    _targets(labels, loss_mask, cu_seqlens)
+    _one_device(logits, labels=labels)
 
 
 def targets(labels: Tensor, loss_mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
     """Raise TypeError or ValueError unless they are what ``shift_targets`` takes."""
     _are_tensors(labels=labels, loss_mask=loss_mask, cu_seqlens=cu_seqlens)
     _integers(labels)
+    _targets(labels, loss_mask, cu_seqlens)
+
+
+def _targets(labels: Tensor, loss_mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
+    """Raise TypeError or ValueError unless mask and boundaries fit integer labels."""
     if labels.dim() not in (1, 2):
         raise ValueError(f"expected labels [b, s] or [n], got shape {list(labels.shape)}")
     if loss_mask is not None:

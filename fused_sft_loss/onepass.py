@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from . import rowmath
-from .autograd import losses_like, rows_scale
+from .autograd import rows_scale
 from .backends import choose
+from .backends.addresses import losses_like
 from .inplace import traced
 from .operators import differentiable, first_order, operator
 from .rowmath import RowMath
