@@ -16,11 +16,15 @@
 # Parts of make check:
 #
 #   make long      the tests that make test leaves out
-#   make megatron  the Megatron tests on the supported versions of megatron-core that .venv does not have
 #   make audit     the machine code of every GPU kernel with every option
+#   make wheel     wheels in dist/: +cpu, and +cu13 and +rocm7 where there are toolchains for them
 #   make wheel-check   install each wheel of dist/ in an empty environment and run the loss
 #   make sanitize  the native kernels under AddressSanitizer and UBSan, run by the suite
 #   make compute-sanitizer   the CUDA kernels on a GPU under NVIDIA's sanitizer, run by tests/test_gpu.py
+#
+# A part of make long:
+#
+#   make megatron  all Megatron tests on every supported megatron-core
 #
 # FUSED_SFT_LOSS_WITHOUT=all (or names of csrc/without.py) treats optional tools as absent, to test that.
 
@@ -60,7 +64,7 @@ test: $(VENV)/.installed $(PEERS) $(FURTHER_MEGATRONS)
 long: $(VENV)/.installed $(PEERS) $(FURTHER_MEGATRONS)
 	$(PYTEST) -m long $(PYTEST_ARGS)
 
-check: long megatron audit wheel wheel-check sanitize compute-sanitizer
+check: long audit wheel wheel-check sanitize compute-sanitizer
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -154,16 +158,8 @@ build/megatron/.installed: | $(VENV)/.installed
 	done
 	touch $@
 
-# Everything of test_megatron_* on every version but that of .venv, on which make test and make long have run it.
-OWN_MEGATRON = $(BIN)/python -c 'from importlib.metadata import version; print(version("megatron-core").partition("+")[0])'
 megatron: $(VENV)/.installed $(FURTHER_MEGATRONS)
-	@test -n "$(FURTHER_MEGATRONS)" || echo "SKIPPED: further versions of megatron-core are treated as absent"
-	own=$$($(OWN_MEGATRON)); for folder in $(if $(FURTHER_MEGATRONS),$(MEGATRONS:%=build/megatron/%)); do \
-	    if [ $$folder = build/megatron/$$own ] || [ ! -d $$folder/megatron ]; then continue; fi; \
-	    echo "megatron-core in $$folder" && PYTHONPATH=$$folder OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q \
-	        -W ignore -n 2 --dist loadfile $(filter-out %_versions.py,$(wildcard tests/test_megatron_*.py)) \
-	        || exit 1; \
-	done
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -v tests/test_megatron_versions.py
 
 # The tables of docs/megatron.md, measured anew: every layout on every version, and the peaks.
 megatron-docs: $(VENV)/.installed build/megatron/.installed

@@ -13,7 +13,6 @@ from csrc import without
 
 ROOT = Path(__file__).parent.parent
 PEERS = ROOT / "build/peers"
-SAMPLE = ("sm_90", "gfx942")
 
 
 def _reason_without_liger():
@@ -27,9 +26,19 @@ def _reason_without_liger():
 needs_liger = pytest.mark.skipif(bool(_reason_without_liger()), reason=_reason_without_liger())
 
 
-def sampled(targets):
-    """Parameters: make test has one target of each vendor, make check the others."""
-    return [t if t in SAMPLE else pytest.param(t, marks=pytest.mark.long) for t in targets]
+def sampled(values, sample=("sm_90", "gfx942")):
+    """Parameters: make test has the sample, make check the others."""
+    return [v if v in sample else pytest.param(v, marks=pytest.mark.long) for v in values]
+
+
+def sampled_runs(runs, in_sample):
+    """The same for tuples of parameters: those that `in_sample` accepts are the sample."""
+    return [
+        pytest.param(
+            *run, id="-".join(map(str, run)), marks=[pytest.mark.long] * (not in_sample(run))
+        )
+        for run in runs
+    ]
 
 
 def codegen(folder, *arguments):

@@ -27,7 +27,7 @@ LAYOUTS = {  # name: (processes, sizes)
     "PP2xCP2": (4, {"pp": 2, "cp": 2}),
     "TP2xDP2": (4, {"tp": 2}),
 }
-CORE = ("TP2+SP", "CP2", "TP2xPP2")  # make test has these, and make check all of them
+SAMPLE = ("TP2+SP", "CP2", "TP2xPP2")  # make test has these, make check the others
 ALL_MASKED = (2,)
 UNIT_WEIGHTS = (0, 1, 2, 4)  # a trainer's own loss_func counts tokens by adding their weights
 CASES = {
@@ -68,9 +68,7 @@ def unsharded():
 
 @pytest.fixture(
     scope="module",
-    params=[
-        pytest.param(n, marks=pytest.mark.core if n in CORE else pytest.mark.long) for n in LAYOUTS
-    ],
+    params=[n if n in SAMPLE else pytest.param(n, marks=pytest.mark.long) for n in LAYOUTS],
     ids=str,
 )
 def results(request, unsharded):

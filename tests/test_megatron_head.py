@@ -20,7 +20,6 @@ def unsharded():
     return run_ranks(1, runs.reference, tied=True)[0]
 
 
-@pytest.mark.core
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_tied_embeddings_get_both_gradients(unsharded, layout):
     """The embedding's weight is the head's: its gradient is a sum of both uses."""

@@ -111,7 +111,6 @@ def documents():
 HOW = ("packed_seq_params", "cu_seqlens", "position_ids")
 
 
-@pytest.mark.core
 @pytest.mark.parametrize(("step", "tp", "cp"), [("own", 1, 1), ("own", 2, 1), ("in_place", 1, 2)])
 @pytest.mark.parametrize("how", HOW)
 def test_packed_documents_equal_the_documents_one_by_one(documents, how, step, tp, cp):

@@ -200,7 +200,6 @@ def megatrons_machine():
     return True
 
 
-@pytest.mark.core
 def test_the_real_rerun_state_machine_takes_the_checks():
     assert run_ranks(1, megatrons_machine) == [True]
 

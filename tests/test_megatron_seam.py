@@ -67,7 +67,6 @@ def own_and_fused(tp, head, mtp):
     return results, inputs()[1]["loss_mask"]
 
 
-@pytest.mark.core
 @pytest.mark.parametrize("mtp", [None, 2])
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("tp", [1, 2])
@@ -94,7 +93,6 @@ def trained_in_place():
     return own, {n: p.grad for n, p in model.named_parameters()}
 
 
-@pytest.mark.core
 def test_multi_token_prediction_gets_shifted_labels_from_unshifted_ones():
     own, ours = run_ranks(1, trained_in_place)[0]
     for name, grad in own.items():
@@ -132,7 +130,6 @@ def seen_by_the_loss(dtype, in_place):
     return logits.dtype, tuple(logits.shape), logits.data_ptr() == written.data_ptr()
 
 
-@pytest.mark.core
 def test_in_place_reads_what_the_output_layer_wrote():
     """No transpose copy, no cast: the same memory, [s, b, v] in bf16."""
     got = run_ranks(1, seen_by_the_loss, torch.bfloat16, True)[0]
@@ -199,7 +196,6 @@ def nested_and_broken():
     }
 
 
-@pytest.mark.core
 def test_nested_use_exceptions_and_other_models():
     held = run_ranks(1, nested_and_broken)[0]
     assert all(held.values()), held
@@ -271,7 +267,6 @@ def misused():
     return messages
 
 
-@pytest.mark.core
 def test_errors_of_the_context():
     messages = run_ranks(1, misused)[0]
     assert messages["option"].startswith("TypeError") and "['shift']" in messages["option"]

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from codegen_runs import sampled
 
 pytest.importorskip("triton")
 
@@ -27,9 +26,8 @@ KERNELS = {"row_stats", "fold_segments", "row_grad", "merge", "row_targets"}
 DTYPES = {"torch.bfloat16", "torch.float16", "torch.float32"}
 
 
-@pytest.mark.parametrize(
-    "chip", sampled(["sm_80", "sm_90", "sm_100", "gfx90a", "gfx942", "gfx950"])
-)
+@pytest.mark.long  # make test audits two of them (test_codegen.py)
+@pytest.mark.parametrize("chip", CHIPS)
 def test_compiles_for(chip):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(

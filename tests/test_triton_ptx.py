@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from codegen_runs import PEERS, needs_liger
+from codegen_runs import PEERS, needs_liger, sampled, sampled_runs
 from ptx_problems import DTYPES, EVERYTHING, SHAPES, check, problem, rows_at, wide
 
 pytest.importorskip("triton")
@@ -31,7 +31,9 @@ RUNS = sorted(
 )
 
 
-@pytest.mark.parametrize(("target", "dtype", "shape"), RUNS, ids=str)
+@pytest.mark.parametrize(
+    ("target", "dtype", "shape"), sampled_runs(RUNS, lambda run: run[0] == "sm_90")
+)
 def test_loss_and_gradient(target, dtype, shape):
     columns, options = SHAPES[shape]
     logits, labels, mask = problem(dtype, columns, options.get("vocab_size"))
@@ -40,7 +42,7 @@ def test_loss_and_gradient(target, dtype, shape):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", sampled(TARGETS))
 def test_bytes_of_a_training_step(target, dtype):
     """Each scored element is loaded once in each pass, 16 bytes at a time, and stored once."""
     logits, labels, mask = problem(dtype, 8192)
@@ -56,7 +58,7 @@ def test_bytes_of_a_training_step(target, dtype):
 
 
 @pytest.mark.parametrize("split", [False, True])
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", sampled(TARGETS))
 def test_masked_rows_are_not_read(target, split):
     logits, labels, _ = problem(torch.bfloat16, 17000)
     run = Run(target, logits, labels, torch.zeros(1, 4), split=split)()
@@ -69,7 +71,7 @@ def test_masked_rows_are_not_read(target, split):
 
 
 @pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["plain", "options"])
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", sampled(TARGETS))
 def test_same_bits_for_every_dtype_and_address(target, options):
     """bf16, the same numbers in fp32, and both in rows that no 16 bytes are aligned to: one loss,
     and gradients that are one fp32 gradient, rounded once or not at all."""
@@ -97,7 +99,7 @@ def test_in_place():
     assert together.counts["gradient"].stored["logits"] == logits.numel() * 2
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", sampled(TARGETS))
 def test_same_bits_in_whatever_order_warps_run(target):
     logits, labels, mask = problem(torch.bfloat16, 2500)
     in_step = Run(target, logits, labels, mask)()
@@ -106,7 +108,7 @@ def test_same_bits_in_whatever_order_warps_run(target):
         assert torch.equal(run.loss, in_step.loss) and torch.equal(run.grad, in_step.grad)
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", sampled(TARGETS))
 def test_a_missing_barrier_shows(target):
     """The check above can fail: it does when a barrier is taken out of row_stats."""
     logits, labels = torch.randn(1, 2, 1000).bfloat16(), torch.tensor([[3, 5]])
@@ -137,7 +139,7 @@ def drop(text, pattern, number):
 
 
 @needs_liger
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", sampled(TARGETS))
 def test_executed_beside_liger(target):
     """The kernels of a training step, on the same two rows, whole; Liger's scaling by itself."""
     from bench.codegen import peers
