@@ -1,30 +1,29 @@
 # Everything a fresh machine needs is installed into .venv by the first target that wants it.
 #
-#   make help      these lines
-#   make demo      a real Megatron SFT run on this CPU: the reference loss against ours, step by step
-#   make test      the test suite: every promise on every backend
-#   make check     what takes longer: the whole products of options, every Megatron, audits, wheels, sanitizers
-#   make lint      ruff and clang-format
-#   make format    let both rewrite the files
-#   make bench     time and memory of the loss beside every peer, and the figures of README and docs/ from them
-#   make system    name the system packages that are missing, required and optional
-#   make megatron-docs   measure the tables of docs/megatron.md anew
-#   make docs      the documentation as a site in build/site; a broken link is an error
-#   make wheel     wheels in dist/: +cpu, and +cu13 and +rocm7 where there are toolchains for them
-#   make clean     remove what was built; .venv stays
+#   make help              these lines
+#   make demo              a real Megatron SFT run on this CPU: the reference loss against ours, step by step
+#   make test              the test suite: every promise on every backend
+#   make check             what takes longer: the whole products of options, every Megatron, audits, wheels, sanitizers
+#   make lint              ruff and clang-format
+#   make format            let both rewrite the files
+#   make bench             time and memory of the loss beside every peer, and the figures of README and docs/ from them
+#   make system            name the system packages that are missing, required and optional
+#   make megatron-docs     measure the tables of docs/megatron.md anew
+#   make docs              the documentation as a site in build/site; a broken link is an error
+#   make clean             remove what was built; .venv stays
 #
 # Parts of make check:
 #
-#   make long      the tests that make test leaves out
-#   make audit     the machine code of every GPU kernel with every option
-#   make wheel     wheels in dist/: +cpu, and +cu13 and +rocm7 where there are toolchains for them
-#   make wheel-check   install each wheel of dist/ in an empty environment and run the loss
-#   make sanitize  the native kernels under AddressSanitizer and UBSan, run by the suite
-#   make compute-sanitizer   the CUDA kernels on a GPU under NVIDIA's sanitizer, run by tests/test_gpu.py
+#   make long              the tests that make test leaves out
+#   make audit             the machine code of every GPU kernel with every option
+#   make wheel             wheels in dist/: +cpu, and +cu13 and +rocm7 where there are toolchains for them
+#   make wheel-check       install each wheel of dist/ in an empty environment and run the loss
+#   make sanitize          the native kernels under AddressSanitizer and UBSan, run by the suite
+#   make compute-sanitizer the CUDA kernels on a GPU under NVIDIA's sanitizer, run by tests/test_gpu.py
 #
 # A part of make long:
 #
-#   make megatron  all Megatron tests on every supported megatron-core
+#   make megatron          all Megatron tests on every supported megatron-core
 #
 # FUSED_SFT_LOSS_WITHOUT=all (or names of csrc/without.py) treats optional tools as absent, to test that.
 
@@ -58,7 +57,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m bench sft
 
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
-test: $(VENV)/.installed $(PEERS) $(FURTHER_MEGATRONS)
+test: $(VENV)/.installed $(PEERS)
 	$(PYTEST) -m "not long" $(PYTEST_ARGS)
 
 long: $(VENV)/.installed $(PEERS) $(FURTHER_MEGATRONS)

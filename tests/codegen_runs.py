@@ -33,11 +33,10 @@ def sampled(values, sample=("sm_90", "gfx942")):
 
 def sampled_runs(runs, in_sample):
     """The same for tuples of parameters: those that `in_sample` accepts are the sample."""
+    named = [(run, "-".join(map(str, run))) for run in runs]
     return [
-        pytest.param(
-            *run, id="-".join(map(str, run)), marks=[pytest.mark.long] * (not in_sample(run))
-        )
-        for run in runs
+        pytest.param(*run, id=name, marks=() if in_sample(run) else pytest.mark.long)
+        for run, name in named
     ]
 
 

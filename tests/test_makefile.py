@@ -135,8 +135,8 @@ def test_the_switch_leaves_optional_installations_out(checkout, names, left_out)
     switch = {"FUSED_SFT_LOSS_WITHOUT": names}
     on_its_command_line = [f"{name}={value}" for name, value in switch.items()]
     for done in (
-        make(checkout, "-n", "test", PYTHON=sys.executable, **switch),
-        make(checkout, "-n", "test", *on_its_command_line, PYTHON=sys.executable),
+        make(checkout, "-n", "long", PYTHON=sys.executable, **switch),
+        make(checkout, "-n", "long", *on_its_command_line, PYTHON=sys.executable),
     ):
         assert done.returncode == 0, done.stderr
         assert ("liger-kernel" not in done.stdout) == left_out
