@@ -19,33 +19,33 @@
 #   make wheel             wheels in dist/: +cpu, and +cu13 and +rocm7 where there are toolchains for them
 #   make wheel-check       install each wheel of dist/ in an empty environment and run the loss
 #   make sanitize          the native kernels under AddressSanitizer and UBSan, run by the suite
-#   make compute-sanitizer the CUDA kernels on a GPU under NVIDIA's sanitizer, run by tests/test_gpu.py
+#   make compute-sanitizer the CUDA kernels on a GPU under NVIDIA's sanitizer, run by tests/gpu/test_gpu.py
 #
 # A part of make long:
 #
 #   make megatron          all Megatron tests on every supported megatron-core
 #
-# FUSED_SFT_LOSS_WITHOUT=all (or names of csrc/without.py) treats optional tools as absent, to test that.
+# FUSED_SFT_LOSS_WITHOUT=all (or names of csrc/toolchains/without.py) treats optional tools as absent, to test that.
 
 PYTHON ?= python3
 # A build for another device: make demo TORCH="torch --index-url ..."
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := $(wildcard csrc/*.*) setup.py pyproject.toml
-CXX_FILES := $(wildcard $(foreach ending,h cpp cu cuh,csrc/*.$(ending) tests/simt/*.$(ending)))
+SOURCES := $(wildcard csrc/*.* csrc/*/*.*) setup.py pyproject.toml
+CXX_FILES := $(wildcard $(foreach ending,h cpp cu cuh,csrc/*.$(ending) csrc/*/*.$(ending) bench/without_gpu/simt/*.$(ending)))
 
 .PHONY: help demo test check long lint format bench docs wheel wheel-check audit megatron megatron-docs
 .PHONY: sanitize compute-sanitizer clean system
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 
-ABSENT := $(if $(FUSED_SFT_LOSS_WITHOUT),$(shell FUSED_SFT_LOSS_WITHOUT='$(FUSED_SFT_LOSS_WITHOUT)' $(PYTHON) -B csrc/without.py || echo wrong))
+ABSENT := $(if $(FUSED_SFT_LOSS_WITHOUT),$(shell FUSED_SFT_LOSS_WITHOUT='$(FUSED_SFT_LOSS_WITHOUT)' $(PYTHON) -B csrc/toolchains/without.py || echo wrong))
 ifneq ($(filter wrong,$(ABSENT)),)
     $(error FUSED_SFT_LOSS_WITHOUT is wrong; the line above says what is)
 endif
 ifneq ($(filter triton,$(ABSENT)),)
-    export PYTHONPATH := $(CURDIR)/tests/without_triton:$(PYTHONPATH)
+    export PYTHONPATH := $(CURDIR)/tests/support/without_triton:$(PYTHONPATH)
 endif
 PEERS := $(if $(filter liger,$(ABSENT)),,build/peers/.installed)
 FURTHER_MEGATRONS := $(if $(filter megatrons,$(ABSENT)),,build/megatron/.installed)
@@ -99,24 +99,24 @@ wheel: $(VENV)/.installed
 	    FUSED_SFT_LOSS_BUILD=cpu,$$backend $(WHEEL) || exit 1; \
 	done
 	for wheel in build/wheels/*.whl; do $(REPAIR) -w dist $$wheel || cp $$wheel dist; done
-	$(BIN)/python tests/wheel_check.py dist/*.whl
+	$(BIN)/python tests/support/wheel_check.py dist/*.whl
 
 wheel-check: $(VENV)/.installed
 	@ls dist/*.whl >/dev/null 2>&1 || { echo "there is no wheel in dist/: make wheel"; exit 1; }
-	$(BIN)/python tests/wheel_check.py --use dist/*.whl
+	$(BIN)/python tests/support/wheel_check.py --use dist/*.whl
 
 audit: $(VENV)/.installed
 	$(BIN)/python -m bench codegen --options
 
 # A second copy of the package in build/, so that the installed one stays as it is. leaks: CPython's own.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g
-NATIVE_TESTS := test_against_oracle test_exp test_traps test_traps_of_masks test_determinism test_module_and_metrics \
-    test_grad_in_forward
+NATIVE_TESTS := backends/test_exp $(addprefix loss/test_,against_oracle traps traps_of_masks determinism \
+    module_and_metrics grad_in_forward)
 sanitize: $(VENV)/.installed
 	FUSED_SFT_LOSS_BUILD=cpu CXXFLAGS="$(SANITIZE)" $(BIN)/python setup.py -q build --build-base build/sanitize \
 	    --build-lib build/sanitize/lib
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
-	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/sanitize/lib:. \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/sanitize/lib:.:tests/support \
 	OMP_NUM_THREADS=2 FSL_EXPECT_PACKAGE_IN=build/sanitize/lib $(BIN)/pytest -o pythonpath= -q -s \
 	    -k "not eager and not simt" $(NATIVE_TESTS:%=tests/%.py)
 
@@ -128,7 +128,7 @@ compute-sanitizer: $(VENV)/.installed
 	    echo "SKIPPED: there is no NVIDIA device here, or this torch does not use it; nothing was checked"; \
 	else for tool in memcheck racecheck synccheck initcheck; do \
 	    PATH="$$PATH:/usr/local/cuda/bin" compute-sanitizer --tool $$tool --error-exitcode 9 \
-	        $(BIN)/python -m pytest -q tests/test_gpu.py -k "cuda and not compiled_step and not two_devices" || exit 1; \
+	        $(BIN)/python -m pytest -q tests/gpu/test_gpu.py -k "cuda and not compiled_step and not two_devices" || exit 1; \
 	done; fi
 
 $(VENV)/.installed: $(SOURCES)
@@ -158,11 +158,11 @@ build/megatron/.installed: | $(VENV)/.installed
 	touch $@
 
 megatron: $(VENV)/.installed $(FURTHER_MEGATRONS)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -v tests/test_megatron_versions.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -v tests/megatron/test_megatron_versions.py
 
 # The tables of docs/megatron.md, measured anew: every layout on every version, and the peaks.
 megatron-docs: $(VENV)/.installed build/megatron/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python tests/megatron_docs.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/megatron/megatron_docs.py
 
 # Everything that is missing is named at once, before anything is installed.
 PYTHON_H := import pathlib, sys, sysconfig; sys.exit(not pathlib.Path(sysconfig.get_path("include"), "Python.h").exists())
@@ -176,7 +176,7 @@ system:
 	    "apt-get install python3-dev"; \
 	check 'set -- $${CXX:-c++}; command -v "$$1"' "the C++ compiler $${CXX:-c++}, to compile the native kernels" \
 	    "apt-get install g++, or set CXX"; \
-	if [ $$status = 0 ]; then $(PYTHON) -B -m csrc.optional; else \
+	if [ $$status = 0 ]; then $(PYTHON) -B -m csrc.toolchains.optional; else \
 	    echo "nothing was installed" >&2; exit 1; fi
 
 clean:

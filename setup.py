@@ -10,7 +10,7 @@ CUDA_HOME, CUDA_PATH, ROCM_PATH, CXX, CXXFLAGS, MAX_JOBS   as everywhere. One th
 
 A wheel's version ends in what is inside (+cpu, +cu13, +rocm7); that of an sdist does not.
 
-csrc/toolchains.py knows what compiles what; here it is written down for ninja, and run.
+csrc/toolchains/ knows what compiles what; here it is written down for ninja, and run.
 """
 
 import os
@@ -27,9 +27,9 @@ ROOT = Path(__file__).parent.absolute()
 sys.path.insert(0, str(ROOT))
 sys.dont_write_bytecode = True  # csrc/ holds sources alone
 
-from csrc import toolchains, variables  # noqa: E402
+from csrc.toolchains import compilers, variables  # noqa: E402
 
-MODULES = toolchains.modules()
+MODULES = compilers.modules()
 
 
 class NinjaBuild(build_ext):
@@ -61,7 +61,7 @@ class NinjaBuild(build_ext):
         import pybind11
 
         # With more cores than files, nvcc compiles a file's targets side by side.
-        threads = max(1, jobs // max(1, len(list(toolchains.CSRC.glob("*.cu")))))
+        threads = max(1, jobs // max(1, len(compilers.gpu_sources())))
         # pip puts the build requirements somewhere else each time.
         includes = [pybind11.get_include(), sysconfig.get_path("include")]
         includes += filter(None, [os.environ.get("CPLUS_INCLUDE_PATH")])
@@ -80,7 +80,7 @@ class NinjaBuild(build_ext):
         from ninja.ninja_syntax import Writer
 
         version = self.distribution.get_version().partition("+")[0]
-        version = toolchains.define("FSL_VERSION", version)
+        version = compilers.define("FSL_VERSION", version)
         with open(path, "w") as file:
             ninja = Writer(file)
             for name, command in module.commands.items():
@@ -89,7 +89,7 @@ class NinjaBuild(build_ext):
             for name, (command, source, flags) in module.objects.items():
                 flags = flags + [version] * (name == "bindings")
                 ninja.build(
-                    f"{name}.o", command, str(toolchains.CSRC / source), variables={"flags": flags}
+                    f"{name}.o", command, str(compilers.CSRC / source), variables={"flags": flags}
                 )
             ninja.build(str(output), "link", [f"{name}.o" for name in module.objects])
 
@@ -107,7 +107,7 @@ class EggInfo(egg_info):
 
 
 class Toolchains(Command):
-    """Prints the backends that would be built here; toolchains.py has said why not others."""
+    """Prints the backends that would be built; csrc/toolchains has said why not others."""
 
     description = "print the backends that would be built"
     user_options = []

@@ -11,7 +11,10 @@ COMMANDS = {
     "sft": ("bench.sft.command", "a real Megatron SFT run, with the reference loss and with ours"),
     "kernels": ("bench.kernels.command", "time and memory of the loss, beside every peer"),
     "readme": ("bench.readme", "write the generated parts of README.md and docs/"),
-    "codegen": ("bench.codegen.command", "what compilers made of the GPU kernels; needs no GPU"),
+    "codegen": (
+        "bench.without_gpu.codegen.command",
+        "what compilers made of the GPU kernels; needs no GPU",
+    ),
 }
 
 

@@ -1,6 +1,6 @@
 """Operators under ``torch.ops.fused_sft_loss``, with little between a call and its kernel.
 
-torch.library.custom_op asks at every call what tests/test_compile.py asks once (opcheck): of
+torch.library.custom_op asks at every call what tests/loss/test_compile.py asks once (opcheck): of
 aliases and of defaults. That was a third of the time that a call took the host.
 """
 

@@ -13,7 +13,7 @@ import torch
 from backends import ON_CPU, using
 
 import fused_sft_loss
-from csrc import without
+from csrc.toolchains import without
 
 pytest_plugins = ["skips"]
 
@@ -21,10 +21,13 @@ pytest_plugins = ["skips"]
 def pytest_configure():
     """Stop a run that would not test what it is meant to.
 
-    `make sanitize` names the folder of the package; csrc/without.py tells about the switch.
+    `make sanitize` names the folder of the package; csrc/toolchains/without.py
+    tells about the switch.
     """
     if (reason := without.absent("triton")) and importlib.util.find_spec("triton"):
-        pytest.exit(f"{reason} needs PYTHONPATH=tests/without_triton; `make test` does it", 3)
+        pytest.exit(
+            f"{reason} needs PYTHONPATH=tests/support/without_triton; `make test` does it", 3
+        )
     if wanted := os.environ.get("FSL_EXPECT_PACKAGE_IN"):
         found = Path(fused_sft_loss.__file__).resolve()
         if not found.is_relative_to(Path(wanted).resolve()):

@@ -21,8 +21,8 @@ from .rowmath import (
 )
 
 #: Backward walks the rows from the last one, which forward read last and may have left in the L2
-#: or Infinity Cache, as was measured of the CUDA kernels (csrc/row_grad.cuh). False walks them from
-#: the first.
+#: or Infinity Cache, as was measured of the CUDA kernels (csrc/gpu/row_grad.cuh). False walks them
+#: from the first.
 LAST_ROW_FIRST = True
 
 

@@ -19,7 +19,7 @@ from . import addresses
 
 @cache
 def device_chip(device: torch.device) -> tuple[int, int]:
-    """(generation, multiprocessors) of a device, as csrc/gpu_launch.h names them.
+    """(generation, multiprocessors) of a device, as csrc/gpu/launch.h names them.
 
     From properties that torch has cached: nothing is synchronised.
     """

@@ -1,0 +1,89 @@
+"""Records of the CUDA and HIP kernels, as those that collect.py makes of Triton's."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from . import kept, record, toolchains
+from .collect import PASSES
+from .csrc import Instance, Line, instance, launch_bounds, launch_table
+from .loops import Shifted
+
+
+def records(
+    backend: str,
+    targets: list[str],
+    keep: Callable[[Instance], bool],
+    folder: Path,
+    jobs: int,
+) -> tuple[list[dict], list[dict]]:
+    """One of each kernel that `keep` keeps and each line of the launch table that launches it,
+    and, with the reason, the targets that there is no compiler for."""
+    targets = [target for target in targets if target in toolchains.TARGETS[backend]]
+    toolchain = toolchains.find(backend)
+    if not toolchain:
+        reason = f"no compiler: {toolchains.INSTALL[backend]}"
+        return [], [{"backend": backend, "target": target, "reason": reason} for target in targets]
+    refusals = {target: toolchain.refusal(target) for target in targets}
+    absent = [
+        {"backend": backend, "target": target, "reason": reason}
+        for target, reason in refusals.items()
+        if reason
+    ]
+    codes = toolchain.compile([t for t in targets if not refusals[t]], folder, jobs)
+    made = [
+        {**about, "backend": backend, **measured}
+        for target, files in codes.items()
+        for code in files
+        for about, measured in _described(target, code, keep, folder / "records")
+    ]
+    return made, absent
+
+
+def _described(target: str, code: bytes, keep, folder: Path):
+    def make():
+        return {
+            mangled: [_record(kernel, target, line, one) for line in _lines(target, one.kernel)]
+            for mangled, kernel in record.kernels(code, target).items()
+            for one in [instance(mangled)]
+        }
+
+    launches = kept.described(folder, code, (target, launch_table(), launch_bounds(target)), make)
+    for mangled, made in launches.items():
+        one = instance(mangled)
+        if keep(one):
+            for line, launch in zip(_lines(target, one.kernel), made, strict=True):
+                yield _about(target, one, line, kept.digest(code, mangled.encode())), launch
+
+
+def _record(kernel, target: str, line: Line, one: Instance) -> dict:
+    in_registers = one.kernel == "row_stats_grad" and target.startswith("gfx")
+    shifted = _shifted(target, one)
+    return record.make(kernel, target, line.threads, one.element_bytes, shifted, in_registers)
+
+
+def _shifted(target: str, one: Instance) -> Shifted | None:
+    """AMD loads 16 bytes from any address, and shifts nothing; see kLoadsAnywhere in platform.h."""
+    return Shifted(2 if one.softcap else 1) if one.shifted and target.startswith("sm_") else None
+
+
+def _lines(target: str, kernel: str) -> list[Line]:
+    """Lines of the launch table; of a kernel that has none, the launch its bound allows."""
+    found = [line for line in launch_table() if (line.target, line.kernel) == (target, kernel)]
+    return found or [Line(target, None, None, launch_bounds(target)[kernel], 0, "")]
+
+
+def _about(target: str, one: Instance, line: Line, digest: str) -> dict:
+    return {
+        "kernel": one.kernel,
+        "name": one.name,
+        "line": line.kernel,
+        "columns": line.columns,
+        "dtype": one.dtype,
+        "element_bytes": one.element_bytes,
+        "pass": PASSES.get(f"{one.kernel}_kernel"),
+        "aligned": not one.shifted,
+        "wide": True,  # what is not aligned is shifted into place
+        "threads_limit": launch_bounds(target)[one.kernel],
+        "hash": digest,
+        "launches": 1,
+    }

@@ -1,0 +1,207 @@
+"""The CUDA kernels as nvcc compiles them for sm_90, launched on CPU tensors by the interpreter."""
+
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..codegen import csrc, toolchains
+from ..ptx import Kernel, Machine, entries
+from .cuda_structs import (
+    GradArgs,
+    Holding,
+    MergeArgs,
+    Metrics,
+    Rows,
+    Scales,
+    Share,
+    StatsArgs,
+    StatsGradArgs,
+    TargetsArgs,
+    Transform,
+)
+from .passes import Passes, share
+
+TARGET = "sm_90"
+CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+VECTOR_THREADS = 256
+LOG2E = np.float32(1.4426950408889634)
+FOLDER = Path(__file__).parents[3] / "build/codegen"
+
+
+@cache
+def modules() -> dict[str, str]:
+    """The PTX of its module by the mangled name of a kernel."""
+    made = toolchains.need("cuda").compile([TARGET], FOLDER, 2, "-ptx")[TARGET]
+    return {name: text for text in map(bytes.decode, made) for name in entries(text)}
+
+
+@cache
+def kernel(name: str, dtype=None, columns=None, softcap=False, shifted=False) -> Kernel:
+    wanted = csrc.Instance(name, dtype, columns, softcap, shifted)
+    mangled = next(m for m in modules() if csrc.instance(m) == wanted)
+    return Kernel(modules()[mangled], mangled)
+
+
+def line(kernel: str, columns: int) -> csrc.Line:
+    """As line_for in launch_table.h."""
+    return next(
+        one
+        for one in csrc.launch_table()
+        if (one.target, one.kernel) == (TARGET, kernel) and columns <= (one.columns or columns)
+    )
+
+
+class Run(Passes):
+    """With nvcc's kernels.
+
+    `split`: a block for every segment of a row. `edit` may change the PTX of a kernel. The gradient
+    goes to `grad`, when given.
+    """
+
+    def __init__(
+        self, logits, labels, loss_mask=None, *, split=False, seed=None, edit=None,
+        grad=None, shift=True,
+        vocab_size=None, softcap=0.0, logit_scale=1.0, label_smoothing=0.0, z_loss=0.0,
+    ):  # fmt: skip
+        self.logits, self.labels, self.loss_mask = logits, labels, loss_mask
+        self.split, self.seed, self.edit, self.shift = split, seed, edit, shift
+        self.given_grad = grad
+        self.vocab_size = vocab_size or logits.shape[-1]
+        self.transform = Transform(logit_scale, softcap)
+        self.terms = {"label_smoothing": label_smoothing, "z_loss": z_loss}
+        self.columns = 4 if label_smoothing else 3
+        self.options = {"dtype": str(logits.dtype)[6:], "softcap": softcap > 0}
+        self.counts = {}
+
+    def targets(self):
+        (batch, seq), rows, threads = self.labels.shape, self.labels.numel(), 512
+        self.unwritten_targets()
+        mask = self.loss_mask
+        named = self._named("labels target weight count weight_sum")
+        args = TargetsArgs(
+            **named, mask=0 if mask is None else mask.data_ptr(), batch=batch, seq=seq,
+            label_stride_b=self.labels.stride(0), label_stride_s=self.labels.stride(1),
+            mask_stride_b=0 if mask is None else mask.stride(0),
+            mask_stride_s=0 if mask is None else mask.stride(1),
+            shift=self.shift, ignore_index=-100, vocab_size=self.vocab_size,
+        )  # fmt: skip
+        blocks = 1 + -(-rows // threads)
+        self._run("targets", kernel("row_targets"), blocks, threads, args)
+
+    def statistics(self, columns=None):
+        columns = columns or self.columns
+        rows, chosen = self.labels.numel(), line("row_stats", self.logits.shape[-1])
+        segments = -(-self.vocab_size // chosen.segment)
+        self.stats = torch.full((rows, columns), float("nan"))
+        self.parts = torch.full((rows, segments, columns), float("nan"))
+        splits = segments if self.split else 1
+        args = StatsArgs(
+            logits=self._rows(self.logits), transform=self.transform, want=columns,
+            **self._named("target weight stats"),
+        )  # fmt: skip
+        code = kernel("row_stats", columns=columns, shifted=skew(self.logits) != 0, **self.options)
+        share = Share(splits, chosen.segment, self.parts.data_ptr() if splits > 1 else 0)
+        self._run("statistics", code, rows * splits, chosen.threads, args, self._scales(), share)
+        if splits > 1:
+            pointers = (t.data_ptr() for t in (self.parts, self.weight, self.stats))
+            fold = kernel("fold_segments", columns=columns)
+            self._run(
+                "fold", fold, blocks(rows), VECTOR_THREADS, *pointers, rows, segments, self._unit(),
+            )  # fmt: skip
+
+    def merged(self):
+        rows, columns = self.stats.shape
+        self.unwritten_losses()
+        args = MergeArgs(
+            **self._named("stats target weight loss normalizer"), ranks=1, rows=rows,
+            columns=columns, rank_stride=rows * columns, unit=self._unit(),
+            vocab_size=self.vocab_size, **self.terms,
+        )  # fmt: skip
+        code = kernel("merge", columns=columns)
+        self._run("merge", code, blocks(rows), VECTOR_THREADS, args, Metrics())
+
+    def gradient(self):
+        logits, given = self.logits, self.given_grad
+        grad = self.grad = self.unwritten_gradient() if given is None else given
+        rows, chosen = self.labels.numel(), line("row_grad", logits.shape[-1])
+        splits = -(-logits.shape[-1] // chosen.segment) if self.split else 1
+        args = self._grad_args(grad)
+        same = grad is logits or skew(logits) == skew(grad) >= 0
+        code = kernel("row_grad", shifted=not same, **self.options)
+        self._run(
+            "gradient", code, rows * splits, chosen.threads, args, self._scales(), splits,
+            chosen.segment,
+        )  # fmt: skip
+
+    def one_read(self, held=None):
+        """Instead of statistics, merge and gradient, by one block a row, which holds `held` columns
+        of it, or all."""
+        logits, given = self.logits, self.given_grad
+        grad = self.grad = self.unwritten_gradient() if given is None else given
+        self.unwritten_losses()
+        chosen = line("row_stats_grad", logits.shape[-1])
+        held = held or -(-self.vocab_size // 8) * 8
+        args = StatsGradArgs(grad=self._grad_args(grad), **self._named("weight loss normalizer"))
+        shifted = skew(logits) != 0 or skew(grad) != 0
+        code = kernel("row_stats_grad", shifted=shifted, **self.options)
+        self._run(
+            "one read", code, self.labels.numel(), chosen.threads, args, self._scales(),
+            Holding(1, held), dynamic_shared=held * logits.element_size() + 16,
+        )  # fmt: skip
+        return self
+
+    def _grad_args(self, grad) -> GradArgs:
+        return GradArgs(
+            logits=self._rows(self.logits), grad=self._rows(grad), transform=self.transform,
+            **self._named("target normalizer"), scale=self.weight.data_ptr(),
+            vocab_size=self.vocab_size, **self.terms,
+        )  # fmt: skip
+
+    def _rows(self, tensor) -> Rows:
+        batch, seq, columns = tensor.shape
+        strides = dict(zip(("stride_b", "stride_s"), tensor.stride()[:2], strict=True))
+        return Rows(
+            data=tensor.data_ptr(), dtype=CODES[tensor.dtype], batch=batch, seq=seq,
+            columns=columns, valid=self.vocab_size, **strides,
+        )  # fmt: skip
+
+    def _scales(self) -> Scales:
+        """As scales_of in row_math.cuh."""
+        scale, cap = self.transform.logit_scale, self.transform.softcap
+        unit = self._unit()
+        log2 = np.float32(unit) * LOG2E
+        far = 2.0 ** min(31 - np.frexp(log2)[1], 127)
+        inward = np.float32(scale) / np.float32(cap) if cap else 0.0
+        return Scales(unit, log2, far, inward, cap, scale)
+
+    def _unit(self) -> float:
+        return 1.0 if self.transform.softcap else self.transform.logit_scale
+
+    def _named(self, names: str) -> dict[str, int]:
+        return {name: getattr(self, name).data_ptr() for name in names.split()}
+
+    def _run(self, name, code, grid, threads, *arguments, dynamic_shared=0):
+        machine = Machine(self.seed)
+        for attribute, tensor in list(vars(self).items()):
+            if isinstance(tensor, torch.Tensor):
+                share(machine, attribute, tensor)
+        if self.edit:
+            code = Kernel(self.edit(code), code.name)
+        packed = [a if isinstance(a, (int, float)) else bytes(a) for a in arguments]
+        machine.launch(code, grid, threads, packed, dynamic_shared)
+        self.counts[name] = machine.counts
+
+
+def blocks(rows: int) -> int:
+    return -(-rows // VECTOR_THREADS)
+
+
+def skew(tensor: torch.Tensor) -> int:
+    """As common_skew in dispatch.h: where all rows start past 16 bytes, -1 if they differ."""
+    agree = all(
+        n == 1 or stride * tensor.element_size() % 16 == 0
+        for n, stride in zip(tensor.shape[:2], tensor.stride()[:2], strict=True)
+    )
+    return tensor.data_ptr() % 16 if agree else -1

@@ -1,0 +1,114 @@
+// The launchers of csrc/ on one small problem, for sanitizers and for lanes in another order: prints the bits
+// of all results. Arguments: multiprocessors of the chip (0: no row is shared out), seed.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <vector>
+
+#include "launch.h"
+#include "row_math.cuh"
+
+namespace {
+
+using namespace fsl;
+constexpr int kRows = 3, kColumns = 40001, kStride = 40007;
+
+template <class T>
+void print(const char* name, const std::vector<T>& values) {
+  uint64_t hash = 1469598103934665603u;  // FNV-1a
+  const auto* bytes = reinterpret_cast<const unsigned char*>(values.data());
+  for (size_t i = 0; i < values.size() * sizeof(T); ++i) hash = (hash ^ bytes[i]) * 1099511628211u;
+  std::printf("%s %016llx\n", name, static_cast<unsigned long long>(hash));
+}
+
+struct Problem {
+  std::vector<uint16_t> logits = std::vector<uint16_t>(kRows * kStride + 3);
+  std::vector<int64_t> labels{21, 40000, 17}, target = std::vector<int64_t>(kRows);
+  std::vector<float> mask{1, 0.5f, 0}, weight = std::vector<float>(kRows);
+  std::vector<int32_t> count{0};
+  std::vector<float> weight_sum{0};
+  gpu::Chip chip;
+
+  Rows rows(std::vector<uint16_t>& memory) {
+    return {memory.data() + 3, Dtype::bf16, 1, kRows, kColumns, kColumns, 0, kStride};
+  }
+
+  explicit Problem(int multiprocessors) : chip{FSL_SIMT == 32 ? 90 : 0x942, multiprocessors} {
+    uint32_t state = 1;
+    for (uint16_t& x : logits) {
+      state = state * 1664525u + 1013904223u;
+      x = static_cast<uint16_t>(state >> 16 & 0x80ffu) | 0x3f00u;  // of either sign, between 1/2 and 4
+    }
+    gpu::row_targets({labels.data(), mask.data(), nullptr, 1, kRows, 0, kRows, 1, kRows, 1, false, -100,
+                      kColumns, target.data(), weight.data(), count.data(), weight_sum.data()},
+                     nullptr);
+    print("count", count);
+    print("weight_sum", weight_sum);
+  }
+
+  void run(Want want, float softcap, float smoothing) {
+    const int columns = static_cast<int>(want);
+    const Transform transform{1.0f, softcap};
+    std::vector<float> stats(kRows * columns), loss(kRows), normalizer(kRows * kNormalizer), lse(kRows),
+        log_prob(kRows), entropy(kRows);
+    std::vector<uint8_t> correct(kRows);
+    const StatsArgs args{rows(logits), transform, target.data(), weight.data(), 0, want, stats.data()};
+    const gpu::Shares shares = gpu::row_stats_shares(args, chip);
+    std::vector<float> parts(shares.splits > 1 ? kRows * shares.segments * columns : 0);
+    gpu::row_stats(args, parts.data(), chip, nullptr);
+    print("stats", stats);
+    const bool metrics = want == Want::metrics;
+    gpu::merge({stats.data(), 1, kRows, columns, 0, target.data(), weight.data(), 1, smoothing, 0, kColumns,
+                loss.data(), normalizer.data()},
+               {lse.data(), metrics ? log_prob.data() : nullptr, correct.data(), entropy.data()}, nullptr);
+    print("loss", loss);
+    print("entropy", entropy);
+    if (metrics) return;
+    std::vector<uint16_t> apart(logits.size() + 1),
+        same = logits;  // elsewhere (and elsewhere aligned); in place
+    Rows grad = rows(apart);
+    grad.data = apart.data() + 4;
+    const auto args_to = [&](const Rows& in, const Rows& out) {
+      return GradArgs{in,        out, transform, target.data(), normalizer.data(), weight.data(), 0,
+                      smoothing, 0,   kColumns,  nullptr};
+    };
+    gpu::row_grad(args_to(rows(logits), grad), chip, nullptr);
+    gpu::row_grad(args_to(rows(same), rows(same)), chip, nullptr);
+    apart.erase(apart.begin());
+    for (int row = 0; row < kRows; ++row)  // between the rows lies what nobody wrote
+      for (int i = kColumns; i < kStride; ++i) apart[3 + row * kStride + i] = same[3 + row * kStride + i];
+    for (int i = 0; i < 3; ++i) apart[i] = same[i];
+    print("grad", same);
+    if (same != apart) std::printf("in place is another gradient\n");
+    one_read(transform, smoothing, same, loss);
+  }
+
+  // The same from one read, then for twice the scale: by rescaling, which is exact for a power of two.
+  void one_read(const Transform& transform, float smoothing, std::vector<uint16_t> wanted,
+                const std::vector<float>& wanted_loss) {
+    std::vector<float> loss(kRows), normalizer(kRows * kNormalizer), twice(kRows);
+    std::vector<uint16_t> same = logits;
+    const GradArgs args{rows(same), rows(same), transform, target.data(), normalizer.data(), weight.data(), 0,
+                        smoothing,  0,          kColumns,  nullptr};
+    gpu::row_stats_grad({args, weight.data(), loss.data(), normalizer.data()}, chip, nullptr);
+    print("one read", same);
+    int far = 0;
+    for (size_t i = 0; i < same.size(); ++i) far += std::abs(same[i] - wanted[i]) > 1;
+    for (int row = 0; row < kRows; ++row) far += std::abs(loss[row] - wanted_loss[row]) > 4e-6f;
+    if (far) std::printf("one read is another gradient or loss, at %d places\n", far);
+    for (int row = 0; row < kRows; ++row) twice[row] = 2 * weight[row];
+    gpu::row_rescale({rows(same), twice.data(), weight.data()}, chip, nullptr);
+    print("rescaled", same);
+  }
+};
+
+}  // namespace
+
+int main(int, char** arguments) {
+  simt::set_seed(std::atoi(arguments[2]));
+  Problem problem(std::atoi(arguments[1]));
+  problem.run(Want::loss, 0, 0);
+  problem.run(Want::smoothing, 20.0f, 0.1f);
+  problem.run(Want::metrics, 0, 0);
+}

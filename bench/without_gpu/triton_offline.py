@@ -1,0 +1,174 @@
+"""Every launch the tables can make, and its compilation for a chip that is not there.
+
+What is compiled is what would be launched: the plans are asked for it, with tensors that have no
+memory, and the arguments are specialised by the code that Triton's own launcher runs.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+import triton
+from fused_sft_loss.triton_kernels import merge, row_grad, row_stats, row_targets
+from fused_sft_loss.triton_kernels.launch import SHAPES, Chip, Launch, Shape, shape_for
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
+
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("sm_80", 32, 108),  # A100
+        Chip("sm_90", 32, 132),  # H100 SXM
+        Chip("sm_100", 32, 148),  # B200
+        Chip("gfx90a", 64, 104),  # one die of MI250X
+        Chip("gfx942", 64, 304),  # MI300X
+        Chip("gfx950", 64, 256),  # MI355X
+    )
+}
+
+#: V_local where a line of the table has no limit: a 128k vocabulary, unsharded.
+WIDEST = 128256
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One launch and how it came about."""
+
+    chip: Chip
+    shape: Shape | None  # None: a kernel over vectors of N rows
+    name: str  # kernel, dtype and options
+    launch: Launch
+
+
+def variants(chip: Chip, options: bool = True) -> Iterator[Variant]:
+    """Every launch of a chip's lines; with `options` also softcap, smoothing, metrics, unaligned
+    rows and masks, without only what plain training launches."""
+    for shape in SHAPES[chip.name]:
+        make = _grad if shape.kernel == "row_grad" else _stats
+        for dtype in shape.dtypes:
+            yield from make(chip, shape, dtype, options)
+    yield from _merge(chip, options)
+    yield from _targets(chip, options)
+
+
+def target(chip: Chip) -> GPUTarget:
+    """Triton's name for a chip."""
+    if chip.amd:
+        return GPUTarget("hip", chip.name, chip.warp)
+    return GPUTarget("cuda", int(chip.name.removeprefix("sm_")), chip.warp)
+
+
+def compile(launch: Launch, chip: Chip):
+    """Triton's CompiledKernel (`.asm`, `.metadata`) of a launch; needs no GPU."""
+    kernel, backend = launch.kernel, make_backend(target(chip))
+    if not isinstance(kernel, triton.JITFunction):
+        raise ValueError(
+            "expected kernels to compile, got interpreted ones; unset TRITON_INTERPRET before the "
+            "first import of triton"
+        )
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    given = {**launch.arguments, **launch.options}
+    bound, specialization, rest = binder(**given)
+    options, signature, constants, attributes = kernel._pack_args(
+        backend, {**given, "debug": False}, bound, specialization, rest
+    )
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=target(chip), options=options.__dict__)
+
+
+def _logits(dtype, columns, rows, unaligned):
+    stride = columns + 1 if unaligned else columns
+    return torch.empty_strided((1, rows, columns), (0, stride, 1), dtype=dtype, device="meta")
+
+
+def _vectors(rows, *dtypes):
+    return [torch.empty(rows, dtype=dtype, device="meta") for dtype in dtypes]
+
+
+def _stats(chip, shape, dtype, options) -> Iterator[Variant]:
+    few, many = 64, 64 * chip.multiprocessors  # rows: shared out over programs, and not
+    flags = product((3, 4, 6), (0.0, 30.0), (False, True), (many, few)) if options else ()
+    columns = shape.columns or WIDEST
+    for wanted, softcap, unaligned, rows in flags or [(3, 0.0, False, many), (3, 0.0, False, few)]:
+        if shape_for(chip, row_stats.table_name(wanted, softcap), dtype, columns) != shape:
+            continue
+        plan = row_stats.plan(
+            chip,
+            shape,
+            _logits(dtype, columns, rows, unaligned),
+            *_vectors(rows, torch.int64, torch.float32),
+            torch.empty(rows, wanted, dtype=torch.float32, device="meta"),
+            valid=columns,
+            vocab_start=0,
+            softcap=softcap,
+            logit_scale=1.0,
+        )
+        name = f"{dtype} x{wanted}{' softcap' * bool(softcap)}{' unaligned' * unaligned}"
+        split = " split" * (len(plan) > 1)
+        yield Variant(chip, shape, f"row_stats {name}{split}", plan[0])
+        for launch in plan[1:]:
+            yield Variant(chip, None, f"fold_segments x{wanted}", launch)
+
+
+def _grad(chip, shape, dtype, options) -> Iterator[Variant]:
+    few, many = 64, 64 * chip.multiprocessors  # rows: less and more than 2 GiB of logits
+    flags = product((0.0, 30.0), (False, True), (many, few)) if options else ()
+    for softcap, unaligned, rows in flags or [(0.0, False, many), (0.0, False, few)]:
+        columns = shape.columns or WIDEST
+        logits = _logits(dtype, columns, rows, unaligned)
+        (launch,) = row_grad.plan(
+            chip,
+            shape,
+            logits,
+            torch.empty(rows, 2, dtype=torch.float32, device="meta"),
+            *_vectors(rows, torch.int64, torch.float32),
+            logits,
+            valid=columns,
+            vocab_start=0,
+            vocab_size=columns,
+            label_smoothing=0.0,
+            z_loss=0.0,
+            softcap=softcap,
+            logit_scale=1.0,
+        )
+        name = f"row_grad {dtype}{' softcap' * bool(softcap)}{' unaligned' * unaligned}"
+        yield Variant(chip, shape, name + " few rows" * (rows == few), launch)
+
+
+def _merge(chip, options) -> Iterator[Variant]:
+    rows = 4096
+    for columns, metrics in ((3, False), (4, False), (6, True)) if options else ((3, False),):
+        extra = (torch.float32, torch.float32, torch.bool, torch.float32) if metrics else ()
+        (launch,) = merge.plan(
+            chip,
+            torch.empty(8, rows, columns, dtype=torch.float32, device="meta"),
+            *_vectors(rows, torch.int64, torch.float32, torch.float32),
+            torch.empty(rows, 2, dtype=torch.float32, device="meta"),
+            *_vectors(rows, *extra),
+            unit=1.0,
+            vocab_size=WIDEST,
+            label_smoothing=0.1 if columns > 3 else 0.0,
+            z_loss=1e-4 if columns > 3 else 0.0,
+        )
+        yield Variant(chip, None, f"merge x{columns}", launch)
+
+
+def _targets(chip, options) -> Iterator[Variant]:
+    masks = (None, torch.bool, torch.int64, torch.float32, torch.bfloat16)
+    for mask, documents in product(masks, (0, 17)) if options else [(None, 0)]:
+        labels = torch.empty(2, 4096, dtype=torch.int64, device="meta")
+        (launch,) = row_targets.plan(
+            chip,
+            labels,
+            None if mask is None else labels.to(mask),
+            torch.empty(documents, dtype=torch.int32, device="meta") if documents else None,
+            *_vectors(8192, torch.int64, torch.float32),
+            *_vectors(1, torch.int32, torch.float32),
+            shift=True,
+            ignore_index=-100,
+            vocab_size=WIDEST,
+        )
+        name = f"row_targets mask {mask}{' documents' * bool(documents)}"
+        yield Variant(chip, None, name, launch)

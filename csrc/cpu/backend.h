@@ -1,0 +1,25 @@
+// The CPU backend: threads over rows, and over the vocabulary when rows are few.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "../args.h"
+
+namespace fsl::cpu {
+
+void row_stats(const StatsArgs& args, int threads);
+void row_grad(const GradArgs& args, int threads);
+void row_stats_grad(const StatsGradArgs& args, int threads);
+void row_rescale(const RescaleArgs& args, int threads);
+void row_targets(const TargetsArgs& args);
+void merge(const MergeArgs& args);
+void merge_row(const MergeArgs& args, int64_t row);
+void exp(const float* in, float* out, int64_t n, float scale2);
+
+std::vector<std::string> isas();       // what this processor runs, fastest first
+void use_isa(const std::string& isa);  // throws std::invalid_argument; for tests and measurements
+std::string isa();
+std::string threading();
+
+}  // namespace fsl::cpu

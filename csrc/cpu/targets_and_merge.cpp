@@ -1,0 +1,85 @@
+// What is done once per row rather than per logit. One call each: torch operators would do, but two dozen of
+// them on vectors of N rows cost a millisecond when the logits have just swept the caches.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "backend.h"
+
+namespace fsl::cpu {
+namespace {
+
+// Positions p and p + 1 lie in one document [cu_seqlens[i], cu_seqlens[i + 1]).
+bool same_document_next(const TargetsArgs& a, int64_t p) {
+  if (!a.cu_seqlens) return true;
+  const int64_t* end = a.cu_seqlens + a.boundaries;
+  const int64_t* next = std::upper_bound(a.cu_seqlens, end, p);
+  return next != a.cu_seqlens && next != end && p + 1 < *next;
+}
+
+// exp(unit * (part - maximum)), and 0 for a part of -inf, where -inf - -inf would make a NaN.
+float rescale(float part, float maximum, float unit) {
+  return part == -std::numeric_limits<float>::infinity() ? 0.0f : std::exp((part - maximum) * unit);
+}
+
+float max_or_nan(float a, float b) { return a > b || std::isnan(a) ? a : b; }
+
+}  // namespace
+
+void row_targets(const TargetsArgs& a) {
+  int32_t count = 0;
+  double weight_sum = 0;
+  for (int64_t row = 0; row < a.batch * a.seq; ++row) {
+    const int64_t b = row / a.seq, s = row % a.seq + a.shift;
+    a.target[row] = kNotScored;
+    a.weight[row] = 0;
+    if (s == a.seq || (a.shift && !same_document_next(a, row))) continue;
+    const int64_t label = a.labels[b * a.label_stride_b + s * a.label_stride_s];
+    const float weight = a.mask ? a.mask[b * a.mask_stride_b + s * a.mask_stride_s] : 1.0f;
+    if (label == a.ignore_index || weight == 0) continue;
+    a.target[row] = label >= 0 && label < a.vocab_size ? label : kOutOfVocabulary;
+    a.weight[row] = weight;
+    weight_sum += weight;
+    ++count;
+  }
+  *a.count = count;
+  *a.weight_sum = static_cast<float>(weight_sum);
+}
+
+// The arithmetic of fused_sft_loss.shards.merge, which says why; ranks in order, so every rank has the same
+// bits.
+void merge_row(const MergeArgs& a, int64_t row) {
+  const float eps = a.label_smoothing;
+  float* normalizer = a.normalizer + row * kNormalizer;
+  a.loss[row] = normalizer[kRowMax] = normalizer[kRowSum] = 0;
+  if (a.weight[row] == 0) return;
+  const float* first = a.stats + row * a.columns;
+  float maximum = first[kMax], denominator = 0, target = 0, sum = 0;
+  for (int64_t r = 1; r < a.ranks; ++r) maximum = max_or_nan(maximum, first[r * a.rank_stride + kMax]);
+  for (int64_t r = 0; r < a.ranks; ++r) {
+    const float* part = first + r * a.rank_stride;
+    denominator += part[kDenominator] * rescale(part[kMax], maximum, a.unit);
+    target += part[kTarget];
+    if (a.columns > kSum) sum += part[kSum];
+  }
+  const float log_denominator = std::log(denominator);
+  float loss = (maximum - target) * a.unit + log_denominator;
+  if (eps != 0) {
+    const float mean = sum / static_cast<float>(a.vocab_size);
+    loss = (1 - eps) * loss + eps * ((maximum - mean) * a.unit + log_denominator);
+  }
+  if (a.z_loss != 0) {
+    const float lse = maximum * a.unit + log_denominator;
+    loss += a.z_loss * lse * lse;
+  }
+  const bool poisoned = a.target[row] == kOutOfVocabulary;
+  a.loss[row] = poisoned ? std::nanf("") : a.weight[row] * loss;
+  normalizer[kRowMax] = poisoned ? std::nanf("") : maximum;
+  normalizer[kRowSum] = poisoned ? std::nanf("") : denominator;
+}
+
+void merge(const MergeArgs& a) {
+  for (int64_t row = 0; row < a.rows; ++row) merge_row(a, row);
+}
+
+}  // namespace fsl::cpu

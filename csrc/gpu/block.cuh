@@ -1,0 +1,83 @@
+// Statistics of columns, merged in one fixed order: inside a thread, a block, a row, and over ranks.
+#pragma once
+
+#include "row_math.cuh"
+
+namespace fsl::gpu {
+
+// Of some columns of a row, in units of x (see args.h, enum Stat; the target's x travels apart).
+struct Stats {
+  float top = -kInfinity;  // maximum
+  float total = 0;         // sum of exp(u), u = unit * (x - maximum)
+  float x_sum = 0;
+  float top_id = kInfinity;  // global id of the maximum, the smallest of equals
+  float moment = 0;          // sum of u * exp(u)
+};
+
+// The one merge there is, always left to right. A side that vanishes (its factor is 0) has no moment to move:
+// -inf * 0 is no entropy.
+FSL_DEVICE Stats fold(const Stats& a, const Stats& b, float unit) {
+  const float top = max(a.top, b.top), reference = not_minus_infinity(top);
+  const float delta_a = (a.top - reference) * unit, delta_b = (b.top - reference) * unit;
+  const float shrink_a = exp(delta_a), shrink_b = exp(delta_b);
+  const float moment_a = fma(shrink_a == 0 ? 0.0f : delta_a, a.total, a.moment);
+  const float moment_b = fma(shrink_b == 0 ? 0.0f : delta_b, b.total, b.moment);
+  const float tied = a.top_id < b.top_id ? a.top_id : b.top_id;
+  return {top, fma(b.total, shrink_b, a.total * shrink_a), a.x_sum + b.x_sum,
+          b.top > a.top    ? b.top_id
+          : b.top == a.top ? tied
+                           : a.top_id,
+          fma(moment_b, shrink_b, moment_a * shrink_a)};
+}
+
+template <int kColumns>
+FSL_DEVICE Stats load_stats(const float* at) {
+  Stats s;
+  s.top = at[kMax];
+  s.total = at[kDenominator];
+  if (kColumns > kSum) s.x_sum = at[kSum];
+  if (kColumns > kArgmax) s.top_id = at[kArgmax], s.moment = at[kWeighted];
+  return s;
+}
+
+// All but the target's x, which is the caller's.
+template <int kColumns>
+FSL_DEVICE void store_stats(float* at, const Stats& s) {
+  at[kMax] = s.top;
+  at[kDenominator] = s.total;
+  if (kColumns > kSum) at[kSum] = s.x_sum;
+  if (kColumns > kArgmax) at[kArgmax] = s.top_id, at[kWeighted] = s.moment;
+}
+
+template <class T, class Op>
+FSL_DEVICE T warp_reduce(T value, Op op) {
+  FSL_UNROLL for (int mask = kWarp / 2; mask; mask /= 2) value = op(value, lane_xor(value, mask));
+  return value;
+}
+
+// `value` of all threads, for every thread: within a warp by a butterfly, which gives all lanes the same
+// bits, then warp by warp. `scratch` holds kMaxWarps; a barrier must pass before it is written again.
+template <class T, class Op>
+FSL_DEVICE T block_reduce(T value, Op op, T* scratch) {
+  value = warp_reduce(value, op);
+  if (lane_id() == 0) scratch[warp_id()] = value;
+  barrier();
+  T result = scratch[0];
+  for (int warp = 1; warp < block_warps(); ++warp) result = op(result, scratch[warp]);
+  return result;
+}
+
+struct Add {
+  template <class T>
+  FSL_DEVICE T operator()(T a, T b) const {
+    return a + b;
+  }
+};
+struct Max {
+  FSL_DEVICE float operator()(float a, float b) const { return max(a, b); }
+};
+struct Min {
+  FSL_DEVICE int operator()(int a, int b) const { return a < b ? a : b; }
+};
+
+}  // namespace fsl::gpu

@@ -1,0 +1,25 @@
+// Which row_grad kernel is launched, and how.
+#include "row_grad.cuh"
+
+#include "dispatch.h"
+#include "launch_table.h"
+
+namespace fsl::gpu {
+
+void row_grad(const GradArgs& a, const Chip& chip, void* stream) {
+  check_rows(a.logits);
+  const Line& line = line_for(chip, Kernel::row_grad, a.logits.columns);
+  const int64_t segments = (a.logits.columns + line.segment - 1) / line.segment;
+  const int parts = splits(chip, a.logits.count(), segments);
+  const Grid grid{a.logits.count() * parts, line.threads};
+  with_dtype(a.logits.dtype, [&](auto dtype) {
+    with_bool(a.transform.softcap > 0, [&](auto softcap) {
+      with_bool(!same_skew(a.logits, a.grad), [&](auto shifted) {
+        launch("row_grad", row_grad_kernel<decltype(dtype), softcap(), shifted()>, grid, stream, a,
+               scales_of(a.transform), parts, line.segment);
+      });
+    });
+  });
+}
+
+}  // namespace fsl::gpu

@@ -1,0 +1,183 @@
+// Gradient of the logits, row by row, from the logits and each row's normalizer. Computed in fp32 and
+// rounded once; element by element, so it may overwrite the logits. A row with scale 0 is not read: it gets
+// stored zeros.
+//
+// Stores decide the shape: 16 aligned bytes of the output at a time, from the first such address in the row
+// on, with the logits before it (the head) and after the last whole vector done one by one.
+#pragma once
+
+#include "rows.cuh"
+
+namespace fsl::gpu {
+
+// Backward walks the rows from the last one, which forward read last and may have left in the L2 or Infinity
+// Cache. Measured on an H100: no difference at 1 GiB of logits, up to a quarter of both passes' time at 250
+// to 800 MB. False walks them from the first.
+constexpr bool kLastRowFirst = true;
+
+// A row's constants. gradient = dz/dx * (p * softmax_factor - smoothing - [target] * target_factor), where p
+// but for its normalizer and what rounding left out is 2^(x * scale - reference).
+struct GradRow {
+  float scale, reference, softmax_factor, smoothing, target_factor;
+  int own;  // the target's column, -1 when it is not here
+};
+
+template <bool kSoftcap>
+FSL_DEVICE GradRow grad_row(const GradArgs& a, const Scales& z, uint32_t n, float any_top, float any_total) {
+  const float top = quiet(any_top), total = quiet(any_total);
+  const float factor = quiet(a.scale[n]), slope = kSoftcap ? 1.0f : z.slope;
+  const float of_z_loss = a.z_loss > 0 ? 2.0f * a.z_loss * fma(top, z.unit, log(total)) : 0.0f;
+  const Reference reference = reference_of(top, z);
+  return {common(reference.scale),
+          reference.rounded,
+          factor * (1.0f + of_z_loss) * exp2(-reference.rest) * reciprocal(total) * slope,
+          factor * (a.label_smoothing * reciprocal(static_cast<float>(a.vocab_size))) * slope,
+          factor * (1.0f - a.label_smoothing) * slope,
+          own_column(a.target[n], a.vocab_start, a.logits)};
+}
+
+template <bool kSoftcap>
+FSL_DEVICE float gradient(float x, const GradRow& g, const Scales& z, bool target) {
+  Capped c{x, 1.0f};
+  if (kSoftcap) c = softcapped(x, z.inward, z.cap);
+  const float p = exp2(fma(c.value, g.scale, -g.reference));
+  const float grad = fma(p, g.softmax_factor, target ? -(g.smoothing + g.target_factor) : -g.smoothing);
+  return kSoftcap ? grad * (c.slope * z.slope) : grad;
+}
+
+// Writes columns [begin, end) of one row, of which those from `valid` on are padding. `begin` is where the
+// output is a multiple of 16 bytes; there the logits lie `skew` bytes past one.
+template <class T, bool kSoftcap, bool kShifted>
+struct RowGrad {
+  static FSL_DEVICE void zeros(const Row& out, int begin, int end) {
+    const uint32_t words[T::kWords] = {};
+    int column = begin + 8 * thread_id();
+    for (; column + 8 <= end; column += 8 * block_threads())
+      store_eight<T>(out.start + int64_t{column} * T::kBytes, words);
+    FSL_UNROLL_BY(1) for (; column < end; ++column) T::put(out.start + int64_t{column} * T::kBytes, 0.0f);
+  }
+
+  static FSL_DEVICE void each(const Row& in, const Row& out, const GradRow& g, const Scales& z, int column,
+                              int end, int valid) {
+    FSL_UNROLL_BY(1) for (; column < end; ++column) {
+      const float grad = column < valid ? gradient<kSoftcap>(load_one<T>(in, column), g, z, false) : 0.0f;
+      T::put(out.start + int64_t{column} * T::kBytes, grad);
+    }
+  }
+
+  static FSL_DEVICE void in_place_of_logits(uint32_t (&words)[T::kWords], const GradRow& g, const Scales& z) {
+    float x[8];
+    keep_order();
+    FSL_UNROLL for (int i = 0; i < 8; ++i) x[i] = gradient<kSoftcap>(T::element(words, i), g, z, false);
+    T::put(words, x);
+  }
+
+  // kRuns independent loads, then the arithmetic and the stores. `first` is the thread's own column.
+  static FSL_DEVICE void whole_tile(const Row& in, const Row& out, const GradRow& g, const Scales& z,
+                                    int first, int skew) {
+    const int stride = 8 * block_threads();
+    uint32_t words[kRuns][T::kWords];
+    FSL_UNROLL for (int r = 0; r < kRuns; ++r)
+        load_eight<T, kShifted>(words[r], in.start + int64_t{first + r * stride} * T::kBytes, skew);
+    FSL_UNROLL for (int r = 0; r < kRuns; ++r) {
+      in_place_of_logits(words[r], g, z);
+      store_eight_of_warp<T, kShifted>(out.start + int64_t{first + r * stride} * T::kBytes, words[r]);
+    }
+  }
+
+  // A tile at either end of the row, vector by vector: more of them at once would cost all tiles registers.
+  // Those that reach beyond `last`, or whose chunks reach out of the row, logit by logit up to `end`.
+  static FSL_DEVICE void edge_tile(const Row& in, const Row& out, const GradRow& g, const Scales& z,
+                                   int first, int skew, int last, int padding, int end) {
+    const int stride = 8 * block_threads();
+    FSL_UNROLL_BY(1) for (int r = 0; r < kRuns; ++r) {
+      const int column = first + r * stride;
+      if (column >= padding) return;
+      if (column + 8 <= last && chunks_inside<T, kShifted>(in, column, 8, skew)) {
+        uint32_t words[T::kWords];
+        load_eight<T, kShifted>(words, in.start + int64_t{column} * T::kBytes, skew);
+        in_place_of_logits(words, g, z);
+        store_eight<T>(out.start + int64_t{column} * T::kBytes, words);
+      } else {
+        each(in, out, g, z, column, column + 8 < end ? column + 8 : end, last);
+      }
+    }
+  }
+
+  // Where the vocabulary ends in columns [begin, end).
+  static FSL_DEVICE int last_of(int begin, int end, int valid) {
+    return valid < begin ? begin : valid < end ? valid : end;
+  }
+
+  static FSL_DEVICE void columns(const Row& in, const Row& out, const GradRow& g, const Scales& z, int begin,
+                                 int end, int valid, int skew) {
+    const int mine = 8 * thread_id(), tile = 8 * kRuns * block_threads(), last = last_of(begin, end, valid);
+    const int padding =
+        last == end ? end : begin + (last - begin + 7) / 8 * 8;  // from there on whole vectors
+    const auto edge = [&](int first) {
+      edge_tile(in, out, g, z, first + mine, skew, last, padding, end);
+      return first + tile;
+    };
+    int first = begin;
+    if (kShifted && !chunks_inside<T, kShifted>(in, first, 0, skew)) first = edge(first);
+    for (; first + tile <= last && chunks_inside<T, kShifted>(in, first, tile, skew); first += tile)
+      whole_tile(in, out, g, z, first + mine, skew);
+    while (first < padding) first = edge(first);
+    zeros(out, padding, end);
+  }
+
+  // The thread that stores a column of those that columns() is given, whose vocabulary ends at `last`.
+  static FSL_DEVICE int writer(int begin, int last, int column) {
+    const int past = column - begin, thread = past / 8 % block_threads(), tile = 8 * kRuns * block_threads();
+    const bool traded = kTrades<T, kShifted> && begin + past / tile * tile + tile <= last;
+    return traded ? thread / 2 * 2 + past / 4 % 2 : thread;
+  }
+
+  // The same two from any column on. All columns are vocabulary.
+  static FSL_DEVICE void zero_columns(const Row& out, int begin, int end) {
+    const int first = aligned_column<T>(out, begin), odd = begin + thread_id();
+    if (odd < first && odd < end) T::put(out.start + int64_t{odd} * T::kBytes, 0.0f);
+    zeros(out, first, end);
+  }
+
+  static FSL_DEVICE void any_columns(const Row& in, const Row& out, const GradRow& g, const Scales& z,
+                                     int begin, int end) {
+    const int first = aligned_column<T>(out, begin), odd = begin + thread_id();
+    if (odd < first && odd < end) each(in, out, g, z, odd, odd + 1, end);
+    if (first < end) columns(in, out, g, z, first, end, end, (in.skew + first % 16 * T::kBytes) % 16);
+  }
+};
+
+template <class T, bool kSoftcap, bool kShifted>
+FSL_KERNEL(512, kSoftcap ? 4 : 8)
+row_grad_kernel(GradArgs a, Scales z, int splits, int segment) {
+  using Kernel = RowGrad<T, kSoftcap, kShifted>;
+  const uint32_t program = kLastRowFirst ? grid_blocks() - 1 - block_id() : block_id();
+  const uint32_t n = program / splits, part = program % splits;
+  if (a.stored && a.stored[n] == a.scale[n]) return;
+  const int width = static_cast<int>(a.grad.columns), valid = static_cast<int>(a.logits.valid);
+  const Row out = row_at<T>(a.grad, n), in = row_at<T>(a.logits, n);
+  const int before = aligned_column<T>(out, 0), head = before < width ? before : width;
+  const int segments = (width + segment - 1) / segment, per_part = (segments + splits - 1) / splits * segment;
+  const int begin = head + part * per_part, end = width - begin < per_part ? width : begin + per_part;
+  const bool in_head = part == 0 && thread_id() < head;
+  if (a.scale[n] == 0) {
+    if (in_head) T::put(out.start + thread_id() * T::kBytes, 0.0f);
+    Kernel::zeros(out, begin, end);
+    return;
+  }
+  const float* normalizer = a.normalizer + int64_t{n} * kNormalizer;
+  const GradRow g = grad_row<kSoftcap>(a, z, n, normalizer[kRowMax], normalizer[kRowSum]);
+  // The target's own logit is done again by the thread that writes it, which spares all others a comparison.
+  // In place, it must be read before it is written.
+  const bool owner =
+      g.own < head ? in_head && g.own == thread_id()
+                   : g.own >= begin && g.own < end &&
+                         Kernel::writer(begin, Kernel::last_of(begin, end, valid), g.own) == thread_id();
+  const float own = owner ? load_one<T>(in, g.own) : 0.0f;
+  if (in_head) Kernel::each(in, out, g, z, thread_id(), thread_id() + 1, valid);
+  Kernel::columns(in, out, g, z, begin, end, valid, (in.skew + head * T::kBytes) % 16);
+  if (owner) T::put(out.start + int64_t{g.own} * T::kBytes, gradient<kSoftcap>(own, g, z, true));
+}
+
+}  // namespace fsl::gpu

@@ -1,0 +1,129 @@
+// Arithmetic of the GPU kernels: exponentials, the softcap, the three dtypes' bits. Compiled without
+// contraction: FMAs are written out, so a number has the same bits in whichever kernel it is computed.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "../args.h"
+#include "platform.h"
+
+namespace fsl::gpu {
+
+constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+constexpr float kInfinity = __builtin_huge_valf();
+
+FSL_DEVICE float magnitude(float x) { return from_bits(bits(x) & 0x7fffffffu); }
+FSL_DEVICE float nan() { return from_bits(0x7fc00000u); }
+// A NaN without a payload, which would upset the rounding to bf16.
+FSL_DEVICE float quiet(float x) { return x == x ? x : nan(); }
+
+// e^u; 0 for -inf, NaN for NaN.
+FSL_DEVICE float exp(float u) { return exp2(u * kLog2e); }
+
+// A maximum that may be subtracted: 0 for -inf, where -inf - -inf would make a NaN.
+FSL_DEVICE float not_minus_infinity(float m) { return m == -kInfinity ? 0.0f : m; }
+
+// What kernels need to know of the transform; made on the host, where divisions are exact.
+struct Scales {
+  float unit;  // z = unit * x, where x has been capped first
+  float log2;  // unit * log2(e): an exponential is one FMA and one exp2
+  float far;   // |x| from here on: see reference_of
+  float inward, cap;
+  float slope;  // dz/dx, but for the slope of the cap
+};
+
+inline Scales scales_of(const Transform& t) {
+  const bool capped = t.softcap > 0;
+  const float unit = t.unit(), log2 = unit * kLog2e;
+  int exponent = 0;
+  std::frexp(log2, &exponent);  // far * log2 is 2^30 to 2^31
+  const float far = std::ldexp(1.0f, std::max(31 - exponent, -94));
+  return {unit, log2, far, capped ? t.logit_scale / t.softcap : 0.0f, t.softcap, t.logit_scale};
+}
+
+// What 2^(x * log2 - m * log2), m being a maximum, is computed against: one FMA and one exp2, of x * scale -
+// rounded.
+struct Reference {
+  float scale, rounded, rest;
+};
+
+// Against the rounded product m * log2. The rounding is one factor for all x, 2^rest, of up to half a unit of
+// the product: too much for a sum, so it is taken out once, at the end.
+//
+// From |m| = far on that half unit would be 2^64 and soon more than exp2 can say. But there the fp32 numbers
+// beside m are 64 and more below it in the exponent: a logit is as large as m or it vanishes. That is what
+// any larger scale says, too: the power of two that makes the product 2^32 to 2^33 has no rounding (rest is
+// 0), gives 0 for x = m, -256 at most for any other, and never overflows upwards.
+//
+// Sums against an older maximum `old` <= m are moved by 2^(old * scale - rounded). That is right across `far`
+// as well, with no comparison: it is a power of two, so old = -far has an exact product, and any m above it
+// another one, at least a unit (128) higher, of which rest is half at most.
+FSL_DEVICE Reference reference_of(float m, const Scales& z) {
+  const float power = from_bits(0x8f000000u - (bits(m) & 0x7f800000u));  // its exponent is 286 - that of m
+  const float scale = magnitude(m) >= z.far ? power : z.log2, rounded = m * scale;
+  return {scale, rounded, fma(m, scale, -rounded)};
+}
+
+// z = cap * tanh(x * inward), infinities as they are, and the derivative over cap * inward. tanh by
+// e^{-2|u|}, near 0 by its odd Taylor series (the next term is 1382/155925 u^11: under 4e-8 relative for |u|
+// < 0.25).
+struct Capped {
+  float value, slope;
+};
+FSL_DEVICE Capped softcapped(float x, float inward, float cap) {
+  const float u = x * inward, far_from_0 = magnitude(u);
+  const float e = exp(-2.0f * far_from_0), inverse = reciprocal(1.0f + e);
+  const float far = from_bits(bits((1.0f - e) * inverse) | (bits(u) & 0x80000000u));
+  const float s = u * u;
+  float series = fma(s, 62.0f / 2835.0f, -17.0f / 315.0f);
+  series = fma(series, s, 2.0f / 15.0f);
+  series = fma(series, s, -1.0f / 3.0f);
+  const float near = fma(u, s * series, u);
+  const float value = cap * (far_from_0 < 0.25f ? near : far);
+  return {magnitude(x) == kInfinity ? x : value, 4.0f * e * inverse * inverse};
+}
+
+// What an exponential is taken of.
+template <bool kSoftcap>
+FSL_DEVICE float capped(float x, const Scales& z) {
+  return kSoftcap ? softcapped(x, z.inward, z.cap).value : x;
+}
+
+// A dtype: eight neighbouring logits are kWords 32-bit words, in memory order.
+struct F32 {
+  static constexpr int kBytes = 4, kWords = 8;
+  static FSL_DEVICE float element(const uint32_t* words, int i) { return from_bits(words[i]); }
+  static FSL_DEVICE uint32_t load(const void* at) { return *static_cast<const uint32_t*>(at); }
+  static FSL_DEVICE void put(char* at, float x) { store(at, bits(x)); }
+  static FSL_DEVICE void put(uint32_t* words, const float* x) {
+    FSL_UNROLL for (int i = 0; i < 8; ++i) words[i] = bits(x[i]);
+  }
+};
+
+struct Sixteen {
+  static constexpr int kBytes = 2, kWords = 4;
+  static FSL_DEVICE uint32_t load(const void* at) { return *static_cast<const uint16_t*>(at); }
+};
+
+struct BF16 : Sixteen {
+  static FSL_DEVICE float element(const uint32_t* words, int i) {
+    return from_bits(i % 2 ? words[i / 2] & 0xffff0000u : words[i / 2] << 16);
+  }
+  static FSL_DEVICE void put(char* at, float x) { store(at, static_cast<uint16_t>(pack_bf16(x, 0.0f))); }
+  static FSL_DEVICE void put(uint32_t* words, const float* x) {
+    FSL_UNROLL for (int i = 0; i < 4; ++i) words[i] = pack_bf16(x[2 * i], x[2 * i + 1]);
+  }
+};
+
+struct F16 : Sixteen {
+  static FSL_DEVICE float element(const uint32_t* words, int i) {
+    return widen_half(i % 2 ? words[i / 2] >> 16 : words[i / 2] & 0xffffu);
+  }
+  static FSL_DEVICE void put(char* at, float x) { store(at, static_cast<uint16_t>(pack_half(x, 0.0f))); }
+  static FSL_DEVICE void put(uint32_t* words, const float* x) {
+    FSL_UNROLL for (int i = 0; i < 4; ++i) words[i] = pack_half(x[2 * i], x[2 * i + 1]);
+  }
+};
+
+}  // namespace fsl::gpu

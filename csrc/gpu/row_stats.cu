@@ -1,0 +1,40 @@
+// Which row_stats kernel is launched, and how.
+#include "row_stats.cuh"
+
+#include "dispatch.h"
+#include "launch_table.h"
+
+namespace fsl::gpu {
+
+Shares row_stats_shares(const StatsArgs& a, const Chip& chip) {
+  const int segment = line_for(chip, Kernel::row_stats, a.logits.columns).segment;
+  const int64_t segments = (a.logits.valid + segment - 1) / segment;
+  return {segments, splits(chip, a.logits.count(), segments)};
+}
+
+void row_stats(const StatsArgs& a, float* parts, const Chip& chip, void* stream) {
+  check_rows(a.logits);
+  const Line& line = line_for(chip, Kernel::row_stats, a.logits.columns);
+  const Shares shares = row_stats_shares(a, chip);
+  const Share share{shares.splits, line.segment, parts};
+  const Grid grid{a.logits.count() * shares.splits, line.threads};
+  with_dtype(a.logits.dtype, [&](auto dtype) {
+    with_columns(a.want, [&](auto columns) {
+      with_bool(a.transform.softcap > 0, [&](auto softcap) {
+        with_bool(common_skew(a.logits) != 0, [&](auto shifted) {
+          launch("row_stats", row_stats_kernel<decltype(dtype), columns(), softcap(), shifted()>, grid,
+                 stream, a, scales_of(a.transform), share);
+        });
+      });
+    });
+  });
+  if (shares.splits == 1) return;
+  const int threads = 256;
+  const int64_t rows = a.logits.count();
+  with_columns(a.want, [&](auto columns) {
+    launch("fold_segments", fold_segments_kernel<columns()>, {(rows + threads - 1) / threads, threads},
+           stream, parts, a.weight, a.stats, rows, static_cast<int>(shares.segments), a.transform.unit());
+  });
+}
+
+}  // namespace fsl::gpu

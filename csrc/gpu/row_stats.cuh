@@ -1,0 +1,210 @@
+// Softmax statistics of each scored row, from one read of it.
+//
+// A row is cut into segments of a fixed number of columns, a segment into tiles. Each thread keeps the
+// running maximum and sums of its own columns (one rescale per tile, no exchange); threads meet at the end of
+// a segment, and segments are folded left to right. Where rows are too few for the chip, a row's segments go
+// to several blocks, their statistics to memory, and a second kernel folds them: the same function in the
+// same order, hence the same bits. Which columns a thread takes depends on neither dtype nor address, for the
+// same reason.
+#pragma once
+
+#include "block.cuh"
+#include "rows.cuh"
+
+namespace fsl::gpu {
+
+// How a row is shared out.
+struct Share {
+  int splits;    // blocks per row
+  int segment;   // columns
+  float* parts;  // [N, segments, columns of stats], when splits > 1; their column kTarget is unused
+};
+
+// One thread's statistics of its own columns, in units of x.
+struct Running {
+  float top = -kInfinity;
+  float total = 0;  // sum of 2^u, u as reference_of(top) says
+  float x_sum = 0;
+  int top_at = 0x7fffffff;
+  float moment = 0;  // sum of u * 2^u
+};
+
+// Sum of eight numbers, pair by pair.
+FSL_DEVICE float sum_eight(const float* x) {
+  return ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
+}
+
+// Take the kRuns vectors that a thread has of a tile: `eight(x, r)` gives the fp32 logits of vector r, which
+// starts at column first + r * stride, and -inf for those that are not there; `sum(x, r)` adds up those that
+// are.
+template <int kColumns, class Eight, class Sum>
+FSL_DEVICE void accumulate(Running& s, const Eight& eight, const Sum& sum, int first, int stride,
+                           const Scales& z) {
+  float top = s.top, x[8];
+  FSL_UNROLL for (int r = 0; r < kRuns; ++r) {
+    eight(x, r);
+    FSL_UNROLL for (int i = 0; i < 8; ++i) top = max(top, x[i]);
+    settle(top);
+  }
+  if (kColumns > kArgmax && top > s.top) {
+    FSL_UNROLL for (int r = kRuns - 1; r >= 0; --r) {
+      eight(x, r);
+      FSL_UNROLL for (int i = 7; i >= 0; --i) s.top_at = x[i] == top ? first + r * stride + i : s.top_at;
+    }
+  }
+  const Reference reference = reference_of(not_minus_infinity(top), z);
+  const float delta = s.top * reference.scale - reference.rounded, shrink = exp2(delta);
+  float total = 0, x_sum = 0, moment = 0;
+  FSL_UNROLL for (int r = 0; r < kRuns; ++r) {
+    float e[8], u[8];
+    keep_order();
+    eight(x, r);
+    FSL_UNROLL for (int i = 0; i < 8; ++i) u[i] = fma(x[i], reference.scale, -reference.rounded);
+    FSL_UNROLL for (int i = 0; i < 8; ++i) e[i] = exp2(u[i]);
+    total += sum_eight(e);
+    if (kColumns > kArgmax) {
+      FSL_UNROLL for (int i = 0; i < 8; ++i) u[i] = e[i] == 0 ? 0.0f : e[i] * u[i];
+      moment += sum_eight(u);
+    }
+    if (kColumns > kSum) {
+      x_sum += sum(x, r);
+      settle(x_sum);
+    }
+    settle(total);
+  }
+  if (kColumns > kArgmax) s.moment = fma(shrink == 0 ? 0.0f : delta, s.total, s.moment) * shrink + moment;
+  if (kColumns > kSum) s.x_sum += x_sum;
+  s.total = fma(s.total, shrink, total);
+  s.top = top;
+}
+
+template <class T, int kColumns, bool kSoftcap, bool kShifted>
+struct RowStats {
+  // A tile all of whose chunks lie in the row: kRuns independent loads, then the arithmetic.
+  static FSL_DEVICE void whole_tile(Running& s, const Row& row, int first, const Scales& z) {
+    const int stride = 8 * block_threads();
+    uint32_t words[kRuns][T::kWords];
+    FSL_UNROLL for (int r = 0; r < kRuns; ++r)
+        load_eight<T, kShifted>(words[r], row.start + int64_t{first + r * stride} * T::kBytes, row.skew);
+    const auto eight = [&](float* x, int r) {
+      FSL_UNROLL for (int i = 0; i < 8; ++i) x[i] = capped<kSoftcap>(T::element(words[r], i), z);
+    };
+    accumulate<kColumns>(s, eight, [](const float* x, int) { return sum_eight(x); }, first, stride, z);
+  }
+
+  // The tile at either end of a row: vectors that lie in it as those of a whole one, others logit by logit.
+  static FSL_DEVICE void edge_tile(Running& s, const Row& row, int first, int end, const Scales& z) {
+    const int stride = 8 * block_threads();
+    uint32_t words[kRuns][T::kWords];
+    FSL_UNROLL for (int r = 0; r < kRuns; ++r) {
+      const int column = first + r * stride;
+      if (column + 8 <= end && chunks_inside<T, kShifted>(row, column, 8, row.skew)) {
+        load_eight<T, kShifted>(words[r], row.start + int64_t{column} * T::kBytes, row.skew);
+      } else {
+        float x[8];
+        FSL_UNROLL for (int i = 0; i < 8; ++i) x[i] =
+            column + i < end ? load_one<T>(row, column + i) : -kInfinity;
+        T::put(words[r], x);
+      }
+    }
+    const auto eight = [&](float* x, int r) {
+      FSL_UNROLL for (int i = 0; i < 8; ++i) x[i] = capped<kSoftcap>(T::element(words[r], i), z);
+    };
+    const auto sum = [&](const float* x, int r) {
+      float there[8];
+      FSL_UNROLL for (int i = 0; i < 8; ++i) there[i] = first + r * stride + i < end ? x[i] : 0.0f;
+      return sum_eight(there);
+    };
+    accumulate<kColumns>(s, eight, sum, first, stride, z);
+  }
+
+  // Columns [begin, end) on top of those in `s`.
+  static FSL_DEVICE Running columns(const Row& row, int begin, int end, const Scales& z, Running s = {}) {
+    const int tile = 8 * kRuns * block_threads(), mine = 8 * thread_id();
+    for (int first = begin; first < end; first += tile) {
+      for (; first + tile <= end && chunks_inside<T, kShifted>(row, first, tile, row.skew); first += tile)
+        whole_tile(s, row, first + mine, z);
+      if (first < end) edge_tile(s, row, first + mine, end, z);
+      if (!kShifted || kLoadsAnywhere) break;  // only the last tile is not whole
+    }
+    return s;
+  }
+
+  // Threads to one, for every thread. Their sums are relative to maxima of their own, rounded; the block's
+  // has its rounding taken out.
+  static FSL_DEVICE Stats met(const Running& s, const Scales& z, int64_t vocab_start) {
+    FSL_SHARED(float, tops, kMaxWarps);
+    FSL_SHARED(float, totals, kMaxWarps);
+    const float top = block_reduce(s.top, Max{}, tops);
+    const Reference reference = reference_of(not_minus_infinity(top), z);
+    const float delta = (s.top * reference.scale - reference.rounded) - reference.rest, shrink = exp2(delta);
+    Stats result;
+    result.top = top;
+    result.total = block_reduce(s.total * shrink, Add{}, totals);
+    // The maximum's own term is 1, but for the rounding of two exponentials: no loss is negative.
+    if (top > -kInfinity && result.total < 1) result.total = 1;
+    if (kColumns > kSum) {
+      FSL_SHARED(float, sums, kMaxWarps);
+      result.x_sum = block_reduce(s.x_sum, Add{}, sums);
+    }
+    if (kColumns > kArgmax) {
+      FSL_SHARED(int, ids, kMaxWarps);
+      FSL_SHARED(float, moments, kMaxWarps);
+      const int at = block_reduce(s.top == top ? s.top_at : 0x7fffffff, Min{}, ids);
+      result.top_id = static_cast<float>(vocab_start + at);
+      const float moment = fma(shrink == 0 ? 0.0f : delta, s.total, s.moment) * shrink;
+      result.moment = block_reduce(moment, Add{}, moments) * kLn2;
+    }
+    barrier();  // the scratch is written again for the next segment
+    return result;
+  }
+};
+
+// x of the row's target, 0 when it is not among these columns.
+template <class T, bool kSoftcap>
+FSL_DEVICE float target_value(const StatsArgs& a, const Row& row, uint32_t n, const Scales& z) {
+  const int own = own_column(a.target[n], a.vocab_start, a.logits);
+  return own < 0 ? 0.0f : capped<kSoftcap>(load_one<T>(row, own), z);
+}
+
+template <class T, int kColumns, bool kSoftcap, bool kShifted>
+FSL_KERNEL(512, kColumns > kSum || kSoftcap ? 4 : 8)
+row_stats_kernel(StatsArgs a, Scales z, Share share) {
+  const uint32_t n = block_id() / share.splits, part = block_id() % share.splits;
+  const int valid = static_cast<int>(a.logits.valid), segments = (valid + share.segment - 1) / share.segment;
+  float* stats = a.stats + int64_t{n} * kColumns;
+  if (a.weight[n] == 0) {
+    if (part == 0 && thread_id() < kColumns) stats[thread_id()] = 0;
+    return;
+  }
+  const Row row = row_at<T>(a.logits, n);
+  Stats all;
+  const int per_part = (segments + share.splits - 1) / share.splits, from = part * per_part;
+  for (int segment = from; segment < segments && segment < from + per_part; ++segment) {
+    const int begin = segment * share.segment,
+              end = valid - begin < share.segment ? valid : begin + share.segment;
+    using Kernel = RowStats<T, kColumns, kSoftcap, kShifted>;
+    const Stats s = Kernel::met(Kernel::columns(row, begin, end, z), z, a.vocab_start);
+    if (share.splits == 1) all = fold(all, s, z.unit);
+    else if (thread_id() == 0)
+      store_stats<kColumns>(share.parts + (int64_t{n} * segments + segment) * kColumns, s);
+  }
+  if (thread_id() != 0 || part != 0) return;
+  stats[kTarget] = target_value<T, kSoftcap>(a, row, n, z);
+  if (share.splits == 1) store_stats<kColumns>(stats, all);
+}
+
+// The parts of each row that was shared out, folded; a row a thread. Its target's x is there already.
+template <int kColumns>
+FSL_KERNEL(256, 4)
+fold_segments_kernel(const float* parts, const float* weight, float* stats, int64_t rows, int segments,
+                     float unit) {
+  const int64_t n = int64_t{block_id()} * block_threads() + thread_id();
+  if (n >= rows || weight[n] == 0) return;
+  Stats all;
+  for (int segment = 0; segment < segments; ++segment)
+    all = fold(all, load_stats<kColumns>(parts + (n * segments + segment) * kColumns), unit);
+  store_stats<kColumns>(stats + n * kColumns, all);
+}
+
+}  // namespace fsl::gpu

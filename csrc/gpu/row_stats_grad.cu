@@ -1,0 +1,73 @@
+// Which row_stats_grad and row_rescale kernels are launched, and how.
+#include "row_stats_grad.cuh"
+
+#include "dispatch.h"
+#include "launch_table.h"
+#include "row_rescale.cuh"
+
+namespace fsl::gpu {
+namespace {
+
+// What every device allows; larger clusters must be asked for.
+constexpr int kMostBlocks = 8;
+
+// Enough blocks that each takes at most a segment of the row.
+int cluster_of(int64_t columns, int64_t segment) {
+  int cluster = 1;
+  while (cluster < kMostBlocks && columns > cluster * segment) cluster *= 2;
+  return cluster;
+}
+
+// Beside the row: statistics that warps and blocks exchange, and a chunk that is read past the row's end.
+constexpr int kStaticBytes = 1024, kSpare = 16;
+
+// Columns of a block's part that its shared memory holds, and the bytes to ask for.
+struct Room {
+  int columns, bytes;
+};
+Room room_for(int64_t columns, int element_bytes, int threads) {
+  const int64_t tile = 8 * kRuns * threads, bytes = most_shared_bytes() - kStaticBytes - kSpare;
+  const int64_t most = bytes / element_bytes / tile * tile, held = std::min(columns, most);
+  return {static_cast<int>(held), static_cast<int>(held * element_bytes + kSpare)};
+}
+
+}  // namespace
+
+void row_stats_grad(const StatsGradArgs& a, const Chip& chip, void* stream) {
+  const Rows& logits = a.grad.logits;
+  check_rows(logits);
+  const Line& line = line_for(chip, Kernel::row_stats_grad, logits.columns);
+  const int cluster = cluster_of(logits.valid, line.segment);
+  const int64_t each = ((logits.valid + 7) / 8 + cluster - 1) / cluster * 8;
+  const bool shifted = common_skew(logits) != 0 || common_skew(a.grad.grad) != 0;
+  Grid grid{logits.count() * cluster, line.threads, 0, cluster};
+  with_dtype(logits.dtype, [&](auto dtype) {
+    using T = decltype(dtype);
+    Holding holding{cluster, 0};
+    if (!kLoadsAnywhere) {
+      const Room room = room_for(each, T::kBytes, line.threads);
+      holding.columns = room.columns;
+      grid.shared_bytes = room.bytes;
+    }
+    with_bool(a.grad.transform.softcap > 0, [&](auto softcap) {
+      with_bool(shifted, [&](auto moved) {
+        constexpr bool kShifted = decltype(moved)::value && !kLoadsAnywhere;
+        launch("row_stats_grad", row_stats_grad_kernel<T, softcap(), kShifted>, grid, stream, a,
+               scales_of(a.grad.transform), holding);
+      });
+    });
+  });
+}
+
+void row_rescale(const RescaleArgs& a, const Chip& chip, void* stream) {
+  check_rows(a.grad);
+  const Line& line = line_for(chip, Kernel::row_grad, a.grad.columns);
+  const int64_t segments = (a.grad.columns + line.segment - 1) / line.segment;
+  const int parts = splits(chip, a.grad.count(), segments);
+  with_dtype(a.grad.dtype, [&](auto dtype) {
+    launch("row_rescale", row_rescale_kernel<decltype(dtype)>, {a.grad.count() * parts, line.threads}, stream,
+           a, parts, line.segment);
+  });
+}
+
+}  // namespace fsl::gpu

@@ -1,0 +1,44 @@
+"""FUSED_SFT_LOSS_WITHOUT: optional tools that this checkout treats as absent, to test just that.
+
+    make test FUSED_SFT_LOSS_WITHOUT=all            none of them
+    make test FUSED_SFT_LOSS_WITHOUT=boost,triton   not these two
+
+The build, the tests and the Makefile read it; the installed package does not.
+`python csrc/toolchains/without.py` prints the tools that it names.
+"""
+
+import os
+import re
+import sys
+
+VARIABLE = "FUSED_SFT_LOSS_WITHOUT"
+
+TOOLS = {
+    "boost": "Boost.Context, which executes GPU kernels on the CPU",
+    "nvcc": "NVIDIA's compiler",
+    "clang": "clang or hipcc, which compile for AMD",
+    "liger": "Liger in build/peers",
+    "megatrons": "further versions of megatron-core in build/megatron",
+    "triton": "Triton; the Makefile puts tests/support/without_triton into PYTHONPATH for it",
+}
+
+
+def tools() -> list[str]:
+    """The tools that are treated as absent.
+
+    Ends the process when the variable names something else.
+    """
+    text = os.environ.get(VARIABLE, "")
+    names = re.findall(r"[^,\s]+", text)
+    if not set(names) <= {"all", *TOOLS}:
+        sys.exit(f"{VARIABLE}: expected names from all, {', '.join(TOOLS)}, got {text!r}")
+    return [tool for tool in TOOLS if "all" in names or tool in names]
+
+
+def absent(tool: str) -> str | None:
+    """Why `tool` must not be used, or None."""
+    return f"{VARIABLE}={os.environ[VARIABLE]}" if tool in tools() else None
+
+
+if __name__ == "__main__":
+    print(*tools())

@@ -1,0 +1,118 @@
+"""Each combination that docs/megatron.md lists under "Limits" is refused."""
+
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_docs_options import table
+
+from fused_sft_loss.megatron import (
+    ResponseOnlyHead,
+    forward_step,
+    fused_cross_entropy,
+    sft_loss_func,
+    shift_packed_targets,
+    versions,
+)
+
+LOGITS, LABELS = torch.randn(2, 5, 8), torch.randint(0, 8, (2, 5))
+POSITIONS = torch.arange(5).expand(2, 5)
+BOUNDS = torch.tensor([0, 4, 10], dtype=torch.int32)
+PACKED = SimpleNamespace(cu_seqlens_q=BOUNDS, cu_seqlens_q_padded=None)
+REPORT = ("lm loss", "accuracy")
+
+
+class Model(torch.nn.Module):
+    """What `fused_cross_entropy` looks for in a model from megatron-core 0.18 on."""
+
+    config = SimpleNamespace(mtp_num_layers=None)
+
+    def forward(self, tokens, labels=None, output_processor=None):
+        return self.compute_language_model_loss(labels, LOGITS)
+
+    def compute_language_model_loss(self, labels, logits):
+        return logits.sum(-1)
+
+    def build_schedule_plan(self):
+        return "a plan"
+
+
+def loss(**options):
+    return sft_loss_func(LABELS, None, LOGITS, **{"tp_group": None, **options})
+
+
+def inside(what, **options):
+    """Call `what(model)` inside the context."""
+    model = Model()
+    with fused_cross_entropy(model, **options):
+        what(model)
+
+
+PER_TOKEN = SimpleNamespace(calculate_per_token_loss=True)
+LIMITS = {  # option -> a call for each entry of the last column, and what they raise
+    "reduction": ([partial(loss, reduction="sum")], TypeError),
+    "returns": (
+        [
+            partial(loss, returns="mean", config=PER_TOKEN),
+            partial(loss, returns="mean", num_tokens=torch.tensor(1)),
+        ],
+        ValueError,
+    ),
+    "shift": (
+        [
+            partial(loss, shift=False, packed_seq_params=PACKED),
+            partial(loss, shift=False, position_ids=POSITIONS),
+            partial(loss, shift=False, cu_seqlens=BOUNDS),
+        ],
+        ValueError,
+    ),
+    "packed_seq_params": (
+        [partial(shift_packed_targets, LABELS, packed_seq_params=PACKED, cu_seqlens=BOUNDS)],
+        ValueError,
+    ),
+    "report": ([partial(loss, report=REPORT, grad_in_forward=True)], NotImplementedError),
+    "in_place": (
+        [partial(forward_step._in_place_loss, None, None, LOGITS, non_loss_data=True)],
+        ValueError,
+    ),
+    "fused_cross_entropy": (
+        [
+            partial(inside, print, tp_group=None),
+            partial(inside, print, shift=True),
+            partial(inside, lambda model: model.build_schedule_plan()),
+            partial(inside, lambda model: model(LABELS, labels=LABELS, output_processor=print)),
+            lambda: fused_cross_entropy(torch.nn.Linear(2, 2)).__enter__(),
+        ],
+        (TypeError, ValueError, NotImplementedError),
+    ),
+    "ResponseOnlyHead": (
+        [
+            partial(ResponseOnlyHead, multiple=2, rows=4),
+            partial(ResponseOnlyHead.check, SimpleNamespace(defer_embedding_wgrad_compute=True)),
+        ],
+        (ValueError, NotImplementedError),
+    ),
+}
+
+
+def test_every_row_of_the_table_is_tested():
+    """tp_group has a test of its own: test_megatron_errors.py, over several processes."""
+    assert set(table("docs/megatron.md", "limit")) == {*LIMITS, "tp_group"}
+
+
+CALLS = [(name, call) for name, (calls, _) in LIMITS.items() for call in calls]
+
+
+@pytest.mark.parametrize("number", range(len(CALLS)), ids=lambda n: f"{CALLS[n][0]}-{n}")
+def test_what_the_table_calls_impossible_is_refused(number):
+    name, call = CALLS[number]
+    with pytest.raises(LIMITS[name][1]):
+        call()
+
+
+def test_shifting_under_context_parallelism_is_refused(monkeypatch):
+    two = SimpleNamespace(get_context_parallel_world_size=lambda: 2)
+    monkeypatch.setattr(versions, "parallel_state", lambda: two)
+    with pytest.raises(ValueError, match="shift=True under context parallelism"):
+        loss()

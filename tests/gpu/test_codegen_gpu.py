@@ -1,0 +1,304 @@
+"""What nvcc and clang make of the CUDA and HIP kernels, for every line of their launch table."""
+
+import re
+from itertools import product
+
+import pytest
+from codegen_runs import (
+    assert_memory_bound,
+    assert_not_above_liger,
+    codegen,
+    needs_liger,
+    registers_said,
+    sampled,
+)
+
+pytest.importorskip("rich")
+
+from bench.__main__ import main  # noqa: E402
+from bench.without_gpu.codegen import amdgcn, csrc, sass, toolchains  # noqa: E402
+from bench.without_gpu.codegen.audit import violations  # noqa: E402
+from bench.without_gpu.codegen.loops import Shifted, hot_loops  # noqa: E402
+from bench.without_gpu.codegen.table import is_plain  # noqa: E402
+from csrc.toolchains import compilers as build  # noqa: E402
+
+BACKENDS = {"sm_80": "cuda", "sm_90": "cuda", "sm_100": "cuda", "gfx90a": "hip", "gfx942": "hip"}
+LINES = csrc.launch_table()
+KERNELS = ("row_stats", "row_grad", "row_stats_grad")
+
+
+@pytest.fixture(scope="session")
+def audits(tmp_path_factory):
+    """What the command says of a target, or of several of one backend; compiled once."""
+    made = {}
+
+    def audit(*targets):
+        backend = "hip" if targets[0].startswith("gfx") else "cuda"
+        if not toolchains.find(backend):
+            pytest.skip(f"no compiler for {backend}: {toolchains.advice(backend)}")
+        if targets not in made:
+            more = ["--executed"] if targets == ("sm_90",) else []
+            more += [word for target in targets for word in ("--target", target)]
+            folder = tmp_path_factory.mktemp("-".join(targets))
+            made[targets] = codegen(folder, "--options", "--backend", backend, *more)
+        return made[targets]
+
+    return audit
+
+
+@pytest.fixture(params=sampled(BACKENDS, ["gfx942"]))
+def compiled(audits, request):
+    """A target and the records of its kernels."""
+    return request.param, audits(request.param)["records"]
+
+
+def test_the_launch_table_is_read_whole():
+    text = (csrc.FOLDER / "launch_table.h").read_text()
+    assert len(LINES) == len(re.findall(r"^\s*\{\w+, Kernel::", text, re.M)) > 0
+    for line in LINES:
+        assert line.threads <= csrc.launch_bounds(line.target)[line.kernel], line
+        assert line.threads % (64 if line.target.startswith("gfx") else 32) == 0, line
+        assert line.segment % (32 * line.threads) == 0, line  # whole tiles
+        assert line.why, line
+    for target, kernel in product((*BACKENDS, "gfx950"), KERNELS):
+        widths = [x.columns for x in LINES if (x.target, x.kernel) == (target, kernel)]
+        assert widths[-1] is None and None not in widths[:-1], (target, kernel)
+
+
+def test_every_kernel_and_line_was_compiled(compiled):
+    target, records = compiled
+    expected = set()
+    for columns, softcap, shifted, dtype in product(
+        (None, 3, 4, 6), (False, True), (False, True), csrc.DTYPES.values()
+    ):
+        kernel = "row_stats" if columns else "row_grad"
+        name = csrc.Instance(kernel, dtype, columns, softcap, shifted).name
+        lines = [x for x in LINES if (x.target, x.kernel) == (target, kernel)]
+        expected |= {(name, line.columns, line.threads) for line in lines}
+    for softcap, shifted, dtype in product((False, True), (False, True), csrc.DTYPES.values()):
+        if shifted and target.startswith("gfx"):  # registers take rows from any address
+            continue
+        name = csrc.Instance("row_stats_grad", dtype, None, softcap, shifted).name
+        lines = [x for x in LINES if (x.target, x.kernel) == (target, "row_stats_grad")]
+        expected |= {(name, line.columns, line.threads) for line in lines}
+    expected |= {(f"row_rescale {dtype}", None, 512) for dtype in csrc.DTYPES.values()}
+    for columns in (3, 4, 6):
+        expected |= {(f"{kernel} x{columns}", None, 256) for kernel in ("fold_segments", "merge")}
+    expected.add(("row_targets", None, 512))
+    found = {(r["name"], r["columns"], r["threads"]) for r in records}
+    assert found >= expected
+
+
+@pytest.mark.long
+def test_a_target_that_the_compiler_does_not_know_is_named(audits):
+    audit = audits("gfx90a", "gfx942", "gfx950")
+    compiled = {r["target"] for r in audit["records"]}
+    refused = {one["target"]: one["reason"] for one in audit["not_compiled"]}
+    assert compiled | set(refused) == {"gfx90a", "gfx942", "gfx950"}
+    assert "gfx950" in compiled or "gfx950" in refused["gfx950"]
+
+
+def test_no_spills_wide_accesses_and_limits_kept(compiled):
+    _, records = compiled
+    broken = [f"{r['name']} ..{r['columns']}: {t}" for r in records for t in violations(r)]
+    assert not broken, "\n".join(broken)
+
+
+def test_registers_are_those_the_launch_table_says(compiled):
+    target, records = compiled
+    for line in (line for line in LINES if line.target == target):
+        for dtype, registers in registers_said(line).items():
+            plain = next(
+                r
+                for r in records
+                if (r["line"], r["columns"], r["dtype"]) == (line.kernel, line.columns, dtype)
+                and is_plain(r)
+            )
+            assert plain["registers"] == registers, (line, plain["name"])
+
+
+def test_one_exp_per_element_and_little_more(compiled):
+    """A thread rescales its sum once per tile; the softcap takes an exp more."""
+    _, records = compiled
+    once = {"statistics": 1.0, "gradient": 1.0, "one read": 2.0, "scaling": 0.0, None: 0.0}
+    # Of one read from registers all is counted that runs once, a softcap's for the odd logits too.
+    more = {"statistics": 1 / 8, "one read": 1.5 if compiled[0].startswith("gfx") else 1 / 8}
+    for r in records:
+        if r["pass"]:
+            loop = r["loops"][r["pass"]]
+            least = once[r["pass"]] * (2 if "softcap" in r["name"] else 1)
+            assert least <= loop["exps"] <= least + more.get(r["pass"], 0), r["name"]
+
+
+def test_memory_is_what_bounds_both_passes(compiled):
+    _, records = compiled
+    assert_memory_bound(filter(is_plain, records))
+
+
+def test_four_loads_at_once(compiled):
+    """Of 16 bytes, by each thread. Behind a softcap, which arithmetic bounds, two will do."""
+    _, records = compiled
+    for r in records:
+        if r["pass"] and r["pass"] != "scaling":
+            least = (
+                2 if "softcap" in r["name"] or r["pass"] == "one read" and not r["aligned"] else 4
+            )
+            assert r["loops"][r["pass"]]["loads_at_once"] >= least, r["name"]
+
+
+def test_unaligned_rows_ask_the_cache_and_not_the_memory_for_more(compiled):
+    target, records = compiled
+    for r in records:
+        if r["pass"]:
+            loop = r["loops"][r["pass"]]
+            more = 2 if not r["aligned"] and BACKENDS[target] == "cuda" else 0
+            assert loop["requested"] == loop["loaded"] + more == r["element_bytes"] + more
+
+
+@pytest.mark.long
+def test_executed_as_read(audits):
+    """The PTX, run on two whole rows, moves what its machine code's hot loops say."""
+    audit = audits("sm_90")
+    plain = {
+        (r["dtype"], r["pass"]): r["loops"][r["pass"]]
+        for r in audit["records"]
+        if is_plain(r) and r["columns"] is None
+    }
+    plain = {key: loop for key, loop in plain.items() if key[1] != "scaling"}
+    assert len(audit["executed"]) == len(plain) == 9
+    for one in audit["executed"]:
+        loop = plain[one["dtype"], one["pass"]]
+        for key in ("loaded", "stored", "exps"):
+            assert one[key] == pytest.approx(loop[key], rel=0.06), (one, key)
+
+
+@pytest.mark.long
+@needs_liger
+@pytest.mark.parametrize("backend", ["cuda", "hip"])
+def test_not_above_liger_in_either_pass(backend, tmp_path):
+    pytest.importorskip("triton")
+    if not toolchains.find(backend):
+        pytest.skip(f"no compiler for {backend}: {toolchains.advice(backend)}")
+    compared = assert_not_above_liger(codegen(tmp_path, "--backend", backend, "--peer", "liger"))
+    assert len(compared) == sum(b == backend for b in BACKENDS.values()) * 3 * 2
+
+
+def test_compiled_as_in_the_build():
+    """With the flags that shape device code, for the targets that wheels are made for."""
+    assert set(toolchains.FLAGS["cuda"]) <= set(build.NVCC_FLAGS)
+    assert set(toolchains.FLAGS["hip"]) - {"--offload-device-only"} <= set(build.HIP_FLAGS)
+    chips = re.findall(r"(\d+)\.(\d)(a?)", build.CUDA_TARGETS)
+    assert [f"sm_{''.join(chip)}" for chip in chips] == [*toolchains.TARGETS["cuda"].values()]
+    assert build.ROCM_TARGETS.split(";") == [*toolchains.TARGETS["hip"].values()]
+
+
+def test_a_named_backend_without_a_compiler(monkeypatch, capsys):
+    monkeypatch.delenv("FUSED_SFT_LOSS_WITHOUT", raising=False)
+    monkeypatch.setattr(toolchains, "find", lambda backend: None)
+    assert main(["codegen", "--backend", "hip"]) == 1
+    assert "apt-get install" in capsys.readouterr().err
+
+
+# What the audit reads, from text that is known.
+
+
+@pytest.mark.parametrize(
+    ("mangled", "expected"),
+    {
+        "_ZN3fsl3gpu16row_stats_kernelINS0_4BF16ELi4ELb0ELb1EEEvNS_9StatsArgsENS0_6ScalesE": (
+            csrc.Instance("row_stats", "bfloat16", 4, False, True)
+        ),
+        "_ZN3fsl3gpu15row_grad_kernelINS0_3F32ELb1ELb0EEEvNS_8GradArgsENS0_6ScalesEii": (
+            csrc.Instance("row_grad", "float32", None, True, False)
+        ),
+        "_ZN3fsl3gpu21row_stats_grad_kernelINS0_3F16ELb0ELb1EEEvNS_13StatsGradArgsENS0_6Scales": (
+            csrc.Instance("row_stats_grad", "float16", None, False, True)
+        ),
+        "_ZN3fsl3gpu18row_rescale_kernelINS0_4BF16EEEvNS_11RescaleArgsEii": (
+            csrc.Instance("row_rescale", "bfloat16")
+        ),
+        "_ZN3fsl3gpu12merge_kernelILi6EEEvNS_9MergeArgsE": csrc.Instance("merge", columns=6),
+        "_ZN3fsl3gpu18row_targets_kernelENS_11TargetsArgsE": csrc.Instance("row_targets"),
+    }.items(),
+)
+def test_names_of_kernels(mangled, expected):
+    assert csrc.instance(mangled) == expected
+
+
+def test_an_unknown_kernel_is_an_error():
+    with pytest.raises(ValueError, match="TEMPLATES"):
+        csrc.instance("_ZN3fsl3gpu13other_kernelILi6EEEvi")
+
+
+SASS = """
+\t.section\t.text.first,"ax",@progbits
+        /*0000*/                   MUFU.EX2 R4, R4 ;
+        /*0010*/                   EXIT ;
+\t.section\t.text.second,"ax",@progbits
+.L_x_0:
+        /*0000*/                   LDG.E.128 R4, desc[UR10][R12.64] ;
+        /*0010*/                   LDG.E.128 R8, desc[UR10][R12.64+0x10] ;
+        /*0020*/                   LD.E R8, desc[UR10][R12.64+0x10] ;
+EXPS        /*0030*/               CALL.REL.NOINC `($__internal_0_$__cuda_slowpath) ;
+        /*0040*/               @P0 BRA `(.L_x_0) ;
+        /*0050*/                   EXIT ;
+$__internal_0_$__cuda_slowpath:
+        /*0060*/                   RET.REL.NODEC R2 `(second) ;
+""".replace("EXPS", 9 * "        /*0028*/                   MUFU.EX2 R4, R4 ;\n")
+
+
+def test_kernels_of_a_cubin():
+    codes = sass.parse_kernels(SASS)
+    assert [len(code.instructions) for code in codes.values()] == [2, 16]
+    (loop,) = hot_loops(codes["second"], 2, Shifted(exps=1))
+    # 36 bytes for eight logits of 16 bytes; 16 of them are the next lane's too.
+    assert (loop.purpose, loop.elements, loop.exps) == ("statistics", 8, 9 / 8)
+    assert (loop.requested, loop.loaded, loop.generic_accesses) == (4.5, 2.5, 1)
+    assert loop.loads_at_once == 2  # the third fills a register of the second
+
+
+NOTE = """
+  - .agpr_count:     0
+    .args:
+      - .offset:         0
+        .size:           88
+    .group_segment_fixed_size: 256
+    .name:           {name}
+    .private_segment_fixed_size: 8
+    .sgpr_count:     60
+    .sgpr_spill_count: 2
+    .vgpr_count:     {registers}
+    .vgpr_spill_count: 1
+"""
+
+AMDGCN = f"""
+first: ; @first
+\ts_endpgm
+.Lfunc_end0:
+second: ; @second
+.LBB1_0:
+\tv_exp_f32_e32 v1, v1
+\tbuffer_store_dword v1, off, s[0:3], 0 offset:4 ; 4-byte Folded Spill
+\tglobal_load_dwordx4 v[1:4], v0, s[2:3]
+\tbuffer_load_dwordx4 v[1:4], v5, s[4:7], 0 offen
+\tflat_store_dwordx4 v[0:1], v[1:4]
+\ts_cbranch_scc1 .LBB1_0
+\ts_endpgm
+.Lfunc_end1:
+amdhsa.kernels:{NOTE.format(name="first", registers=22)}{NOTE.format(name="second", registers=44)}
+amdhsa.target:   amdgcn-amd-amdhsa--gfx90a
+amdhsa.version:
+  - 1
+  - 2
+"""
+
+
+def test_kernels_of_an_amdgcn_listing():
+    kernels = amdgcn.kernels(AMDGCN)
+    assert [k.resources["registers"] for k in kernels.values()] == [22, 44]
+    assert kernels["second"].resources["spills"] == 3
+    assert len(kernels["first"].code.instructions) == 1
+    (loop,) = hot_loops(kernels["second"].code, 2)
+    assert (loop.purpose, loop.elements) == ("gradient", 16)
+    assert (loop.local_accesses, loop.generic_accesses) == (1, 1)
+    assert loop.loads_at_once == 1  # the second fills registers of the first

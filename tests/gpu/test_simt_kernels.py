@@ -1,0 +1,87 @@
+"""The CUDA and HIP kernels on the shim: any order of lanes, rows shared out or not, sanitizers."""
+
+import shutil
+
+import pytest
+from simt_programs import run_program
+
+from bench.without_gpu.simt import build as build_shim
+
+if reason := build_shim.missing():
+    pytest.skip(f"the SIMT shim cannot be compiled: {reason}", allow_module_level=True)
+
+SOURCE = build_shim.SHIM / "passes.cu"
+FEW, MANY = "0", "132"  # multiprocessors: no row is shared out, every row is
+
+
+def build(folder, warp, flags=(), sources=build_shim.ROOT / "csrc/gpu"):
+    return build_shim.compile_program(
+        [SOURCE, *sorted(sources.glob("*.cu"))], folder / f"passes{warp}", warp, flags
+    )
+
+
+@pytest.fixture(scope="module", params=[32, 64])
+def passes(request, tmp_path_factory):
+    return build(tmp_path_factory.mktemp("passes"), request.param)
+
+
+def run(program, multiprocessors, seed):
+    return run_program([program, multiprocessors, seed])
+
+
+def bits(program, multiprocessors, seed):
+    done = run(program, multiprocessors, seed)
+    assert done.returncode == 0, done.stderr
+    assert "another" not in done.stdout, done.stdout
+    return done.stdout
+
+
+def test_same_bits_in_whatever_order_lanes_run_and_rows_are_shared_out(passes):
+    expected = bits(passes, FEW, 0)
+    assert len(expected.splitlines()) == 2 + 6 + 6 + 3
+    for seed in range(3):
+        assert bits(passes, MANY, seed) == expected
+    assert bits(passes, FEW, 1) == expected
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("warp", [32, 64])
+def test_address_and_undefined_behaviour_sanitizers_find_nothing(tmp_path, warp):
+    program = build(tmp_path, warp, build_shim.ASAN)
+    for multiprocessors in (FEW, MANY):
+        done = run(program, multiprocessors, 1)
+        assert done.returncode == 0 and not done.stderr, done.stderr
+
+
+@pytest.mark.long
+def test_thread_sanitizer_finds_no_race(tmp_path):
+    program = build(tmp_path, 32, build_shim.TSAN)
+    for multiprocessors in (FEW, MANY):
+        done = run(program, multiprocessors, 1)
+        assert done.returncode == 0 and "data race" not in done.stderr, done.stderr
+
+
+def program_without(barrier, name, folder):
+    """The passes, under ThreadSanitizer, of sources in which one barrier of a file is taken out."""
+    shutil.copytree(build_shim.ROOT / "csrc", folder / "csrc")
+    changed = folder / "csrc/gpu" / name
+    text = changed.read_text()
+    assert text.count(barrier) == 1
+    changed.write_text(text.replace(barrier, "\n    //"))
+    return build(folder / "csrc/gpu", 32, (f"-I{folder / 'csrc/gpu'}", *build_shim.TSAN), folder)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("barrier", "name"),
+    [
+        ("  barrier();", "block.cuh"),  # of block_reduce
+        # One thread writes the target's own gradient, over what another wrote there.
+        ("    barrier();  // its own logit is written over", "row_stats_grad.cuh"),
+    ],
+)
+def test_thread_sanitizer_names_a_missing_barrier(tmp_path, barrier, name):
+    """The test above can fail."""
+    done = run(program_without(barrier, name, tmp_path), FEW, 1)
+    assert done.returncode and "data race" in done.stderr
+    assert name in done.stderr

@@ -1,0 +1,46 @@
+"""Every Triton kernel compiles for six GPUs that are not here, as it would be launched on them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+COMPILE = """
+import sys
+from bench.without_gpu import triton_offline as offline
+
+chip = offline.CHIPS[sys.argv[1]]
+for variant in offline.variants(chip, options=False):
+    if variant.shape is None or variant.shape.columns is None:
+        kernel = offline.compile(variant.launch, chip)
+        code = kernel.asm.get("cubin") or kernel.asm["hsaco"]
+        print(variant.name, "|", len(code), kernel.metadata.shared)
+"""
+
+CHIPS = ("sm_80", "sm_90", "sm_100", "gfx90a", "gfx942", "gfx950")
+KERNELS = {"row_stats", "fold_segments", "row_grad", "merge", "row_targets"}
+DTYPES = {"torch.bfloat16", "torch.float16", "torch.float32"}
+
+
+@pytest.mark.long  # make test audits two of them (test_codegen.py)
+@pytest.mark.parametrize("chip", CHIPS)
+def test_compiles_for(chip):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE, chip],
+        cwd=Path(__file__).parents[2],
+        env={**environment, "TRITON_DEFAULT_FP_FUSION": "0"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    names = [line.partition(" | ")[0].split() for line in done.stdout.splitlines()]
+    assert {name[0] for name in names} == KERNELS
+    for kernel in ("row_stats", "row_grad"):
+        assert {name[1] for name in names if name[0] == kernel} == DTYPES
+    assert all(int(line.split()[-1]) <= 64 * 1024 for line in done.stdout.splitlines())

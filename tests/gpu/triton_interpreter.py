@@ -1,0 +1,79 @@
+"""A pytest plugin: the tests of the promises, run on the Triton kernels in Triton's interpreter.
+
+    PYTHONPATH=tests/gpu:tests/support TRITON_INTERPRET=1 \\
+        python -m pytest -p triton_interpreter tests/loss/test_traps.py
+
+Triton decides when it is imported whether kernels are compiled or interpreted, so such a run is a
+process of its own; `test_triton_interpreted.py` starts them.
+"""
+
+import os
+from itertools import groupby
+from pathlib import Path
+from random import Random
+
+import backends
+import numpy as np
+from hypothesis import settings
+
+# A call takes from a tenth of a second to two here.
+EXAMPLES = 8  # of each hypothesis test; `triton_options.py` draws its own
+VARIANTS = 18  # of each parametrised test of the promises, drawn at random, the same ones each time
+
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    raise RuntimeError("expected TRITON_INTERPRET=1 in the environment before Python starts")
+
+backends.ON_CPU[:] = ["triton"]  # on import: the fixtures of conftest.py copy the list
+
+
+def pytest_addoption(parser):
+    parser.addoption("--sample", type=int, help="draw so many variants and examples of every test")
+
+
+def pytest_configure():
+    patch_once_per_launch()
+    np.seterr(all="ignore")  # lanes without a row take logarithms of 0, as on a GPU
+
+
+def pytest_collection_modifyitems(config, items):
+    left_out, sample = set(), config.getoption("sample")
+    for name, variants in groupby(items, lambda item: item.nodeid.partition("[")[0]):
+        variants = list(variants)
+        promises = Path(name.partition("::")[0]).name.startswith("test_")
+        most = sample or (VARIANTS if promises else len(variants))
+        if len(variants) > most:
+            left_out.update(Random(0).sample(variants, len(variants) - most))
+    if left_out:
+        config.hook.pytest_deselected(items=list(left_out))
+        items[:] = [item for item in items if item not in left_out]
+    for item in items:
+        test = getattr(item, "obj", None)
+        chosen = getattr(test, "_hypothesis_internal_use_settings", None)
+        if chosen is not None:
+            fewer = settings(chosen, max_examples=min(sample or EXAMPLES, chosen.max_examples))
+            test._hypothesis_internal_use_settings = fewer
+
+
+def patch_once_per_launch():
+    """The interpreter patches triton.language anew, for 2 ms, in each call of a device function."""
+    from triton.runtime import interpreter
+
+    patch, patched = interpreter._patch_lang, set()
+    languages = {id(interpreter.tl), id(interpreter.tl.core)}
+
+    class Scope:
+        def __init__(self, scope):
+            self.scope = scope
+
+        def restore(self):  # called once, at the end of a launch
+            patched.clear()
+            self.scope.restore()
+
+    def patch_unless_done(fn):
+        modules = frozenset(map(id, fn.__globals__.values())) & languages
+        if modules not in patched:
+            patched.add(modules)
+            return Scope(patch(fn))
+
+    interpreter._patch_lang = patch_unless_done

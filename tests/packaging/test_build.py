@@ -1,0 +1,107 @@
+"""The package as others get it: wheels, with and without a compiler, and what they link."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from wheel_check import USE, install_and_use, wheel_faults
+
+from csrc.toolchains import without
+
+ROOT = Path(__file__).parents[2]
+VERSION = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+FILES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "Makefile", "LICENSE")
+FOLDERS = ("csrc", "fused_sft_loss", "triton_kernels")
+STEERING = {"FUSED_SFT_LOSS_BUILD", "TORCH_CUDA_ARCH_LIST", "PYTORCH_ROCM_ARCH", without.VARIABLE}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A clean copy of the sources: building in the checkout would reuse what lies there."""
+    copy = tmp_path_factory.mktemp("source") / "fused_sft_loss"
+    copy.mkdir()
+    for name in FILES:
+        shutil.copy(ROOT / name, copy)
+    for name in FOLDERS:
+        shutil.copytree(
+            ROOT / name, copy / name, ignore=shutil.ignore_patterns("*.so", "__pycache__")
+        )
+    return copy
+
+
+def files(folder):
+    """Paths within a folder of all files that no run has left there."""
+    found = (path.relative_to(folder) for path in folder.rglob("*.*"))
+    return {path for path in found if "__pycache__" not in path.parts}
+
+
+def run(command, cwd=None, **environment):
+    """A process that sees none of the variables that steer a build but those given."""
+    inherited = {name: value for name, value in os.environ.items() if name not in STEERING}
+    return subprocess.run(
+        [str(word) for word in command],
+        env={**inherited, **environment},
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+    )
+
+
+def build(source, out, kind="wheel", **environment):
+    command = [sys.executable, "-m", "build", f"--{kind}", "--no-isolation", "--outdir", out]
+    return run([*command, source], **environment)
+
+
+@pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler")
+def test_wheel_in_an_empty_environment(source, tmp_path):
+    built = build(source, tmp_path / "dist", FUSED_SFT_LOSS_BUILD="cpu")
+    assert built.returncode == 0, built.stdout + built.stderr
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert any(name.startswith("fused_sft_loss/_cpu.") for name in names)
+    assert "fused_sft_loss/triton_kernels/__init__.py" in names
+    assert not any(name.startswith(("triton_kernels/", "tests/", "bench/")) for name in names)
+    assert wheel_faults(wheel) == []
+    used, report = install_and_use(wheel, tmp_path / "venv")
+    assert used[1:] == [f"{VERSION}+cpu", "cpu", "True"]
+    assert "takes 'cpu'" in report
+
+
+def test_without_a_compiler_it_installs_works_and_says_so(source, tmp_path):
+    built = build(source, tmp_path / "dist", PATH="", CXX="")
+    assert built.returncode == 0, built.stdout + built.stderr
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    assert wheel.name.endswith("py3-none-any.whl")
+    used, report = install_and_use(wheel, tmp_path / "venv")
+    assert used[2:] == ["eager", "True"]
+    assert "takes 'eager'" in report and "install a C++ compiler" in report
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler")
+def test_sdist_has_what_a_build_needs(source, tmp_path):
+    assert build(source, tmp_path, kind="sdist").returncode == 0
+    (archive,) = tmp_path.glob("*.tar.gz")
+    assert archive.name == f"fused_sft_loss-{VERSION}.tar.gz"  # whatever this machine could build
+    shutil.unpack_archive(archive, tmp_path)
+    (unpacked,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    assert files(unpacked / "csrc") == files(ROOT / "csrc")
+    built = build(unpacked, tmp_path / "dist", FUSED_SFT_LOSS_BUILD="cpu")
+    assert built.returncode == 0, built.stdout + built.stderr
+
+
+def test_sources_include_no_torch_header():
+    for path in (ROOT / "csrc").rglob("*.*"):
+        assert "#include <torch" not in path.read_text() and "<ATen" not in path.read_text()
+
+
+def test_import_does_not_need_the_extras():
+    """torch alone: triton, megatron, rich and matplotlib are imported by nothing on the way."""
+    blocked = "import sys\nfor name in ('triton', 'megatron', 'rich', 'matplotlib'):\n"
+    blocked += "    sys.modules.setdefault(name, None)\n"
+    subprocess.run([sys.executable, "-c", blocked + USE], check=True, cwd=ROOT)

@@ -1,0 +1,58 @@
+"""The ways of running on a CPU: every backend, the native one per instruction set, the eager one
+also as it runs on an accelerator, and the GPU ones over the SIMT shim."""
+
+from contextlib import contextmanager
+from unittest import mock
+
+from bench.without_gpu.simt import build as build_shim
+from fused_sft_loss.backends import choose
+
+
+def _native_isas():
+    return choose.load("cpu").isas() if choose.reason_against("cpu", "cpu") is None else []
+
+
+#: CUDA and HIP device code executed by the shim, where it can be built.
+ON_SHIM = [] if build_shim.missing() else ["cuda-simt", "hip-simt"]
+_ISAS = _native_isas()
+BUILT = ["eager", "cpu"] if _ISAS else ["eager"]
+ON_CPU = ["eager", "eager-accelerator", *(f"cpu-{isa}" for isa in _ISAS), *ON_SHIM]
+
+
+@contextmanager
+def using(name: str):
+    """Yield the `backend=` argument of one of ON_CPU, with all set up so that it runs."""
+    backend, _, variant = name.partition("-")
+    if variant == "simt":
+        with on_shim(backend):
+            yield backend
+    elif variant == "accelerator":
+        with mock.patch("fused_sft_loss.backends.eager.chooses_rows", lambda tensor: False):
+            yield backend
+    elif variant:
+        native = choose.load("cpu")
+        native.use_isa(variant)
+        try:
+            yield backend
+        finally:
+            native.use_isa(native.isas()[0])
+    else:
+        yield backend
+
+
+@contextmanager
+def on_shim(name: str, chip=None):
+    """The backend "cuda" or "hip" runs CPU tensors on the shim. Only tests can have it so."""
+    from bench.without_gpu.simt import module
+
+    shim = module.backend(name, chip)
+    load, reason = choose.load, choose.reason_against
+
+    def loaded(wanted):
+        return shim if wanted == name else load(wanted)
+
+    def reason_against(wanted, device_type):
+        return None if wanted == name else reason(wanted, device_type)
+
+    with mock.patch.multiple(choose, load=loaded, reason_against=reason_against):
+        yield

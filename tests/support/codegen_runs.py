@@ -1,0 +1,82 @@
+"""`python -m bench codegen`, run by the tests in a process of its own."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from csrc.toolchains import without
+
+ROOT = Path(__file__).parents[2]
+PEERS = ROOT / "build/peers"
+
+
+def _reason_without_liger():
+    if reason := without.absent("liger"):
+        return f"Liger is absent: {reason}"
+    if not (PEERS / "liger_kernel").is_dir():
+        return f"Liger is not in {PEERS}: make test installs it"
+    return ""
+
+
+needs_liger = pytest.mark.skipif(bool(_reason_without_liger()), reason=_reason_without_liger())
+
+
+def sampled(values, sample=("sm_90", "gfx942")):
+    """Parameters: make test has the sample, make check the others."""
+    return [v if v in sample else pytest.param(v, marks=pytest.mark.long) for v in values]
+
+
+def sampled_runs(runs, in_sample):
+    """The same for tuples of parameters: those that `in_sample` accepts are the sample."""
+    named = [(run, "-".join(map(str, run))) for run in runs]
+    return [
+        pytest.param(*run, id=name, marks=() if in_sample(run) else pytest.mark.long)
+        for run, name in named
+    ]
+
+
+def codegen(folder, *arguments):
+    """What it writes as JSON; run where kernels are compiled, not interpreted."""
+    path = folder / "records.json"
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "bench", "codegen", "--json", str(path), *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=3600,
+    )
+    assert done.returncode in (0, 1) and path.exists(), done.stderr[-4000:]
+    return json.loads(path.read_text())
+
+
+def assert_not_above_liger(made) -> set:
+    """In no pass more bytes or instructions; which (target, dtype, pass) were compared."""
+    from bench.without_gpu.codegen.table import pairs
+
+    compared = set()
+    for ours, loop, theirs, their_loop in pairs(made["records"], made["peer"]):
+        where = (ours["target"], ours["name"], ours["columns"])
+        for what in ("loaded", "stored", "instructions"):
+            assert loop[what] <= their_loop[what], (*where, what, theirs["name"])
+        compared.add((ours["target"], ours["dtype"], ours["pass"]))
+    return compared
+
+
+def registers_said(line) -> dict[str, int]:
+    """By dtype, what the reason of a launch table's line says: "40 (56) registers" are those of
+    bf16, and of fp32 where that differs. Empty when it names none."""
+    said = re.match(r"(\d+)(?: \((\d+)\))? registers", line.why)
+    return {"bfloat16": int(said[1]), "float32": int(said[2] or said[1])} if said else {}
+
+
+def assert_memory_bound(records) -> None:
+    for r in records:
+        predicted = r["loops"][r["pass"]]["predicted"]
+        assert predicted["bound"] == "memory", (r["target"], r["name"], predicted)

@@ -1,0 +1,197 @@
+"""Whether wheels are fit to be given away.
+
+    python tests/support/wheel_check.py dist/*.whl         what they hold and link
+    python tests/support/wheel_check.py --use dist/*.whl   and that each works in an empty one
+
+A wheel serves every torch from 2.6 on and every cluster image because its modules need nothing
+but the system's C and C++ runtimes; each rule here keeps something else out.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from elftools.elf.dynamic import DynamicSection
+from elftools.elf.elffile import ELFFile
+from elftools.elf.sections import SymbolTableSection
+
+MAX_MEGABYTES = 20
+
+#: Every manylinux system has these.
+LISTED = {
+    "libc.so.6",
+    "libm.so.6",
+    "libdl.so.2",
+    "librt.so.1",
+    "libpthread.so.0",
+    "libgcc_s.so.1",
+    "libstdc++.so.6",
+    "ld-linux-x86-64.so.2",
+    "ld-linux-aarch64.so.1",
+}
+TORCH = re.compile(r"torch|c10|_ZNK?2at|[A-Z_]2at[0-9]|at::|GOMP_")
+#: Symbols that no library in LISTED has and that are there all the same: the interpreter's, and
+#: for _hip those of the runtime that torch has loaded.
+PROVIDED = {"_hip": re.compile(r"_?Py|_{0,2}hip"), None: re.compile(r"_?Py")}
+LABELS = {"cpu": {"_cpu"}, "cu": {"_cpu", "_cuda"}, "rocm": {"_cpu", "_hip"}}
+
+
+@dataclass
+class Elf:
+    """What a shared library asks of the system it is loaded into."""
+
+    needed: list[str]
+    search_paths: list[str]  # RPATH and RUNPATH
+    symbols: list[str]  # all dynamic ones
+    unversioned: list[str]  # undefined, not weak, and of no particular library's version
+
+
+def read_elf(file: IO[bytes]) -> Elf:
+    elf = ELFFile(file)
+    versions = elf.get_section_by_name(".gnu.version")
+    result = Elf([], [], [], [])
+    for section in elf.iter_sections():
+        if isinstance(section, DynamicSection):
+            for tag in section.iter_tags():
+                if tag.entry.d_tag == "DT_NEEDED":
+                    result.needed.append(tag.needed)
+                if tag.entry.d_tag in ("DT_RPATH", "DT_RUNPATH"):
+                    result.search_paths.append(getattr(tag, tag.entry.d_tag[3:].lower()))
+        if isinstance(section, SymbolTableSection) and section.name == ".dynsym":
+            for index, symbol in enumerate(section.iter_symbols()):
+                result.symbols.append(symbol.name)
+                undefined = symbol["st_shndx"] == "SHN_UNDEF" and symbol.name
+                weak = symbol["st_info"]["bind"] == "STB_WEAK"
+                versioned = versions and isinstance(versions.get_symbol(index)["ndx"], int)
+                if undefined and not weak and not versioned:
+                    result.unversioned.append(symbol.name)
+    return result
+
+
+def module_faults(name: str, elf: Elf) -> list[str]:
+    """What is wrong with the module `name`: "_cpu", "_cuda" or "_hip"."""
+    faults = [f"torch's symbol {symbol}" for symbol in elf.symbols if TORCH.search(symbol)]
+    faults += [f"RPATH or RUNPATH {path}" for path in elf.search_paths]
+    faults += [f"unlisted shared library {name}" for name in elf.needed if name not in LISTED]
+    provided = PROVIDED.get(name, PROVIDED[None])
+    faults += [
+        f"symbol {symbol}, which no listed library has"
+        for symbol in elf.unversioned
+        if not provided.match(symbol) and not TORCH.search(symbol)
+    ]
+    return [f"{name}: {fault}" for fault in faults]
+
+
+def wheel_faults(path: Path) -> list[str]:
+    """What is wrong with a wheel."""
+    faults, modules = [], set()
+    megabytes = path.stat().st_size / 1e6
+    if megabytes > MAX_MEGABYTES:
+        faults.append(f"{megabytes:.1f} MB, expected at most {MAX_MEGABYTES}")
+    with zipfile.ZipFile(path) as wheel:
+        for name in wheel.namelist():
+            module = re.fullmatch(r"fused_sft_loss/(_cpu|_cuda|_hip)\.[^/]*\.so", name)
+            if module:
+                modules.add(module[1])
+                with wheel.open(name) as file:
+                    faults += module_faults(module[1], read_elf(file))
+            elif "libamdhip64" in name or "libhsa-runtime" in name:
+                faults.append(f"a HIP runtime beside torch's: {name}")
+            elif re.search(r"\.so\b", name):
+                faults.append(f"shared library {name}")
+    expected = expected_modules(path.name)
+    if modules != expected:
+        faults.append(f"expected modules {sorted(expected)} by its name, got {sorted(modules)}")
+    return faults
+
+
+def expected_modules(wheel_name: str) -> set[str]:
+    """Those that the version's ending promises: 0.1.0+cu13 has _cpu and _cuda."""
+    label = wheel_name.split("-")[1].partition("+")[2]
+    kinds = [part.rstrip("0123456789") for part in re.split(r"[._]", label) if part]
+    return set().union(*(LABELS.get(kind, {kind}) for kind in kinds))
+
+
+# --- use ------------------------------------------------------------------------------------------
+
+USE = """
+import torch, fused_sft_loss as fsl, fused_sft_loss.triton_kernels
+from fused_sft_loss.backends import choose
+x = torch.randn(2, 5, 300).bfloat16().requires_grad_()
+y = torch.randint(0, 300, (2, 5))
+loss = fsl.sft_loss(x, y); loss.backward()
+want = torch.nn.functional.cross_entropy(x[:, :-1].flatten(0, 1).float(), y[:, 1:].flatten())
+torch.testing.assert_close(loss, want)
+print(fsl.__file__, fsl.__version__, choose.resolve(None, "cpu"), float(x.grad.abs().sum()) > 0)
+"""
+
+#: _hip needs a runtime in the process; where torch brings none, the system's may stand in.
+LOAD = """
+import ctypes, ctypes.util, sys, fused_sft_loss
+from fused_sft_loss.backends import loader
+for module in sys.argv[1:]:
+    runtime = ctypes.util.find_library("amdhip64") if module == "_hip" else None
+    if module == "_hip" and not loader.loaded_hip_runtimes():
+        if not runtime:
+            print("_hip not loaded: there is no HIP runtime here")
+            continue
+        ctypes.CDLL(runtime)
+    print(module, "loads:", loader.load(module[1:]).build_info())
+"""
+
+
+def empty_environment(folder: Path) -> Path:
+    """The Python of a new virtual environment with nothing of ours.
+
+    torch is read from the environment this runs in. (Paths in a .pth file are not site
+    directories: an editable install over there has no effect.)
+    """
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    python = folder / "bin" / "python"
+    purelib = subprocess.check_output(
+        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True
+    ).strip()
+    Path(purelib, "torch-from-outside.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return python
+
+
+def install_and_use(wheel: Path, folder: Path) -> tuple[list[str], str]:
+    """Where the package lies, its version, backend and success; and its report."""
+    python = str(empty_environment(folder))
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet"]
+    subprocess.run([*pip, "--no-deps", "--ignore-installed", str(wheel)], check=True)
+    used = subprocess.check_output([python, "-c", USE], text=True, cwd=folder).split()
+    report = subprocess.check_output([python, "-m", "fused_sft_loss", "env"], text=True, cwd=folder)
+    assert Path(used[0]).is_relative_to(folder), used[0]
+    modules = sorted(expected_modules(wheel.name))
+    report += subprocess.check_output([python, "-c", LOAD, *modules], text=True, cwd=folder)
+    return used, report
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("wheels", nargs="+", type=Path)
+    parser.add_argument("--use", action="store_true", help="install each and run the loss")
+    arguments = parser.parse_args()
+    failed = False
+    for wheel in arguments.wheels:
+        faults = wheel_faults(wheel)
+        failed = failed or bool(faults)
+        print(f"{wheel.name}: {wheel.stat().st_size / 1e6:.1f} MB", *faults, sep="\n  refused: ")
+        if arguments.use and not faults:
+            with tempfile.TemporaryDirectory() as folder:
+                used, report = install_and_use(wheel.absolute(), Path(folder).resolve() / "venv")
+            print(f"  installs, and runs the loss with backend {used[2]!r}")
+            print("".join(f"    {line}\n" for line in report.splitlines()))
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
