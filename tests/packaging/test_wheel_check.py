@@ -7,6 +7,7 @@ import sys
 import zipfile
 
 import pytest
+import wheel_check
 from wheel_check import module_faults, read_elf, wheel_faults
 
 needs_cc = pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
