@@ -9,8 +9,8 @@ from codegen_runs import (
     codegen,
     needs_liger,
     registers_said,
-    sampled,
 )
+from tiers import sampled
 
 pytest.importorskip("triton")
 pytest.importorskip("rich")
@@ -23,7 +23,7 @@ from bench.without_gpu.codegen.predict import predict  # noqa: E402
 from bench.without_gpu.codegen.table import is_plain  # noqa: E402
 
 
-@pytest.fixture(scope="session", params=sampled(CHIPS))
+@pytest.fixture(scope="session", params=sampled(CHIPS, ["sm_90"]))
 def target(request):
     return request.param
 

@@ -10,8 +10,8 @@ from codegen_runs import (
     codegen,
     needs_liger,
     registers_said,
-    sampled,
 )
+from tiers import sampled
 
 pytest.importorskip("rich")
 

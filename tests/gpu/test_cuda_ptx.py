@@ -6,8 +6,8 @@ import subprocess
 
 import pytest
 import torch
-from codegen_runs import sampled, sampled_runs
 from ptx_problems import DTYPES, EVERYTHING, SHAPES, check, problem, rows_at, wide
+from tiers import sampled, sampled_runs
 
 pytest.importorskip("rich")
 

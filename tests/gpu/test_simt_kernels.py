@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 from simt_programs import run_program
+from tiers import sampled
 
 from bench.without_gpu.simt import build as build_shim
 
@@ -20,7 +21,7 @@ def build(folder, warp, flags=(), sources=build_shim.ROOT / "csrc/gpu"):
     )
 
 
-@pytest.fixture(scope="module", params=[32, 64])
+@pytest.fixture(scope="module", params=sampled([32, 64], [32]))
 def passes(request, tmp_path_factory):
     return build(tmp_path_factory.mktemp("passes"), request.param)
 

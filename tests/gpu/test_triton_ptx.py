@@ -4,8 +4,9 @@ import re
 
 import pytest
 import torch
-from codegen_runs import PEERS, needs_liger, sampled, sampled_runs
+from codegen_runs import PEERS, needs_liger
 from ptx_problems import DTYPES, EVERYTHING, SHAPES, check, problem, rows_at, wide
+from tiers import sampled, sampled_runs
 
 pytest.importorskip("triton")
 

@@ -107,6 +107,7 @@ def logits_of_a_compiled_model():
     return losses
 
 
+@pytest.mark.long
 def test_a_compiled_model_that_returns_logits():
     eager, compiled = run_ranks(1, logits_of_a_compiled_model)[0]
     # Under torch.compile, Float16Module of megatron-core 0.14 leaves the logits in bf16.

@@ -57,6 +57,7 @@ def build(source, out, kind="wheel", **environment):
     return run([*command, source], **environment)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler")
 def test_wheel_in_an_empty_environment(source, tmp_path):
     built = build(source, tmp_path / "dist", FUSED_SFT_LOSS_BUILD="cpu")

@@ -26,20 +26,6 @@ def _reason_without_liger():
 needs_liger = pytest.mark.skipif(bool(_reason_without_liger()), reason=_reason_without_liger())
 
 
-def sampled(values, sample=("sm_90", "gfx942")):
-    """Parameters: make test has the sample, make check the others."""
-    return [v if v in sample else pytest.param(v, marks=pytest.mark.long) for v in values]
-
-
-def sampled_runs(runs, in_sample):
-    """The same for tuples of parameters: those that `in_sample` accepts are the sample."""
-    named = [(run, "-".join(map(str, run))) for run in runs]
-    return [
-        pytest.param(*run, id=name, marks=() if in_sample(run) else pytest.mark.long)
-        for run, name in named
-    ]
-
-
 def codegen(folder, *arguments):
     """What it writes as JSON; run where kernels are compiled, not interpreted."""
     path = folder / "records.json"
