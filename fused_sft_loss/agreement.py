@@ -14,13 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
-from . import flags, groups, rowmath, shards
-from .autograd import row_targets
-from .operators import operator
+from . import flags, groups, shards
 from .rowmath import RowMath
+from .scoring import Scoring
 from .targets import Targets
-
-_MATH_FIELDS = len(RowMath._fields)
 
 #: Facts about a batch. The inputs count only where what the rows are scored on differs: a label
 #: under the mask may be anything.
@@ -29,39 +26,32 @@ INPUTS = ("labels", "loss_mask", "cu_seqlens")
 SHARD = "vocabulary shard"
 
 
-@operator(
-    "agreed_targets(Tensor labels, Tensor? loss_mask, Tensor? cu_seqlens, bool shift, "
-    "int ignore_index, str call, ScalarType logits_dtype, SymInt columns, "
-    f"{rowmath.SCHEMA}, str group_name, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
-    lambda labels, *rest: tuple(Targets.empty(labels)),
-)
 def agreed_targets(
-    labels, loss_mask, cu_seqlens, shift, ignore_index, call, logits_dtype, columns, *rest
-):
-    """:func:`.autograd.row_targets`, of a call on which all ranks of the group agree."""
-    math, (group_name, backend) = RowMath.of_arguments(*rest[:_MATH_FIELDS]), rest[_MATH_FIELDS:]
+    find: Callable[[], Targets],
+    scoring: Scoring,
+    logits: Tensor,
+    math: RowMath,
+    call: str,
+    group_name: str,
+) -> Targets:
+    """`find()`, of a call on which all ranks of the group agree."""
 
-    def find():
-        return row_targets(
-            labels, loss_mask, cu_seqlens, shift, ignore_index, math.vocab_size, backend
-        )
-
-    def facts(found):
+    def facts(found: Targets) -> dict:
         options = math._asdict()
         start, size = options.pop("vocab_start"), options.pop("vocab_size")
         return {
             "call": call,
-            "logits": str(logits_dtype),
-            "labels' shape": list(labels.shape),
-            "shift": shift,
-            "ignore_index": ignore_index,
+            "logits": str(logits.dtype),
+            "labels' shape": list(scoring.labels.shape),
+            "shift": scoring.shift,
+            "ignore_index": scoring.ignore_index,
             **options,
-            SHARD: (start, start + columns, size),
+            SHARD: (start, start + logits.shape[-1], size),
             ROWS: [fingerprint(tensor) for tensor in found[:2]],
-            **dict(zip(INPUTS, map(fingerprint, (labels, loss_mask, cu_seqlens)), strict=True)),
+            **{name: fingerprint(getattr(scoring, name)) for name in INPUTS},
         }
 
-    return agreed(find, _resolve_process_group(group_name), facts, labels)
+    return agreed(find, _resolve_process_group(group_name), facts, scoring.labels)
 
 
 def agreed(check: Callable, group, facts: Callable, tensor: Any = None):

@@ -7,13 +7,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import agreement, autograd, checks, groups, inplace, onepass, shards
+from . import agreement, autograd, checks, groups, inplace, one_read, shards
 from .backends import choose
+from .backends.contract import REDUCTIONS, Losses
 from .options import Options, expect
 from .rowmath import RowMath
+from .scoring import Scoring
 from .targets import Targets
 
-REDUCTIONS = ("mean", "sum", "none")
 METRICS = "token_metrics"
 
 
@@ -146,7 +147,11 @@ def sft_loss(
         grad_in_forward=grad_in_forward,
         backend=backend,
     )
-    terms = loss_terms(logits, labels, loss_mask, options, mean=reduction == "mean")
+    call = _prepared(logits, labels, loss_mask, options, f"{reduction} loss")
+    if not call.one_read:
+        result = call.loss(reduction)[0]
+        return result.view(labels.shape) if reduction == "none" else result
+    terms = call.one_read_terms(labels.shape, mean=reduction == "mean")
     if reduction == "none":
         return terms.losses
     total = terms.losses.sum()
@@ -154,25 +159,14 @@ def sft_loss(
 
 
 def loss_terms(
-    logits: Tensor,
-    labels: Tensor,
-    loss_mask: Tensor | None,
-    options: Options,
-    *,
-    mean: bool = False,
+    logits: Tensor, labels: Tensor, loss_mask: Tensor | None, options: Options
 ) -> LossTerms:
-    """Per-token losses and what normalises them; the losses carry the graph.
-
-    `mean`: the caller divides by weight_sum, so the gradient that grad_in_forward expects for the
-    quotient is divided by it, too.
-    """
-    targets, call = _prepare(logits, labels, loss_mask, options, "mean loss" if mean else "loss")
-    if options.one_read and logits.requires_grad and torch.is_grad_enabled():
-        expected = _expected_gradient(options.grad_in_forward, targets.weight_sum, mean)
-        losses = onepass.token_losses(*call, expected, options.inplace_backward)
-    else:
-        losses, _ = autograd.token_losses(*call, options.inplace_backward)
-    return LossTerms(losses.view(labels.shape), targets.weight_sum, targets.count)
+    """Per-token losses and what normalises them; the losses carry the graph."""
+    call = _prepared(logits, labels, loss_mask, options, "loss")
+    if call.one_read:
+        return call.one_read_terms(labels.shape)
+    found = call.loss("none")
+    return LossTerms(found.result.view(labels.shape), found.weight_sum, found.count)
 
 
 def loss_terms_and_metrics(
@@ -184,10 +178,9 @@ def loss_terms_and_metrics(
             "expected no grad_in_forward where more than the loss is reported, got "
             f"{options.grad_in_forward!r}; drop it, or report the loss alone"
         )
-    targets, call = _prepare(logits, labels, loss_mask, options, "loss and metrics")
-    vectors = autograd.token_losses_and_metrics(*call, options.inplace_backward)
-    losses, _normalizer, *metrics = vectors
-    terms = LossTerms(losses.view(labels.shape), targets.weight_sum, targets.count)
+    call = _prepared(logits, labels, loss_mask, options, "loss and metrics")
+    losses, metrics = call.loss_and_metrics()
+    terms = LossTerms(losses.result.view(labels.shape), losses.weight_sum, losses.count)
     return terms, TokenMetrics(*(figure.view(labels.shape).detach() for figure in metrics))
 
 
@@ -212,8 +205,7 @@ def token_metrics(
     `grad_in_forward`, and raises the same errors. The results have no graph.
     """
     with torch.no_grad():
-        _, call = _prepare(logits, labels, loss_mask, Options(**options), METRICS)
-        vectors = autograd.token_metrics(*call)
+        vectors = _prepared(logits, labels, loss_mask, Options(**options), METRICS).metrics()
     return TokenMetrics(*(vector.view(labels.shape) for vector in vectors))
 
 
@@ -261,42 +253,101 @@ class SFTLoss(torch.nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in given.items())
 
 
-def _prepare(
-    logits: Tensor, labels: Tensor, loss_mask: Tensor | None, options: Options, call: str
-) -> tuple[Targets, tuple]:
-    """Validate, find the targets, and line up the operators' arguments.
+class _Call(NamedTuple):
+    """A call that is right as far as shapes and options go."""
 
-    call: what is computed, which ranks that share a vocabulary have to agree on.
-    """
+    logits: Tensor  # [b, s, v], a view: rows are read where they lie
+    scoring: Scoring
+    math: RowMath
+    options: Options
+    name: str  # what is computed, on which ranks that share a vocabulary have to agree
+    group_name: str
+    backend: str
+
+    @property
+    def one_read(self) -> bool:
+        """Whether forward computes the gradient too."""
+        wanted = self.options.one_read and self.logits.requires_grad
+        return wanted and torch.is_grad_enabled()
+
+    def loss(self, reduction: str) -> Losses:
+        return Losses(
+            *autograd.differentiable_loss(
+                self.logits,
+                self.scoring,
+                self.math,
+                reduction,
+                self.name,
+                self.group_name,
+                self.backend,
+                self.options.inplace_backward,
+            )
+        )
+
+    def one_read_terms(self, shape: torch.Size, mean: bool = False) -> LossTerms:
+        """`mean`: the caller divides by weight_sum, so the gradient that grad_in_forward expects
+        for the quotient is divided by it, too."""
+        found = autograd.row_targets(self.scoring, self.math.vocab_size, self.backend)
+        targets = Targets(*found)
+        expected = _expected_gradient(self.options.grad_in_forward, targets.weight_sum, mean)
+        losses = one_read.token_losses(
+            self.logits,
+            targets,
+            self.math,
+            self.backend,
+            expected,
+            self.options.inplace_backward,
+        )
+        return LossTerms(losses.view(shape), targets.weight_sum, targets.count)
+
+    def loss_and_metrics(self) -> tuple[Losses, tuple[Tensor, ...]]:
+        """With a graph, all of them `[N]`."""
+        found = autograd.differentiable_loss_and_metrics(
+            self.logits,
+            self.scoring,
+            self.math,
+            "none",
+            self.name,
+            self.group_name,
+            self.backend,
+            self.options.inplace_backward,
+        )
+        losses = len(Losses._fields)
+        return Losses(*found[:losses]), found[losses:]
+
+    def metrics(self) -> tuple[Tensor, ...]:
+        return autograd.token_metrics(
+            self.logits, self.scoring, self.math, self.name, self.group_name, self.backend
+        )
+
+
+def _prepared(
+    logits: Tensor, labels: Tensor, loss_mask: Tensor | None, options: Options, name: str
+) -> _Call:
+    """The call, or the error of this rank, of which all ranks that share the vocabulary hear."""
     try:
-        math, group_name, backend = _validated(logits, labels, loss_mask, options, call)
+        math, group_name, backend = _validated(logits, labels, loss_mask, options, name)
     except Exception as error:
         agreement.tell(error, options.tp_group, logits)
         raise
-    scoring = labels, loss_mask, options.cu_seqlens, options.shift, int(options.ignore_index)
-    arguments = math.arguments()
-    if group_name:
-        shard = call, logits.dtype, logits.shape[-1], *arguments, group_name, backend
-        found = agreement.agreed_targets(*scoring, *shard)
-    else:
-        found = autograd.row_targets(*scoring, math.vocab_size, backend)
-    targets = Targets(*found)
-    # A view: rows are read where they lie.
+    scoring = Scoring(
+        labels, loss_mask, options.cu_seqlens, options.shift, int(options.ignore_index)
+    )
     if logits.dim() == 2:
         logits = logits.unsqueeze(0)
     elif options.layout == "sbv":
         logits = logits.transpose(0, 1)
-    return targets, (logits, targets.target, targets.weight, *arguments, group_name, backend)
+    return _Call(logits, scoring, math, options, name, group_name, backend)
 
 
 def _validated(
-    logits: Tensor, labels: Tensor, loss_mask: Tensor | None, options: Options, call: str
+    logits: Tensor, labels: Tensor, loss_mask: Tensor | None, options: Options, name: str
 ) -> tuple[RowMath, str, str]:
     """(row math, group name, backend), or the error of this rank."""
     options.validate()
     checks.tensors(logits, labels, loss_mask, options.cu_seqlens, options.layout)
     checks.constant_mask(loss_mask)
-    if options.inplace_backward and call != METRICS:
+    if options.inplace_backward and name != METRICS:
         inplace.prepare(logits)
     start, size, group_name = shards.placed(logits.shape[-1], options)
     math = RowMath(
@@ -307,6 +358,8 @@ def _validated(
         vocab_start=start,
         vocab_size=size,
     )
+    if not torch.compiler.is_compiling():
+        math = math.read()
     if options.one_read and group_name:
         raise ValueError(
             "expected no grad_in_forward with a vocabulary sharded over tp_group: a row's gradient "

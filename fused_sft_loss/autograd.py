@@ -5,185 +5,215 @@ backward: the logits themselves and vectors of N rows; nothing else of the logit
 """
 
 from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from . import flags, rowmath, shards, targets
-from .backends import choose
-from .backends.addresses import losses_like
+from . import agreement
+from .backends import choose, composed
+from .backends.contract import METRICS, Losses, RowScale, losses_like
 from .inplace import traced
 from .operators import differentiable, first_order, operator
 from .rowmath import RowMath
+from .scoring import Scoring
+from .targets import Targets
 
-_MATH = rowmath.SCHEMA
-_MATH_FIELDS = len(RowMath._fields)
+#: Results in schemas: of Losses, and of token_metrics.
+LOSSES = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+FIGURES = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
 
 
-def may_synchronise(tensor: Tensor) -> bool:
-    """Whether values may be looked at: free on a CPU, elsewhere a synchronisation on request."""
-    return flags.enabled(flags.CHECK) or tensor.device.type == "cpu"
+def _losses_like(scoring: Scoring, reduction: str) -> Losses:
+    """Without data."""
+    targets = Targets.empty(scoring.labels)
+    losses, normalizer = losses_like(targets.weight)
+    result = losses if reduction == "none" else losses.new_empty(())
+    return Losses.of(result, targets, normalizer)
+
+
+def _figures_like(weight: Tensor) -> tuple[Tensor, ...]:
+    """loss, log_prob, lse, correct and entropy, without data."""
+    dtypes = (torch.float32, torch.float32, torch.float32, torch.bool, torch.float32)
+    return tuple(torch.empty_like(weight, dtype=dtype) for dtype in dtypes)
+
+
+def _targets(
+    scoring: Scoring, logits: Tensor, math: RowMath, call: str, group_name: str, backend: str
+) -> Targets:
+    """Of a call on which all ranks of the group agree."""
+
+    def find() -> Targets:
+        return scoring.found_by(choose.load(backend).row_targets, math.vocab_size)
+
+    if not group_name:
+        return find()
+    return agreement.agreed_targets(find, scoring, logits, math, call, group_name)
 
 
 @operator(
-    "row_targets(Tensor labels, Tensor? loss_mask, Tensor? cu_seqlens, bool shift, "
-    "int ignore_index, SymInt vocab_size, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
-    lambda labels, *rest: tuple(targets.Targets.empty(labels)),
+    "row_targets(Scoring scoring, SymInt vocab_size, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    lambda scoring, *rest: tuple(Targets.empty(scoring.labels)),
 )
-def row_targets(labels, loss_mask, cu_seqlens, shift, ignore_index, vocab_size, backend):
+def row_targets(scoring: Scoring, vocab_size: int, backend: str) -> tuple[Tensor, ...]:
     """See :func:`.targets.row_targets`; raises ValueError for values that cannot be right."""
-    checked = may_synchronise(labels)
-    if checked:
-        targets.check_values(loss_mask, cu_seqlens, labels.numel())
-    kernel = choose.load(backend).row_targets
-    given = targets.readable(labels, loss_mask, cu_seqlens)
-    result = kernel(*given, shift, ignore_index, vocab_size)
-    if checked:
-        targets.check_labels(result.target, labels, shift, vocab_size)
-    return tuple(result)
-
-
-def merged_rows(logits, target, weight, math: RowMath, group_name: str, backend: str, columns: int):
-    """Statistics of every shard, `[ranks, N, columns]`."""
-    stats = choose.load(backend).row_stats(logits, target, weight, math, columns)
-    return shards.gather(stats, group_name)
+    return tuple(scoring.found_by(choose.load(backend).row_targets, vocab_size))
 
 
 @operator(
-    f"row_losses(Tensor logits, Tensor target, Tensor weight, {_MATH}, str group_name, "
-    "str backend) -> (Tensor, Tensor)",
-    lambda logits, target, weight, *rest: losses_like(weight),
+    "loss(Tensor logits, Scoring scoring, RowMath math, str reduction, str call, str group_name, "
+    f"str backend) -> {LOSSES}",
+    lambda logits, scoring, math, reduction, *rest: tuple(_losses_like(scoring, reduction)),
 )
-def row_losses(logits, target, weight, *rest):
-    """(weight * loss `[N]`, normalizer `[N, 2]`), fp32, of logits `[b, s, v]`."""
-    math, (group_name, backend) = RowMath.of_arguments(*rest[:_MATH_FIELDS]), rest[_MATH_FIELDS:]
-    columns = 4 if math.label_smoothing else 3
-    gathered = merged_rows(logits, target, weight, math, group_name, backend, columns)
-    return choose.load(backend).merge(gathered, target, weight, math)
+def loss(
+    logits: Tensor,
+    scoring: Scoring,
+    math: RowMath,
+    reduction: str,
+    call: str,
+    group_name: str,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    """The fields of :class:`.Losses`."""
+    math, kernels = math.read(), choose.load(backend)
+    if not group_name:
+        return tuple(kernels.loss(scoring, logits, math, reduction))
+    targets = _targets(scoring, logits, math, call, group_name, backend)
+    return tuple(composed.loss_of_targets(kernels, targets, logits, math, reduction, group_name))
 
 
 @operator(
-    "row_losses_and_metrics(Tensor logits, Tensor target, Tensor weight, "
-    f"{_MATH}, str group_name, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    lambda logits, target, weight, *rest: (
-        *losses_like(weight),
-        *vectors_like(weight, 5, truths=(3,)),
+    "loss_and_metrics(Tensor logits, Scoring scoring, RowMath math, str reduction, str call, "
+    f"str group_name, str backend) -> {LOSSES[:-1]}, {FIGURES[1:]}",
+    lambda logits, scoring, math, reduction, *rest: (
+        *(like := _losses_like(scoring, reduction)),
+        *_figures_like(like.weight),
     ),
 )
-def row_losses_and_metrics(logits, target, weight, *rest):
-    """(losses, normalizer) of `row_losses`, then all of `token_metrics`, of one read."""
-    math, (group_name, backend) = RowMath.of_arguments(*rest[:_MATH_FIELDS]), rest[_MATH_FIELDS:]
-    gathered = merged_rows(logits, target, weight, math, group_name, backend, 6)
-    kernels = choose.load(backend)
-    losses, normalizer = kernels.merge(gathered, target, weight, math)
-    return losses, normalizer, *kernels.merge_metrics(gathered, target, weight, math)
+def loss_and_metrics(
+    logits: Tensor,
+    scoring: Scoring,
+    math: RowMath,
+    reduction: str,
+    call: str,
+    group_name: str,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    """The fields of :class:`.Losses`, `[N]` losses, then all of `token_metrics`; of one read."""
+    math, kernels = math.read(), choose.load(backend)
+    targets = _targets(scoring, logits, math, call, group_name, backend)
+    gathered = composed.merged_rows(kernels, targets, logits, math, group_name, METRICS)
+    rows = gathered, targets.target, targets.weight, math
+    losses, normalizer = kernels.merge(*rows)
+    return *Losses.of(losses, targets, normalizer), *kernels.merge_metrics(*rows)
 
 
 @operator(
-    f"token_metrics(Tensor logits, Tensor target, Tensor weight, {_MATH}, str group_name, "
-    "str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    lambda logits, target, weight, *rest: vectors_like(weight, 5, truths=(3,)),
+    "token_metrics(Tensor logits, Scoring scoring, RowMath math, str call, str group_name, "
+    f"str backend) -> {FIGURES}",
+    lambda logits, scoring, *rest: _figures_like(Targets.empty(scoring.labels).weight),
 )
-def token_metrics(logits, target, weight, *rest):
+def token_metrics(
+    logits: Tensor, scoring: Scoring, math: RowMath, call: str, group_name: str, backend: str
+) -> tuple[Tensor, ...]:
     """(loss, log_prob, lse, correct, entropy), `[N]` each, of one read of the scored rows."""
-    math, (group_name, backend) = RowMath.of_arguments(*rest[:_MATH_FIELDS]), rest[_MATH_FIELDS:]
-    gathered = merged_rows(logits, target, weight, math, group_name, backend, 6)
-    return choose.load(backend).merge_metrics(gathered, target, weight, math)
+    math, kernels = math.read(), choose.load(backend)
+    targets = _targets(scoring, logits, math, call, group_name, backend)
+    gathered = composed.merged_rows(kernels, targets, logits, math, group_name, METRICS)
+    return kernels.merge_metrics(gathered, targets.target, targets.weight, math)
+
+
+_GRADIENT = (
+    "Tensor grad, Tensor target, Tensor weight, Tensor? weight_sum, Tensor normalizer, "
+    "RowMath math, str backend"
+)
 
 
 @operator(
-    "row_grad(Tensor grad, Tensor logits, Tensor target, Tensor weight, Tensor normalizer, "
-    f"{_MATH}, str backend) -> Tensor",
-    lambda grad, logits, *rest: torch.empty_like(logits),
+    f"row_grad(Tensor logits, {_GRADIENT}) -> Tensor",
+    lambda logits, *rest: torch.empty_like(logits),
 )
-def row_grad(grad, logits, target, weight, normalizer, *rest):
-    """Gradient of the logits, in their dtype, for the gradient `[N]` of the token losses."""
+def row_grad(logits: Tensor, *rest: Any) -> Tensor:
+    """Gradient of the logits, in their dtype. `grad` is that of each loss `[N]`, or of their sum
+    or, with weight_sum, their mean."""
     out = torch.empty_like(logits)
-    _write_grad(grad, logits, target, weight, normalizer, rest, out)
+    _write_grad(logits, *rest, out=out)
     return out
 
 
-@operator(
-    "row_grad_(Tensor grad, Tensor(a!) logits, Tensor target, Tensor weight, Tensor normalizer, "
-    f"{_MATH}, str backend) -> ()",
-    lambda *args: None,
-    changes=1,
-)
-def row_grad_(grad, logits, target, weight, normalizer, *rest):
+@operator(f"row_grad_(Tensor(a!) logits, {_GRADIENT}) -> ()", lambda *args: None, changes=0)
+def row_grad_(logits: Tensor, *rest: Any) -> None:
     """:func:`row_grad` over the logits themselves."""
-    _write_grad(grad, logits, target, weight, normalizer, rest, logits)
+    _write_grad(logits, *rest, out=logits)
 
 
-def _write_grad(grad, logits, target, weight, normalizer, rest, out):
-    math, backend = RowMath.of_arguments(*rest[:-1]), rest[-1]
-    choose.load(backend).row_grad(logits, normalizer, target, rows_scale(grad, weight), math, out)
-
-
-def rows_scale(grad: Tensor, weight: Tensor) -> Tensor:
-    """Upstream gradient times weight `[N]`, in fp32: before anything is rounded.
-
-    A row with weight 0 stays out even when the upstream gradient is not finite.
-    """
-    return torch.where(weight != 0, grad.float() * weight, 0.0)
-
-
-def vectors_like(weight: Tensor, count: int, truths: tuple[int, ...] = ()) -> tuple[Tensor, ...]:
-    """`count` results `[N]` without data, fp32, those at `truths` bool."""
-    dtypes = (torch.bool if at in truths else torch.float32 for at in range(count))
-    return tuple(torch.empty_like(weight, dtype=dtype) for dtype in dtypes)
+def _write_grad(
+    logits: Tensor,
+    grad: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    weight_sum: Tensor | None,
+    normalizer: Tensor,
+    math: RowMath,
+    backend: str,
+    *,
+    out: Tensor,
+) -> None:
+    scale = RowScale(grad, weight, weight_sum)
+    choose.load(backend).row_grad(logits, normalizer, target, scale, math.read(), out)
 
 
 class _Differentiable(torch.autograd.Function):
     """The first result of an operator has a gradient in the logits, all others are figures."""
 
-    operator: Callable
+    operator: ClassVar[Callable]
 
     @classmethod
-    def forward(cls, logits, target, weight, *rest):
-        return cls.operator(logits, target, weight, *rest[:-1])
+    def forward(cls, *inputs):
+        return cls.operator(*inputs[:-1])
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        (logits, target, weight, *rest), (_losses, normalizer, *figures) = inputs, output
-        *rest, ctx.inplace = rest
-        ctx.save_for_backward(logits, target, weight, normalizer)
-        ctx.rest = (*rest[:_MATH_FIELDS], rest[-1])
-        ctx.mark_non_differentiable(normalizer, *figures)
+        logits, _scoring, ctx.math, reduction, _call, _group_name, ctx.backend, ctx.inplace = inputs
+        result, *figures = output
+        target, weight, _count, weight_sum, normalizer = figures[:5]
+        divisor = weight_sum if reduction == "mean" else None
+        ctx.save_for_backward(logits, target, weight, divisor, normalizer)
+        ctx.mark_non_differentiable(*figures)
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     @first_order
-    def backward(ctx, grad_losses, *_grads_of_figures):
-        logits, target, weight, normalizer = ctx.saved_tensors
-        args = (grad_losses, logits, target, weight, normalizer, *ctx.rest)
+    def backward(ctx, grad_result, *_grads_of_figures):
+        logits, *rest = ctx.saved_tensors
+        args = (logits, grad_result, *rest, ctx.math, ctx.backend)
         if ctx.inplace and not traced(logits):
             row_grad_(*args)
             grad_logits = logits.detach()
         else:
             grad_logits = row_grad(*args)
-        return (grad_logits, *[None] * (2 + _MATH_FIELDS + 3))
+        return grad_logits, *[None] * 7
 
 
-class TokenLosses(_Differentiable):
-    """:func:`row_losses`, differentiable in the logits."""
+class Loss(_Differentiable):
+    """:func:`loss`, differentiable in the logits."""
 
-    operator = staticmethod(row_losses)
-
-
-class TokenLossesAndMetrics(_Differentiable):
-    """:func:`row_losses_and_metrics`, its losses differentiable in the logits."""
-
-    operator = staticmethod(row_losses_and_metrics)
+    operator = staticmethod(loss)
 
 
-token_losses = differentiable(
-    f"token_losses(Tensor logits, Tensor target, Tensor weight, {_MATH}, str group_name, "
-    "str backend, bool inplace_backward) -> (Tensor, Tensor)",
-    TokenLosses,
+class LossAndMetrics(_Differentiable):
+    """:func:`loss_and_metrics`, its losses differentiable in the logits."""
+
+    operator = staticmethod(loss_and_metrics)
+
+
+_DIFFERENTIABLE = (
+    "(Tensor logits, Scoring scoring, RowMath math, str reduction, str call, str group_name, "
+    "str backend, bool inplace_backward)"
 )
-token_losses_and_metrics = differentiable(
-    "token_losses_and_metrics(Tensor logits, Tensor target, Tensor weight, "
-    f"{_MATH}, str group_name, str backend, bool inplace_backward) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    TokenLossesAndMetrics,
+differentiable_loss = differentiable(f"differentiable_loss{_DIFFERENTIABLE} -> {LOSSES}", Loss)
+differentiable_loss_and_metrics = differentiable(
+    f"differentiable_loss_and_metrics{_DIFFERENTIABLE} -> {LOSSES[:-1]}, {FIGURES[1:]}",
+    LossAndMetrics,
 )

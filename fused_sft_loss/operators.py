@@ -1,23 +1,40 @@
 """Operators under ``torch.ops.fused_sft_loss``, with little between a call and its kernel.
 
-torch.library.custom_op asks at every call what tests/loss/test_compile.py asks once (opcheck): of
-aliases and of defaults. That was a third of the time that a call took the host.
+torch.compile, opcheck and dispatch modes need operators: schemas, shapes and what is written to.
+An ordinary call needs none of that, so it goes to the Python function itself, which spares the host
+the dispatcher. (torch.library.custom_op would besides ask at every call what test_compile.py asks
+once, of aliases and of defaults.)
+
+A schema may name a record, as in "RowMath math": the operator then takes the record's fields in its
+place, which the record's class packs and unpacks. Functions and callers see the record alone.
 """
 
 import functools
+import re
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
+from torch._C import _are_functorch_transforms_active, _len_torch_dispatch_stack
+
+from .rowmath import RowMath
+from .scoring import Scoring
 
 NAMESPACE = "fused_sft_loss"
+RECORDS = {kind.__name__: kind for kind in (RowMath, Scoring)}
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def operator(schema: str, fake: Callable, changes: int | None = None) -> Callable:
     """Decorate a function to be the operator that `schema`, ``name(...) -> ...``, describes.
 
-    It has no gradient. `fake` takes the same arguments and returns tensors of the right shapes
-    without data; `changes` is the place of an argument that is written to.
+    It has no gradient. Its first argument is a tensor, or a Scoring. `fake` takes the same
+    arguments and returns tensors of the right shapes without data; `changes` is the place of an
+    argument that is written to.
+
+    Returns:
+        What to call: the function itself, or the operator where somebody is watching.
     """
 
     def register(kernel: Callable) -> Callable:
@@ -25,11 +42,17 @@ def operator(schema: str, fake: Callable, changes: int | None = None) -> Callabl
             torch.autograd.graph.increment_version(args[changes])
             return kernel(*args)
 
-        name, run = _define(schema), kernel if changes is None else change
+        layout, run = Layout(schema), kernel if changes is None else change
         # Not for torch.compile to look into, when what it compiled calls the operator.
-        _library.impl(name, torch.compiler.disable(run), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
-        return getattr(torch.ops.fused_sft_loss, name).default
+        registered = layout.define(torch.compiler.disable(run), "CompositeExplicitAutograd")
+        torch.library.register_fake(
+            f"{NAMESPACE}::{layout.name}", layout.of_fields(fake), lib=_library
+        )
+
+        def call(*args):
+            return registered(*layout.packed(args)) if watched(args[0]) else run(*args)
+
+        return call
 
     return register
 
@@ -55,16 +78,71 @@ def differentiable(schema: str, function: type[torch.autograd.Function]) -> Call
         backward = staticmethod(function.backward)
 
     AtOnce.__name__ = AtOnce.__qualname__ = function.__name__
-    name = _define(schema)
-    _library.impl(name, AtOnce.apply, "CompositeImplicitAutograd")
-    registered = getattr(torch.ops.fused_sft_loss, name).default
+    layout = Layout(schema)
+    registered = layout.define(AtOnce.apply, "CompositeImplicitAutograd")
 
     def call(*inputs):
-        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        if not watched(inputs[0]):
+            return AtOnce.apply(*inputs)
+        if not torch.compiler.is_compiling() and _are_functorch_transforms_active():
             return function.apply(*inputs)
-        return registered(*inputs)
+        return registered(*layout.packed(inputs))
 
     return call
+
+
+def watched(first: Tensor | Scoring) -> bool:
+    """Whether a call must go through the dispatcher: it is traced, transformed or recorded."""
+    tensor = first.labels if isinstance(first, Scoring) else first
+    return (
+        torch.compiler.is_compiling()
+        or type(tensor) not in _PLAIN
+        or _len_torch_dispatch_stack() > 0
+        or _are_functorch_transforms_active()
+    )
+
+
+class Layout:
+    """How the arguments of a function, among them records, lie in an operator's schema."""
+
+    def __init__(self, schema: str):
+        self.name, _, rest = schema.partition("(")
+        arguments, _, results = rest.partition(") -> ")
+        kinds = [argument.split()[0] for argument in arguments.split(", ")]
+        self.records = [RECORDS.get(kind) for kind in kinds]
+        self.schema = f"{self.name}({self._expanded(arguments)}) -> {results}"
+
+    @staticmethod
+    def _expanded(arguments: str) -> str:
+        for name, kind in RECORDS.items():
+            arguments = re.sub(rf"\b{name} \w+", kind.SCHEMA, arguments)
+        return arguments
+
+    def define(self, function: Callable, dispatch_key: str) -> Callable:
+        """Register the function, which takes records; returns the operator, which takes fields."""
+        _library.define(self.schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.impl(self.name, self.of_fields(function), dispatch_key)
+        return getattr(torch.ops.fused_sft_loss, self.name).default
+
+    def packed(self, args: tuple) -> list:
+        """Fields in place of records."""
+        flat = []
+        for value, record in zip(args, self.records, strict=True):
+            flat += [value] if record is None else value.packed()
+        return flat
+
+    def of_fields(self, function: Callable) -> Callable:
+        """The function of records as a function of their fields."""
+
+        @functools.wraps(function)
+        def of_fields(*flat):
+            args, left = [], iter(flat)
+            for record in self.records:
+                values = (next(left) for _ in record._fields) if record else left
+                args.append(record(*values) if record else next(values))
+            return function(*args)
+
+        return of_fields
 
 
 def first_order(backward: Callable) -> Callable:
@@ -104,8 +182,3 @@ class _FirstOrder(torch.autograd.Function):
             "nested torch.func.grad): its gradient has no gradient. Use torch's own cross_entropy "
             "where a second derivative is needed"
         )
-
-
-def _define(schema: str) -> str:
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    return schema.partition("(")[0]

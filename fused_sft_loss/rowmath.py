@@ -1,4 +1,4 @@
-"""What is computed on a row: the options every kernel of every backend takes, and nothing else."""
+"""The numbers that define a loss, as one record from the API to the kernels."""
 
 from typing import NamedTuple
 
@@ -6,13 +6,6 @@ import torch
 from torch import Tensor
 
 from .options import check_scale
-
-#: The same fields as an operator schema; see ``autograd.py``. torch.compile would compile
-#: anew for each value of a float, so logit_scale travels as a 0-d CPU tensor.
-SCHEMA = (
-    "float label_smoothing, float z_loss, float softcap, Tensor logit_scale, "
-    "SymInt vocab_start, SymInt vocab_size"
-)
 
 
 class RowMath(NamedTuple):
@@ -24,28 +17,38 @@ class RowMath(NamedTuple):
     and the mean run over the global vocabulary [0, vocab_size); columns beyond it are padding.
     Smoothing is that of ``torch.nn.functional.cross_entropy``; the z-loss that of PaLM (arXiv
     2204.02311, section 5).
+
+    struct RowMath of csrc/args.h has the same fields in the same order.
     """
 
     label_smoothing: float
     z_loss: float
     softcap: float  # 0: none
-    logit_scale: float | Tensor  # a 0-d CPU tensor on its way through operators
+    logit_scale: float | Tensor  # a Tensor, 0-d on the CPU, only while torch.compile traces
     vocab_start: int  # global id of this shard's column 0
     vocab_size: int  # true global vocabulary
 
-    @classmethod
-    def of_arguments(cls, *arguments) -> "RowMath":
-        """From an operator's arguments, which :meth:`arguments` made."""
-        math = cls(*arguments)
-        scale = float(math.logit_scale)
-        check_scale(scale, math.softcap)
-        return math._replace(logit_scale=scale)
+    #: The fields in an operator's schema. torch.compile would compile anew for each value of a
+    #: float, so logit_scale travels as a 0-d CPU tensor.
+    SCHEMA = (
+        "float label_smoothing, float z_loss, float softcap, Tensor logit_scale, "
+        "SymInt vocab_start, SymInt vocab_size"
+    )
 
-    def arguments(self) -> tuple:
-        """The fields as an operator takes them."""
+    def packed(self) -> tuple:
+        """The fields as SCHEMA takes them."""
         scale = self.logit_scale
         if not isinstance(scale, Tensor):
             scale = torch.tensor(float(scale), dtype=torch.float64, device="cpu")
+        return self._replace(logit_scale=scale)
+
+    def read(self) -> "RowMath":
+        """The record with a number for logit_scale, which is checked: not before an operator runs,
+        where torch.compile passes on a tensor."""
+        if not isinstance(self.logit_scale, Tensor):
+            return self
+        scale = float(self.logit_scale)
+        check_scale(scale, self.softcap)
         return self._replace(logit_scale=scale)
 
     @property

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .rowmath import INTERPRETED
+from .arithmetic import INTERPRETED
 
 #: Programs per multiprocessor that `splits` asks for, about three times what is resident: with one
 #: row in three scored every multiprocessor still has its full load.

@@ -4,8 +4,9 @@ import torch
 import triton
 import triton.language as tl
 
+from ..rowmath import RowMath
+from .arithmetic import INF, OUT_OF_VOCABULARY, fold, load_stats
 from .launch import VECTOR_BLOCK, Chip, Launch, vector_options
-from .rowmath import INF, OUT_OF_VOCABULARY, fold, load_stats
 
 
 @triton.jit(do_not_specialize=["rows", "ranks", "stride_rank", "stride_row"])
@@ -80,6 +81,7 @@ def merge_kernel(
 
 def plan(
     chip: Chip,
+    math: RowMath,
     gathered: torch.Tensor,  # [ranks, N, columns] fp32
     target: torch.Tensor,  # [N] int64
     weight: torch.Tensor,  # [N] fp32
@@ -89,11 +91,6 @@ def plan(
     log_prob: torch.Tensor | None = None,  # [N] fp32
     correct: torch.Tensor | None = None,  # [N] bool
     entropy: torch.Tensor | None = None,  # [N] fp32
-    *,
-    unit: float,
-    vocab_size: int,
-    label_smoothing: float,
-    z_loss: float,
 ) -> list[Launch]:
     """The one launch."""
     ranks, rows, columns = gathered.shape
@@ -111,14 +108,14 @@ def plan(
         "ranks": ranks,
         "stride_rank": gathered.stride(0),
         "stride_row": gathered.stride(1),
-        "unit": unit,
-        "vocab_size": float(vocab_size),
-        "label_smoothing": label_smoothing,
-        "z_loss": z_loss,
+        "unit": math.unit,
+        "vocab_size": float(math.vocab_size),
+        "label_smoothing": math.label_smoothing,
+        "z_loss": math.z_loss,
         "COLUMNS": columns,
         "METRICS": log_prob is not None,
-        "SMOOTHED": label_smoothing > 0,
-        "Z_LOSS": z_loss > 0,
+        "SMOOTHED": math.label_smoothing > 0,
+        "Z_LOSS": math.z_loss > 0,
         "BLOCK": VECTOR_BLOCK,
     }
     grid = triton.cdiv(rows, VECTOR_BLOCK)

@@ -8,8 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import Chip, Launch, Shape, aligned, splits
-from .rowmath import (
+from ..backends.contract import RowScale
+from ..rowmath import RowMath
+from .arithmetic import (
     LOG2E,
     cap_and_slope,
     far_from_0,
@@ -19,6 +20,7 @@ from .rowmath import (
     row_pointer,
     tile_columns,
 )
+from .launch import Chip, Launch, Shape, aligned, splits
 
 #: Backward walks the rows from the last one, which forward read last and may have left in the L2
 #: or Infinity Cache, as was measured of the CUDA kernels (csrc/gpu/row_grad.cuh). False walks them
@@ -51,14 +53,30 @@ def grad_tile(
     return grad
 
 
-@triton.jit(do_not_specialize=["seq", "stride_b", "stride_s", "out_stride_b", "out_stride_s",
-                               "vocab_start", "splits"])  # fmt: skip
+@triton.jit
+def row_scale(row, upstream, weight, weight_sum, upstream_stride):
+    """What the row's gradient is multiplied by."""
+    factor = tl.load(upstream + row * upstream_stride)
+    if weight_sum is not None:
+        divisor = tl.load(weight_sum)
+        factor = tl.math.div_rn(factor, tl.where(divisor > 0.0, divisor, 1.0))
+    if weight is not None:
+        row_weight = tl.load(weight + row)
+        factor = tl.where(row_weight != 0.0, factor * row_weight, 0.0)
+    return factor
+
+
+@triton.jit(do_not_specialize=["upstream_stride", "seq", "stride_b", "stride_s", "out_stride_b",
+                               "out_stride_s", "vocab_start", "splits"])  # fmt: skip
 def row_grad_kernel(
     logits,  # row n at (n // seq) * stride_b + (n % seq) * stride_s
     grad,  # row n at (n // seq) * out_stride_b + (n % seq) * out_stride_s; may be the logits
     target,  # [N] int64
     normalizer,  # [N, 2] fp32: maximum x, sum of exp(unit * (x - maximum))
-    row_scale,  # [N] fp32; 0: the row is not read and gets zeros
+    upstream,  # gradient of row n's loss at n * upstream_stride, fp32
+    weight,  # [N] fp32, or None: 1; 0: the row is not read and gets zeros
+    weight_sum,  # [1] fp32 of a mean, where 0 counts as 1; or None: 1
+    upstream_stride: tl.int64,
     seq,
     stride_b: tl.int64,
     stride_s: tl.int64,
@@ -70,7 +88,7 @@ def row_grad_kernel(
     splits,  # programs per row
     two_z_loss,
     target_share,  # 1 - label_smoothing
-    column_share,  # label_smoothing / vocab_size
+    column_share,  # math.label_smoothing / math.vocab_size
     unit,  # z = unit * x
     scale,
     inward,
@@ -95,7 +113,7 @@ def row_grad_kernel(
     columns = tile_columns(RUNS, THREADS)
     dtype: tl.constexpr = grad.dtype.element_ty
     grad = row_pointer(grad, row, seq, out_stride_b, out_stride_s, ALIGNED)
-    factor = tl.load(row_scale + row)
+    factor = row_scale(row, upstream, weight, weight_sum, upstream_stride)
     if factor == 0.0:
         zeros = narrow(tl.zeros([RUNS, THREADS, 8], tl.float32), dtype)
         whole = begin + tl.maximum(end - begin, 0) // TILE * TILE
@@ -145,49 +163,46 @@ def row_grad_kernel(
 def plan(
     chip: Chip,
     shape: Shape,
+    math: RowMath,
     logits: torch.Tensor,  # [b, s, v]
     normalizer: torch.Tensor,  # [N, 2] fp32
     target: torch.Tensor,  # [N] int64
-    scale: torch.Tensor,  # [N] fp32
+    scale: RowScale,
     out: torch.Tensor,  # [b, s, v], written; may be the logits
-    *,
-    valid: int,
-    vocab_start: int,
-    vocab_size: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    logit_scale: float,
 ) -> list[Launch]:
     """The launch that fills `out`."""
-    rows, columns = scale.numel(), logits.shape[-1]
+    rows, columns, softcap = target.numel(), logits.shape[-1], math.softcap
+    upstream, weight, weight_sum = scale
     parts_per_row = splits(chip, rows, triton.cdiv(columns, shape.segment))
     arguments = {
         "logits": logits,
         "grad": out,
         "target": target,
         "normalizer": normalizer,
-        "row_scale": scale,
+        "upstream": upstream,
+        "weight": weight,
+        "weight_sum": weight_sum,
+        "upstream_stride": upstream.stride(0) if upstream.dim() else 0,
         "seq": logits.shape[1],
         "stride_b": logits.stride(0),
         "stride_s": logits.stride(1),
         "out_stride_b": out.stride(0),
         "out_stride_s": out.stride(1),
         "width": columns,
-        "valid": valid,
-        "vocab_start": vocab_start,
+        "valid": math.valid_columns(columns),
+        "vocab_start": math.vocab_start,
         "splits": parts_per_row,
-        "two_z_loss": 2.0 * z_loss,
-        "target_share": 1.0 - label_smoothing,
-        "column_share": label_smoothing / vocab_size,
-        "unit": 1.0 if softcap else logit_scale,
-        "scale": logit_scale,
-        "inward": logit_scale / softcap if softcap else 0.0,
+        "two_z_loss": 2.0 * math.z_loss,
+        "target_share": 1.0 - math.label_smoothing,
+        "column_share": math.label_smoothing / math.vocab_size,
+        "unit": math.unit,
+        "scale": math.logit_scale,
+        "inward": math.logit_scale / softcap if softcap else 0.0,
         "cap": softcap,
         "SOFTCAP": softcap > 0,
         "ALIGNED": aligned(logits) and aligned(out),
         "REVERSED": LAST_ROW_FIRST,
-        "Z_LOSS": z_loss > 0,
+        "Z_LOSS": math.z_loss > 0,
         "SEGMENT": shape.segment,
         "RUNS": shape.runs,
         "THREADS": shape.threads,

@@ -11,8 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import VECTOR_BLOCK, Chip, Launch, Shape, aligned, splits, vector_options
-from .rowmath import (
+from ..rowmath import RowMath
+from .arithmetic import (
     INF,
     LN2,
     LOG2E,
@@ -30,6 +30,7 @@ from .rowmath import (
     tile_columns,
     widen,
 )
+from .launch import VECTOR_BLOCK, Chip, Launch, Shape, aligned, splits, vector_options
 
 LAST = tl.constexpr(0x7FFFFFFF)  # a column beyond all columns
 
@@ -250,18 +251,15 @@ def table_name(columns: int, softcap: float) -> str:
 def plan(
     chip: Chip,
     shape: Shape,
+    math: RowMath,
     logits: torch.Tensor,  # [b, s, v]
     target: torch.Tensor,  # [N] int64
     weight: torch.Tensor,  # [N] fp32
     stats: torch.Tensor,  # [N, columns] fp32, written
-    *,
-    valid: int,
-    vocab_start: int,
-    softcap: float,
-    logit_scale: float,
 ) -> list[Launch]:
     """The launches that fill `stats`: one, or two where rows are few."""
-    columns, unit = stats.shape[1], 1.0 if softcap else logit_scale
+    columns, softcap = stats.shape[1], math.softcap
+    valid = math.valid_columns(logits.shape[-1])
     rows, segments = weight.numel(), triton.cdiv(valid, shape.segment)
     parts_per_row = splits(chip, rows, segments)
     split = parts_per_row > 1
@@ -280,10 +278,10 @@ def plan(
                 "stride_b": logits.stride(0),
                 "stride_s": logits.stride(1),
                 "valid": valid,
-                "vocab_start": vocab_start,
+                "vocab_start": math.vocab_start,
                 "splits": parts_per_row,
-                "scale": unit,
-                "inward": logit_scale / softcap if softcap else 0.0,
+                "scale": math.unit,
+                "inward": math.logit_scale / softcap if softcap else 0.0,
                 "cap": softcap,
                 "COLUMNS": columns,
                 "SOFTCAP": softcap > 0,
@@ -307,7 +305,7 @@ def plan(
                     "stats": stats,
                     "rows": rows,
                     "segments": segments,
-                    "unit": unit,
+                    "unit": math.unit,
                     "COLUMNS": columns,
                     "BLOCK": VECTOR_BLOCK,
                 },

@@ -9,8 +9,10 @@ import torch
 import triton
 import triton.language as tl
 
+from ..scoring import Scoring
+from ..targets import Targets
+from .arithmetic import NOT_SCORED, OUT_OF_VOCABULARY, widen
 from .launch import Chip, Launch, targets_options
-from .rowmath import NOT_SCORED, OUT_OF_VOCABULARY, widen
 
 #: Rows a program handles at a time. With documents twice as many need more scalar registers, for
 #: their lanes' masks, than AMD's processors have.
@@ -126,19 +128,12 @@ def row_targets_kernel(
 
 def plan(
     chip: Chip,
-    labels: torch.Tensor,  # [b, s] or [n]
-    loss_mask: torch.Tensor | None,  # labels' shape
-    cu_seqlens: torch.Tensor | None,  # [k+1]
-    target: torch.Tensor,  # [N] int64, written
-    weight: torch.Tensor,  # [N] fp32, written
-    count: torch.Tensor,  # [] int32, written
-    weight_sum: torch.Tensor,  # [] fp32, written
-    *,
-    shift: bool,
-    ignore_index: int,
+    scoring: Scoring,
     vocab_size: int,
+    found: Targets,  # written
 ) -> list[Launch]:
     """The one launch."""
+    labels, loss_mask, cu_seqlens, shift, ignore_index = scoring
     if loss_mask is not None and loss_mask.dtype == torch.bool:
         loss_mask = loss_mask.view(torch.uint8)
     if not shift:
@@ -151,10 +146,7 @@ def plan(
         "labels": labels,
         "loss_mask": loss_mask,
         "cu_seqlens": cu_seqlens,
-        "target": target,
-        "weight": weight,
-        "count": count,
-        "weight_sum": weight_sum,
+        **found._asdict(),
         "rows": rows,
         "seq": labels.shape[-1],
         "labels_stride_b": labels_b,

@@ -10,11 +10,16 @@ from itertools import product
 
 import torch
 import triton
-from fused_sft_loss.triton_kernels import merge, row_grad, row_stats, row_targets
+from fused_sft_loss.triton_kernels import merge, reduce, row_grad, row_stats, row_targets
 from fused_sft_loss.triton_kernels.launch import SHAPES, Chip, Launch, Shape, shape_for
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
+
+from fused_sft_loss.backends.contract import RowScale
+from fused_sft_loss.rowmath import RowMath
+from fused_sft_loss.scoring import Scoring
+from fused_sft_loss.targets import Targets
 
 CHIPS = {
     chip.name: chip
@@ -50,6 +55,7 @@ def variants(chip: Chip, options: bool = True) -> Iterator[Variant]:
         for dtype in shape.dtypes:
             yield from make(chip, shape, dtype, options)
     yield from _merge(chip, options)
+    yield from _reduce(chip)
     yield from _targets(chip, options)
 
 
@@ -87,6 +93,10 @@ def _vectors(rows, *dtypes):
     return [torch.empty(rows, dtype=dtype, device="meta") for dtype in dtypes]
 
 
+def _number():
+    return torch.empty((), dtype=torch.float32, device="meta")
+
+
 def _stats(chip, shape, dtype, options) -> Iterator[Variant]:
     few, many = 64, 64 * chip.multiprocessors  # rows: shared out over programs, and not
     flags = product((3, 4, 6), (0.0, 30.0), (False, True), (many, few)) if options else ()
@@ -97,13 +107,10 @@ def _stats(chip, shape, dtype, options) -> Iterator[Variant]:
         plan = row_stats.plan(
             chip,
             shape,
+            RowMath(0.0, 0.0, softcap, 1.0, 0, columns),
             _logits(dtype, columns, rows, unaligned),
             *_vectors(rows, torch.int64, torch.float32),
             torch.empty(rows, wanted, dtype=torch.float32, device="meta"),
-            valid=columns,
-            vocab_start=0,
-            softcap=softcap,
-            logit_scale=1.0,
         )
         name = f"{dtype} x{wanted}{' softcap' * bool(softcap)}{' unaligned' * unaligned}"
         split = " split" * (len(plan) > 1)
@@ -121,17 +128,12 @@ def _grad(chip, shape, dtype, options) -> Iterator[Variant]:
         (launch,) = row_grad.plan(
             chip,
             shape,
+            RowMath(0.0, 0.0, softcap, 1.0, 0, columns),
             logits,
             torch.empty(rows, 2, dtype=torch.float32, device="meta"),
-            *_vectors(rows, torch.int64, torch.float32),
+            *_vectors(rows, torch.int64),
+            RowScale(_number(), *_vectors(rows, torch.float32), _number()),
             logits,
-            valid=columns,
-            vocab_start=0,
-            vocab_size=columns,
-            label_smoothing=0.0,
-            z_loss=0.0,
-            softcap=softcap,
-            logit_scale=1.0,
         )
         name = f"row_grad {dtype}{' softcap' * bool(softcap)}{' unaligned' * unaligned}"
         yield Variant(chip, shape, name + " few rows" * (rows == few), launch)
@@ -141,34 +143,34 @@ def _merge(chip, options) -> Iterator[Variant]:
     rows = 4096
     for columns, metrics in ((3, False), (4, False), (6, True)) if options else ((3, False),):
         extra = (torch.float32, torch.float32, torch.bool, torch.float32) if metrics else ()
+        smoothing, z_loss = (0.1, 1e-4) if columns > 3 else (0.0, 0.0)
         (launch,) = merge.plan(
             chip,
+            RowMath(smoothing, z_loss, 0.0, 1.0, 0, WIDEST),
             torch.empty(8, rows, columns, dtype=torch.float32, device="meta"),
             *_vectors(rows, torch.int64, torch.float32, torch.float32),
             torch.empty(rows, 2, dtype=torch.float32, device="meta"),
             *_vectors(rows, *extra),
-            unit=1.0,
-            vocab_size=WIDEST,
-            label_smoothing=0.1 if columns > 3 else 0.0,
-            z_loss=1e-4 if columns > 3 else 0.0,
         )
         yield Variant(chip, None, f"merge x{columns}", launch)
+
+
+def _reduce(chip) -> Iterator[Variant]:
+    (losses,) = _vectors(4096, torch.float32)
+    for weight_sum in (None, _number()):
+        (launch,) = reduce.plan(chip, losses, weight_sum, _number())
+        yield Variant(
+            chip, None, f"reduce {'to a sum' if weight_sum is None else 'to a mean'}", launch
+        )
 
 
 def _targets(chip, options) -> Iterator[Variant]:
     masks = (None, torch.bool, torch.int64, torch.float32, torch.bfloat16)
     for mask, documents in product(masks, (0, 17)) if options else [(None, 0)]:
         labels = torch.empty(2, 4096, dtype=torch.int64, device="meta")
-        (launch,) = row_targets.plan(
-            chip,
-            labels,
-            None if mask is None else labels.to(mask),
-            torch.empty(documents, dtype=torch.int32, device="meta") if documents else None,
-            *_vectors(8192, torch.int64, torch.float32),
-            *_vectors(1, torch.int32, torch.float32),
-            shift=True,
-            ignore_index=-100,
-            vocab_size=WIDEST,
-        )
+        loss_mask = None if mask is None else labels.to(mask)
+        bounds = torch.empty(documents, dtype=torch.int32, device="meta") if documents else None
+        scoring = Scoring(labels, loss_mask, bounds, shift=True, ignore_index=-100)
+        (launch,) = row_targets.plan(chip, scoring, WIDEST, Targets.empty(labels))
         name = f"row_targets mask {mask}{' documents' * bool(documents)}"
         yield Variant(chip, None, name, launch)

@@ -74,10 +74,11 @@ char* at(const Rows& rows, int64_t row, int64_t column = 0) {
 
 int64_t chunks_of(const Rows& rows) { return (rows.valid + kChunk - 1) / kChunk; }
 
-// Rows with a nonzero factor, and whether they are too few to keep the threads busy one row each.
-bool too_few(const float* factor, int64_t rows, int threads) {
+// Whether the rows with a nonzero factor(row) are too few to keep the threads busy one row each.
+template <class Factor>
+bool too_few(const Factor& factor, int64_t rows, int threads) {
   int64_t busy = 0;
-  for (int64_t row = 0; row < rows; ++row) busy += factor[row] != 0;
+  for (int64_t row = 0; row < rows; ++row) busy += factor(row) != 0;
   return busy < 4 * static_cast<int64_t>(threads);
 }
 
@@ -85,12 +86,12 @@ void write_stats(const StatsArgs& a, const RowKernels& kernels, int64_t row, con
   float* out = a.stats + row * static_cast<int64_t>(a.want);
   out[kMax] = p.max;
   out[kDenominator] = p.denominator;
-  const int64_t column = a.target[row] - a.vocab_start;
+  const int64_t column = a.target[row] - a.math.vocab_start;
   const bool owned = a.target[row] >= 0 && column >= 0 && column < a.logits.valid;
   out[kTarget] = owned ? kernels.target_logit(a, at(a.logits, row), column) : 0.0f;
   if (a.want >= Want::smoothing) out[kSum] = p.sum;
   if (a.want == Want::metrics) {
-    out[kArgmax] = static_cast<float>(a.vocab_start + p.argmax);
+    out[kArgmax] = static_cast<float>(a.math.vocab_start + p.argmax);
     out[kWeighted] = p.weighted;
   }
 }
@@ -103,13 +104,21 @@ void whole_row_stats(const StatsArgs& a, const RowKernels& kernels, int64_t row)
 
 float quiet(float x) { return std::isnan(x) ? std::nanf("") : x; }  // payloads would upset bf16 rounding
 
-RowGrad row_constants(const GradArgs& a, int64_t row) {
+float scale_of(const RowScale& s, int64_t row) {
+  if (s.weight && s.weight[row] == 0) return 0;
+  float grad = s.grad[row * s.stride];
+  if (s.weight_sum && *s.weight_sum > 0) grad /= *s.weight_sum;
+  return s.weight ? grad * s.weight[row] : grad;
+}
+
+RowGrad row_constants(const GradArgs& a, int64_t row, float any_scale) {
+  const RowMath& math = a.math;
   const float* normalizer = a.normalizer + row * kNormalizer;
-  const float scale = quiet(a.scale[row]), max = quiet(normalizer[kRowMax]), sum = quiet(normalizer[kRowSum]);
-  const float eps = a.label_smoothing;
-  const float of_z_loss = a.z_loss > 0 ? 2 * a.z_loss * (max * a.transform.unit() + std::log(sum)) : 0.0f;
-  return {max, scale * (1 + of_z_loss) / sum, scale * (eps / static_cast<float>(a.vocab_size)),
-          scale * (1 - eps), a.target[row] < 0 ? -1 : a.target[row] - a.vocab_start};
+  const float scale = quiet(any_scale), max = quiet(normalizer[kRowMax]), sum = quiet(normalizer[kRowSum]);
+  const float eps = math.label_smoothing;
+  const float of_z_loss = math.z_loss > 0 ? 2 * math.z_loss * (max * math.unit() + std::log(sum)) : 0.0f;
+  return {max, scale * (1 + of_z_loss) / sum, scale * (eps / static_cast<float>(math.vocab_size)),
+          scale * (1 - eps), a.target[row] < 0 ? -1 : a.target[row] - math.vocab_start};
 }
 
 // Zeros that bypass the caches where the machine can: an ordinary store first reads the line it overwrites,
@@ -151,13 +160,14 @@ void claim_gradient(const GradArgs& a, int threads) {
 // Part `part` of a row's gradient, of parts of `width` columns.
 void write_grad(const GradArgs& a, const RowKernels& kernels, int64_t row, int64_t part, int64_t width) {
   const int64_t columns = a.logits.columns, valid = a.logits.valid;
-  if (a.stored && a.stored[row] == a.scale[row]) return;
-  if (a.scale[row] == 0) {
+  const float scale = scale_of(a.scale, row);
+  if (a.stored && a.stored[row] == scale) return;
+  if (scale == 0) {
     if (part == 0) zero(a.grad, row, 0, columns);
     return;
   }
   const int64_t begin = part * width, end = std::min(begin + width, valid);
-  kernels.grad(a, row_constants(a, row), at(a.logits, row), at(a.grad, row), begin, end);
+  kernels.grad(a, row_constants(a, row, scale), at(a.logits, row), at(a.grad, row), begin, end);
   if (end == valid) zero(a.grad, row, valid, columns);
 }
 
@@ -170,7 +180,7 @@ void row_stats(const StatsArgs& a, int threads) {
   const int64_t rows = a.logits.count(), chunks = chunks_of(a.logits);
   if (rows == 0) return;  // empty tensors have null addresses
   std::memset(a.stats, 0, sizeof(float) * static_cast<size_t>(rows) * static_cast<size_t>(a.want));
-  if (!too_few(a.weight, rows, threads)) {
+  if (!too_few([&](int64_t row) { return a.weight[row]; }, rows, threads)) {
     parallel_for(rows, threads, [&](int64_t row) {
       if (a.weight[row] != 0) whole_row_stats(a, kernels, row);
     });
@@ -187,7 +197,7 @@ void row_stats(const StatsArgs& a, int threads) {
   });
   for (size_t i = 0; i < busy.size(); ++i) {
     Partial row;
-    for (int64_t c = 0; c < chunks; ++c) kernels.merge(&row, partials[i * chunks + c], a.transform.unit());
+    for (int64_t c = 0; c < chunks; ++c) kernels.merge(&row, partials[i * chunks + c], a.math.unit());
     write_stats(a, kernels, busy[i], row);
   }
 }
@@ -195,7 +205,8 @@ void row_stats(const StatsArgs& a, int threads) {
 void row_grad(const GradArgs& a, int threads) {
   const RowKernels& kernels = *chosen();
   const int64_t rows = a.logits.count(), valid = a.logits.valid;
-  const bool split = too_few(a.scale, rows, threads) && valid > kChunk;
+  const bool split =
+      valid > kChunk && too_few([&](int64_t row) { return scale_of(a.scale, row); }, rows, threads);
   const int64_t parts = split ? chunks_of(a.logits) : 1;
   const int64_t width = split ? kChunk : valid;
   claim_gradient(a, threads);
@@ -211,14 +222,12 @@ void row_stats_grad(const StatsGradArgs& a, int threads) {
   const RowKernels& kernels = *chosen();
   const GradArgs& g = a.grad;
   const int64_t rows = g.logits.count();
-  const Want want = g.label_smoothing > 0 ? Want::smoothing : Want::loss;
+  const Want want = wanted_by(g.math);
   const int64_t columns = static_cast<int64_t>(want);
   std::vector<float> scratch(static_cast<size_t>(rows * columns));
-  const StatsArgs stats{g.logits, g.transform, g.target, a.weight, g.vocab_start, want, scratch.data()};
-  const MergeArgs loss{
-      scratch.data(),    1,        rows,         columns, 0,           g.target, a.weight, g.transform.unit(),
-      g.label_smoothing, g.z_loss, g.vocab_size, a.loss,  a.normalizer};
-  if (too_few(a.weight, rows, threads)) {
+  const StatsArgs stats{g.logits, g.math, g.target, a.weight, want, scratch.data()};
+  const MergeArgs loss{scratch.data(), 1, rows, columns, 0, g.target, a.weight, g.math, a.loss, a.normalizer};
+  if (too_few([&](int64_t row) { return a.weight[row]; }, rows, threads)) {
     row_stats(stats, threads);
     merge(loss);
     row_grad(g, threads);
@@ -235,11 +244,23 @@ void row_stats_grad(const StatsGradArgs& a, int threads) {
 void row_rescale(const RescaleArgs& a, int threads) {
   const RowKernels& kernels = *chosen();
   parallel_for(a.grad.count(), threads, [&](int64_t row) {
-    const float scale = a.scale[row], stored = a.stored[row];
+    const float scale = scale_of(a.scale, row), stored = a.stored[row];
     if (scale == stored) return;
     if (scale == 0) zero(a.grad, row, 0, a.grad.columns);
     else kernels.rescale(a.grad.dtype, at(a.grad, row), a.grad.valid, scale / stored);
   });
+}
+
+int loss(const LossArgs& a, int threads) {
+  const Want want = wanted_by(a.math);
+  const int64_t rows = a.logits.count(), columns = static_cast<int64_t>(want);
+  const TargetsArgs& t = a.targets;
+  const int faults = row_targets(t);
+  std::vector<float> scratch(static_cast<size_t>(rows * columns));
+  row_stats({a.logits, a.math, t.target, t.weight, want, scratch.data()}, threads);
+  merge({scratch.data(), 1, rows, columns, 0, t.target, t.weight, a.math, a.loss, a.normalizer});
+  if (a.result) reduce({a.loss, rows, a.mean ? t.weight_sum : nullptr, a.result});
+  return faults;
 }
 
 void exp(const float* in, float* out, int64_t n, float scale2) { chosen()->exp(in, out, n, scale2); }

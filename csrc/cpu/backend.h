@@ -12,8 +12,17 @@ void row_stats(const StatsArgs& args, int threads);
 void row_grad(const GradArgs& args, int threads);
 void row_stats_grad(const StatsGradArgs& args, int threads);
 void row_rescale(const RescaleArgs& args, int threads);
-void row_targets(const TargetsArgs& args);
+
+// What is wrong with values that were given. Python names the value and raises.
+enum Fault : int {
+  kWeight = 1,
+  kLabel = 2
+};  // a weight below 0 or not finite; a label outside the vocabulary
+
+int row_targets(const TargetsArgs& args);  // a sum of Faults
 void merge(const MergeArgs& args);
+void reduce(const ReduceArgs& args);
+int loss(const LossArgs& args, int threads);  // a sum of Faults
 void merge_row(const MergeArgs& args, int64_t row);
 void exp(const float* in, float* out, int64_t n, float scale2);
 

@@ -1,12 +1,11 @@
-// _cpu: addresses and numbers in, exceptions out. Who owns the memory, and that it is large enough, is the
-// caller's affair (fused_sft_loss/backends/native.py, its only caller).
+// _cpu: addresses and numbers in, exceptions out; fused_sft_loss/backends/native.py is its only caller.
 #include <pybind11/stl.h>
 
 #include "../bindings.h"
 #include "backend.h"
 
 namespace py = pybind11;
-using fsl::pointer;
+using namespace fsl;
 
 namespace {
 
@@ -16,41 +15,75 @@ int at_least_one(int threads) { return threads < 1 ? 1 : threads; }
 
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "Native CPU row kernels of fused_sft_loss";
-  fsl::bind_args(m);
   using released = py::call_guard<py::gil_scoped_release>;
+  m.def("row_targets", &cpu::row_targets, "Faults, as enum Fault has them.", py::arg("targets"));
   m.def(
       "row_stats",
-      [](const fsl::StatsArgs& args, int threads) { fsl::cpu::row_stats(args, at_least_one(threads)); },
-      py::arg("args"), py::kw_only(), py::arg("threads"), released());
+      [](const Tensor3& logits, const RowMath& math, uintptr_t target, uintptr_t weight, int columns,
+         uintptr_t stats, int threads) {
+        cpu::row_stats(stats_args(logits, math, target, weight, columns, stats), at_least_one(threads));
+      },
+      py::arg("logits"), py::arg("math"), py::arg("target"), py::arg("weight"), py::arg("columns"),
+      py::arg("stats"), py::arg("threads"), released());
+  m.def(
+      "merge",
+      [](const Gathered& gathered, const RowMath& math, uintptr_t target, uintptr_t weight, uintptr_t loss,
+         uintptr_t normalizer) { cpu::merge(merge_args(gathered, math, target, weight, loss, normalizer)); },
+      py::arg("gathered"), py::arg("math"), py::arg("target"), py::arg("weight"), py::arg("loss"),
+      py::arg("normalizer"));
+  m.def(
+      "reduce",
+      [](uintptr_t loss, int64_t rows, uintptr_t weight_sum, uintptr_t result) {
+        cpu::reduce(reduce_args(loss, rows, weight_sum, result));
+      },
+      py::arg("loss"), py::arg("rows"), py::arg("weight_sum"), py::arg("result"));
+  m.def(
+      "loss",
+      [](const TargetsArgs& targets, const Tensor3& logits, const RowMath& math, uintptr_t loss,
+         uintptr_t normalizer, bool mean, uintptr_t result, int threads) {
+        return cpu::loss(loss_args(targets, logits, math, loss, normalizer, mean, result),
+                         at_least_one(threads));
+      },
+      "Faults, as row_targets gives them.", py::arg("targets"), py::arg("logits"), py::arg("math"),
+      py::arg("loss"), py::arg("normalizer"), py::arg("mean"), py::arg("result"), py::arg("threads"),
+      released());
   m.def(
       "row_grad",
-      [](const fsl::GradArgs& args, int threads) { fsl::cpu::row_grad(args, at_least_one(threads)); },
-      py::arg("args"), py::kw_only(), py::arg("threads"), released());
+      [](const Tensor3& logits, const Tensor3& grad, const RowMath& math, uintptr_t target,
+         uintptr_t normalizer, const RowScale& scale, uintptr_t stored, int threads) {
+        cpu::row_grad(grad_args(logits, grad, math, target, normalizer, scale, stored),
+                      at_least_one(threads));
+      },
+      py::arg("logits"), py::arg("grad"), py::arg("math"), py::arg("target"), py::arg("normalizer"),
+      py::arg("scale"), py::arg("stored"), py::arg("threads"), released());
   m.def(
       "row_stats_grad",
-      [](const fsl::StatsGradArgs& args, int threads) {
-        fsl::cpu::row_stats_grad(args, at_least_one(threads));
+      [](const Tensor3& logits, const Tensor3& grad, const RowMath& math, uintptr_t target, uintptr_t weight,
+         const RowScale& scale, uintptr_t loss, uintptr_t normalizer, int threads) {
+        const GradArgs args = grad_args(logits, grad, math, target, normalizer, scale, 0);
+        cpu::row_stats_grad(stats_grad_args(args, weight, loss), at_least_one(threads));
       },
-      py::arg("args"), py::kw_only(), py::arg("threads"), released());
+      py::arg("logits"), py::arg("grad"), py::arg("math"), py::arg("target"), py::arg("weight"),
+      py::arg("scale"), py::arg("loss"), py::arg("normalizer"), py::arg("threads"), released());
   m.def(
       "row_rescale",
-      [](const fsl::RescaleArgs& args, int threads) { fsl::cpu::row_rescale(args, at_least_one(threads)); },
-      py::arg("args"), py::kw_only(), py::arg("threads"), released());
-  m.def("row_targets", &fsl::cpu::row_targets, py::arg("args"));
-  m.def("merge", &fsl::cpu::merge, py::arg("args"));
+      [](const Tensor3& grad, const RowMath& math, const RowScale& scale, uintptr_t stored, int threads) {
+        cpu::row_rescale(rescale_args(grad, math, scale, stored), at_least_one(threads));
+      },
+      py::arg("grad"), py::arg("math"), py::arg("scale"), py::arg("stored"), py::arg("threads"), released());
   m.def("exp", [](uintptr_t in, uintptr_t out, int64_t n, float scale2) {
-    fsl::cpu::exp(pointer<float>(in), pointer<float>(out), n, scale2);
+    cpu::exp(pointer<float>(in), pointer<float>(out), n, scale2);
   });
-  m.def("isas", &fsl::cpu::isas, "Instruction sets this processor runs, fastest first.");
-  m.def("isa", &fsl::cpu::isa, "The instruction set in use.");
-  m.def("use_isa", &fsl::cpu::use_isa, "Choose one of isas(): for tests and measurements.");
+  m.def("isas", &cpu::isas, "Instruction sets this processor runs, fastest first.");
+  m.def("isa", &cpu::isa, "The instruction set in use.");
+  m.def("use_isa", &cpu::use_isa, "Choose one of isas(): for tests and measurements.");
   m.def("build_info", [] {
     py::dict info;
     info["version"] = FSL_VERSION;
     info["compiler"] = FSL_COMPILER;
-    info["isas"] = fsl::cpu::isas();
-    info["isa"] = fsl::cpu::isa();
-    info["threading"] = fsl::cpu::threading();
+    info["isas"] = cpu::isas();
+    info["isa"] = cpu::isa();
+    info["threading"] = cpu::threading();
     return info;
   });
 }

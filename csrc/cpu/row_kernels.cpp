@@ -237,15 +237,15 @@ void grad_range(const Z& z, const RowGrad& g, const void* row, void* out, int64_
   if (owns) elements[g.target_column] = T::round(at_target);
 }
 
-Plain plain(const Transform& t) { return {t.logit_scale, t.logit_scale * kLog2e}; }
-Capped capped(const Transform& t) { return {t.logit_scale / t.softcap, t.softcap, t.logit_scale}; }
+Plain plain(const RowMath& m) { return {m.logit_scale, m.logit_scale * kLog2e}; }
+Capped capped(const RowMath& m) { return {m.logit_scale / m.softcap, m.softcap, m.logit_scale}; }
 
 // Calls run(dtype tag, transform) with the types the arguments name.
 template <class Run>
-void with_types(Dtype dtype, const Transform& transform, Run run) {
+void with_types(Dtype dtype, const RowMath& math, Run run) {
   auto with_dtype = [&](auto tag) {
-    if (transform.softcap > 0) run(tag, capped(transform));
-    else run(tag, plain(transform));
+    if (math.softcap > 0) run(tag, capped(math));
+    else run(tag, plain(math));
   };
   if (dtype == Dtype::f32) with_dtype(F32{});
   else if (dtype == Dtype::bf16) with_dtype(BF16{});
@@ -253,7 +253,7 @@ void with_types(Dtype dtype, const Transform& transform, Run run) {
 }
 
 void stats(const StatsArgs& a, const void* row, int64_t begin, int64_t end, Partial* partial) {
-  with_types(a.logits.dtype, a.transform, [&](auto tag, auto z) {
+  with_types(a.logits.dtype, a.math, [&](auto tag, auto z) {
     using T = decltype(tag);
     if (a.want == Want::loss) stats_range<T, Want::loss>(z, row, begin, end, partial);
     else if (a.want == Want::smoothing) stats_range<T, Want::smoothing>(z, row, begin, end, partial);
@@ -262,7 +262,7 @@ void stats(const StatsArgs& a, const void* row, int64_t begin, int64_t end, Part
 }
 
 void grad(const GradArgs& a, const RowGrad& g, const void* row, void* out, int64_t begin, int64_t end) {
-  with_types(a.logits.dtype, a.transform, [&](auto tag, auto z) {
+  with_types(a.logits.dtype, a.math, [&](auto tag, auto z) {
     if constexpr (__is_same(decltype(z), Plain)) {
       RowGrad scaled = g;  // dz/dx is one number for the whole row
       scaled.softmax_factor *= z.unit;
@@ -291,12 +291,13 @@ void rescale_row(void* row, int64_t columns, float factor) {
 }
 
 void rescale(Dtype dtype, void* row, int64_t columns, float factor) {
-  with_types(dtype, {1, 0}, [&](auto tag, auto) { rescale_row<decltype(tag)>(row, columns, factor); });
+  with_types(dtype, {0, 0, 0, 1, 0, 0},
+             [&](auto tag, auto) { rescale_row<decltype(tag)>(row, columns, factor); });
 }
 
 float target_logit(const StatsArgs& a, const void* row, int64_t column) {
   float value = 0;
-  with_types(a.logits.dtype, a.transform,
+  with_types(a.logits.dtype, a.math,
              [&](auto tag, auto z) { value = z.value(element<decltype(tag)>(row, column)); });
   return value;
 }

@@ -10,7 +10,7 @@ namespace fsl {
 // second pass, because its first columns misled, it is still in the L1 cache.
 constexpr int64_t kChunk = 8192;
 
-// Statistics of some columns of a row, in units of x (see Transform::unit); merging is exact in the maximum
+// Statistics of some columns of a row, in units of x (see RowMath::unit); merging is exact in the maximum
 // and ordered in the sums.
 struct Partial {
   float max = -__builtin_inff();

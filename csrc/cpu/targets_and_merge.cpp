@@ -22,34 +22,42 @@ float rescale(float part, float maximum, float unit) {
   return part == -std::numeric_limits<float>::infinity() ? 0.0f : std::exp((part - maximum) * unit);
 }
 
+bool is_weight(float x) { return x >= 0 && x < std::numeric_limits<float>::infinity(); }
+
 float max_or_nan(float a, float b) { return a > b || std::isnan(a) ? a : b; }
 
 }  // namespace
 
-void row_targets(const TargetsArgs& a) {
+int row_targets(const TargetsArgs& a) {
   int32_t count = 0;
+  bool weights_right = true, labels_right = true;
   double weight_sum = 0;
   for (int64_t row = 0; row < a.batch * a.seq; ++row) {
-    const int64_t b = row / a.seq, s = row % a.seq + a.shift;
+    const int64_t b = row / a.seq, here = row % a.seq, s = here + a.shift;
+    if (a.mask) weights_right &= is_weight(a.mask[b * a.mask_stride_b + here * a.mask_stride_s]);
     a.target[row] = kNotScored;
     a.weight[row] = 0;
     if (s == a.seq || (a.shift && !same_document_next(a, row))) continue;
     const int64_t label = a.labels[b * a.label_stride_b + s * a.label_stride_s];
     const float weight = a.mask ? a.mask[b * a.mask_stride_b + s * a.mask_stride_s] : 1.0f;
     if (label == a.ignore_index || weight == 0) continue;
-    a.target[row] = label >= 0 && label < a.vocab_size ? label : kOutOfVocabulary;
+    const bool known = label >= 0 && label < a.vocab_size;
+    labels_right &= known;
+    a.target[row] = known ? label : kOutOfVocabulary;
     a.weight[row] = weight;
     weight_sum += weight;
     ++count;
   }
   *a.count = count;
   *a.weight_sum = static_cast<float>(weight_sum);
+  return (weights_right ? 0 : kWeight) + (labels_right ? 0 : kLabel);
 }
 
 // The arithmetic of fused_sft_loss.shards.merge, which says why; ranks in order, so every rank has the same
 // bits.
 void merge_row(const MergeArgs& a, int64_t row) {
-  const float eps = a.label_smoothing;
+  const RowMath& math = a.math;
+  const float eps = math.label_smoothing, unit = math.unit();
   float* normalizer = a.normalizer + row * kNormalizer;
   a.loss[row] = normalizer[kRowMax] = normalizer[kRowSum] = 0;
   if (a.weight[row] == 0) return;
@@ -58,19 +66,19 @@ void merge_row(const MergeArgs& a, int64_t row) {
   for (int64_t r = 1; r < a.ranks; ++r) maximum = max_or_nan(maximum, first[r * a.rank_stride + kMax]);
   for (int64_t r = 0; r < a.ranks; ++r) {
     const float* part = first + r * a.rank_stride;
-    denominator += part[kDenominator] * rescale(part[kMax], maximum, a.unit);
+    denominator += part[kDenominator] * rescale(part[kMax], maximum, unit);
     target += part[kTarget];
     if (a.columns > kSum) sum += part[kSum];
   }
   const float log_denominator = std::log(denominator);
-  float loss = (maximum - target) * a.unit + log_denominator;
+  float loss = (maximum - target) * unit + log_denominator;
   if (eps != 0) {
-    const float mean = sum / static_cast<float>(a.vocab_size);
-    loss = (1 - eps) * loss + eps * ((maximum - mean) * a.unit + log_denominator);
+    const float mean = sum / static_cast<float>(math.vocab_size);
+    loss = (1 - eps) * loss + eps * ((maximum - mean) * unit + log_denominator);
   }
-  if (a.z_loss != 0) {
-    const float lse = maximum * a.unit + log_denominator;
-    loss += a.z_loss * lse * lse;
+  if (math.z_loss != 0) {
+    const float lse = maximum * unit + log_denominator;
+    loss += math.z_loss * lse * lse;
   }
   const bool poisoned = a.target[row] == kOutOfVocabulary;
   a.loss[row] = poisoned ? std::nanf("") : a.weight[row] * loss;
@@ -80,6 +88,13 @@ void merge_row(const MergeArgs& a, int64_t row) {
 
 void merge(const MergeArgs& a) {
   for (int64_t row = 0; row < a.rows; ++row) merge_row(a, row);
+}
+
+void reduce(const ReduceArgs& a) {
+  double sum = 0;
+  for (int64_t row = 0; row < a.rows; ++row) sum += a.loss[row];
+  const float total = static_cast<float>(sum);
+  *a.result = a.weight_sum && *a.weight_sum > 0 ? total / *a.weight_sum : total;
 }
 
 }  // namespace fsl::cpu

@@ -1,67 +1,106 @@
-// _cuda and _hip: addresses, numbers and a stream in, exceptions out. Who owns the memory, that it is large
-// enough, and which device is current, is the caller's affair (fused_sft_loss/backends/gpu.py, its only
-// caller).
+// _cuda and _hip: addresses, numbers and a stream in, exceptions out. Which device is current is the caller's
+// affair (fused_sft_loss/backends/gpu.py, its only caller).
 #include "../bindings.h"
 #include "launch.h"
 
 namespace py = pybind11;
 using namespace fsl;
 
+namespace pybind11::detail {
+
+template <>
+struct type_caster<fsl::gpu::Chip> : fsl::TupleCaster<fsl::gpu::Chip, int, int> {};
+
+}  // namespace pybind11::detail
+
 PYBIND11_MODULE(FSL_MODULE, m) {
   m.doc() = "GPU row kernels of fused_sft_loss";
-  bind_args(m);
-  py::class_<gpu::Chip>(m, "Chip", py::module_local())
-      .def(py::init([](int generation, int multiprocessors) -> gpu::Chip {
-             return {generation, multiprocessors};
-           }),
-           py::kw_only(), py::arg("generation"), py::arg("multiprocessors"));
-  m.def(
-      "row_stats_parts",
-      [](const StatsArgs& args, const gpu::Chip& chip) -> int64_t {
-        const gpu::Shares shares = gpu::row_stats_shares(args, chip);
-        return shares.splits > 1 ? args.logits.count() * shares.segments * static_cast<int>(args.want) : 0;
-      },
-      "fp32 numbers of scratch that row_stats needs.", py::arg("args"), py::kw_only(), py::arg("chip"));
-  m.def(
-      "row_stats",
-      [](const StatsArgs& args, uintptr_t parts, const gpu::Chip& chip, uintptr_t stream) {
-        gpu::row_stats(args, pointer<float>(parts), chip, pointer<void>(stream));
-      },
-      py::arg("args"), py::kw_only(), py::arg("parts"), py::arg("chip"), py::arg("stream"));
-  m.def(
-      "row_grad",
-      [](const GradArgs& args, const gpu::Chip& chip, uintptr_t stream) {
-        gpu::row_grad(args, chip, pointer<void>(stream));
-      },
-      py::arg("args"), py::kw_only(), py::arg("chip"), py::arg("stream"));
-  m.def(
-      "row_stats_grad",
-      [](const StatsGradArgs& args, const gpu::Chip& chip, uintptr_t stream) {
-        gpu::row_stats_grad(args, chip, pointer<void>(stream));
-      },
-      py::arg("args"), py::kw_only(), py::arg("chip"), py::arg("stream"));
-  m.def(
-      "row_rescale",
-      [](const RescaleArgs& args, const gpu::Chip& chip, uintptr_t stream) {
-        gpu::row_rescale(args, chip, pointer<void>(stream));
-      },
-      py::arg("args"), py::kw_only(), py::arg("chip"), py::arg("stream"));
   m.def(
       "row_targets",
-      [](const TargetsArgs& args, uintptr_t stream) { gpu::row_targets(args, pointer<void>(stream)); },
-      py::arg("args"), py::kw_only(), py::arg("stream"));
+      [](const TargetsArgs& targets, uintptr_t stream) { gpu::row_targets(targets, pointer<void>(stream)); },
+      py::arg("targets"), py::arg("stream"));
+  m.def(
+      "row_stats_parts",
+      [](const Tensor3& logits, const RowMath& math, int columns, const gpu::Chip& chip) -> int64_t {
+        const StatsArgs args = stats_args(logits, math, 0, 0, columns, 0);
+        const gpu::Shares shares = gpu::row_stats_shares(args, chip);
+        return shares.splits > 1 ? args.logits.count() * shares.segments * columns : 0;
+      },
+      "fp32 numbers of scratch that row_stats needs.", py::arg("logits"), py::arg("math"), py::arg("columns"),
+      py::arg("chip"));
+  m.def(
+      "row_stats",
+      [](const Tensor3& logits, const RowMath& math, uintptr_t target, uintptr_t weight, int columns,
+         uintptr_t stats, uintptr_t parts, const gpu::Chip& chip, uintptr_t stream) {
+        gpu::row_stats(stats_args(logits, math, target, weight, columns, stats), pointer<float>(parts), chip,
+                       pointer<void>(stream));
+      },
+      py::arg("logits"), py::arg("math"), py::arg("target"), py::arg("weight"), py::arg("columns"),
+      py::arg("stats"), py::arg("parts"), py::arg("chip"), py::arg("stream"));
   m.def(
       "merge",
-      [](const MergeArgs& args, uintptr_t lse, uintptr_t log_prob, uintptr_t correct, uintptr_t entropy,
+      [](const Gathered& gathered, const RowMath& math, uintptr_t target, uintptr_t weight, uintptr_t loss,
+         uintptr_t normalizer, uintptr_t lse, uintptr_t log_prob, uintptr_t correct, uintptr_t entropy,
          uintptr_t stream) {
-        gpu::merge(args,
+        gpu::merge(merge_args(gathered, math, target, weight, loss, normalizer),
                    {pointer<float>(lse), pointer<float>(log_prob), pointer<uint8_t>(correct),
                     pointer<float>(entropy)},
                    pointer<void>(stream));
       },
       "Metrics of each row when lse, log_prob, correct and entropy are given, else (0) its weighted loss.",
-      py::arg("args"), py::kw_only(), py::arg("lse"), py::arg("log_prob"), py::arg("correct"),
-      py::arg("entropy"), py::arg("stream"));
+      py::arg("gathered"), py::arg("math"), py::arg("target"), py::arg("weight"), py::arg("loss"),
+      py::arg("normalizer"), py::arg("lse"), py::arg("log_prob"), py::arg("correct"), py::arg("entropy"),
+      py::arg("stream"));
+  m.def(
+      "reduce",
+      [](uintptr_t loss, int64_t rows, uintptr_t weight_sum, uintptr_t result, uintptr_t stream) {
+        gpu::reduce(reduce_args(loss, rows, weight_sum, result), pointer<void>(stream));
+      },
+      py::arg("loss"), py::arg("rows"), py::arg("weight_sum"), py::arg("result"), py::arg("stream"));
+  m.def(
+      "loss_scratch",
+      [](const Tensor3& logits, const RowMath& math, const gpu::Chip& chip) -> int64_t {
+        return gpu::loss_scratch(logits.rows(math), math, chip);
+      },
+      "fp32 numbers of scratch that loss needs.", py::arg("logits"), py::arg("math"), py::arg("chip"));
+  m.def(
+      "loss",
+      [](const TargetsArgs& targets, const Tensor3& logits, const RowMath& math, uintptr_t loss,
+         uintptr_t normalizer, bool mean, uintptr_t result, uintptr_t scratch, const gpu::Chip& chip,
+         uintptr_t stream) {
+        gpu::loss(loss_args(targets, logits, math, loss, normalizer, mean, result), pointer<float>(scratch),
+                  chip, pointer<void>(stream));
+      },
+      py::arg("targets"), py::arg("logits"), py::arg("math"), py::arg("loss"), py::arg("normalizer"),
+      py::arg("mean"), py::arg("result"), py::arg("scratch"), py::arg("chip"), py::arg("stream"));
+  m.def(
+      "row_grad",
+      [](const Tensor3& logits, const Tensor3& grad, const RowMath& math, uintptr_t target,
+         uintptr_t normalizer, const RowScale& scale, uintptr_t stored, const gpu::Chip& chip,
+         uintptr_t stream) {
+        gpu::row_grad(grad_args(logits, grad, math, target, normalizer, scale, stored), chip,
+                      pointer<void>(stream));
+      },
+      py::arg("logits"), py::arg("grad"), py::arg("math"), py::arg("target"), py::arg("normalizer"),
+      py::arg("scale"), py::arg("stored"), py::arg("chip"), py::arg("stream"));
+  m.def(
+      "row_stats_grad",
+      [](const Tensor3& logits, const Tensor3& grad, const RowMath& math, uintptr_t target, uintptr_t weight,
+         const RowScale& scale, uintptr_t loss, uintptr_t normalizer, const gpu::Chip& chip,
+         uintptr_t stream) {
+        const GradArgs args = grad_args(logits, grad, math, target, normalizer, scale, 0);
+        gpu::row_stats_grad(stats_grad_args(args, weight, loss), chip, pointer<void>(stream));
+      },
+      py::arg("logits"), py::arg("grad"), py::arg("math"), py::arg("target"), py::arg("weight"),
+      py::arg("scale"), py::arg("loss"), py::arg("normalizer"), py::arg("chip"), py::arg("stream"));
+  m.def(
+      "row_rescale",
+      [](const Tensor3& grad, const RowMath& math, const RowScale& scale, uintptr_t stored,
+         const gpu::Chip& chip, uintptr_t stream) {
+        gpu::row_rescale(rescale_args(grad, math, scale, stored), chip, pointer<void>(stream));
+      },
+      py::arg("grad"), py::arg("math"), py::arg("scale"), py::arg("stored"), py::arg("chip"),
+      py::arg("stream"));
   m.def("build_info", [] {
     py::dict info;
     info["version"] = FSL_VERSION;

@@ -35,5 +35,10 @@ void row_stats_grad(const StatsGradArgs& args, const Chip& chip, void* stream);
 void row_rescale(const RescaleArgs& args, const Chip& chip, void* stream);
 void row_targets(const TargetsArgs& args, void* stream);
 void merge(const MergeArgs& args, const Metrics& metrics, void* stream);
+void reduce(const ReduceArgs& args, void* stream);
+
+// row_targets, row_stats, merge and reduce, with so many fp32 numbers of scratch.
+int64_t loss_scratch(const Rows& logits, const RowMath& math, const Chip& chip);
+void loss(const LossArgs& args, float* scratch, const Chip& chip, void* stream);
 
 }  // namespace fsl::gpu

@@ -19,17 +19,17 @@ FSL_DEVICE void store_normalizer(float* normalizers, int64_t n, float top, float
 }
 
 FSL_DEVICE RowLoss row_loss(const Stats& all, float x_target, int64_t target, float unit,
-                            float label_smoothing, float z_loss, int64_t vocab_size) {
+                            const RowMath& math) {
   const float log_total = log(all.total), poison = target == kOutOfVocabulary ? nan() : 0.0f;
   // (maximum - x_y) first: both are logits, so their difference is exact when it matters.
   float loss = fma(all.top - x_target, unit, log_total);
-  if (label_smoothing > 0) {
-    const float smooth = fma(all.top - all.x_sum / static_cast<float>(vocab_size), unit, log_total);
-    loss = fma(loss, 1.0f - label_smoothing, label_smoothing * smooth);
+  if (math.label_smoothing > 0) {
+    const float smooth = fma(all.top - all.x_sum / static_cast<float>(math.vocab_size), unit, log_total);
+    loss = fma(loss, 1.0f - math.label_smoothing, math.label_smoothing * smooth);
   }
-  if (z_loss > 0) {
+  if (math.z_loss > 0) {
     const float lse = fma(all.top, unit, log_total);
-    loss = fma(lse * lse, z_loss, loss);
+    loss = fma(lse * lse, math.z_loss, loss);
   }
   return {loss + poison, all.top + poison, all.total + poison};
 }
@@ -39,25 +39,36 @@ FSL_KERNEL(256, 4)
 merge_kernel(MergeArgs a, Metrics metrics) {
   const int64_t n = int64_t{block_id()} * block_threads() + thread_id();
   if (n >= a.rows) return;
-  const float weight = a.weight[n];
+  const float weight = a.weight[n], unit = a.math.softcap > 0 ? 1.0f : a.math.logit_scale;
   const int64_t target = a.target[n];
   Stats all;
   float x_target = 0;
   for (int64_t rank = 0; rank < a.ranks; ++rank) {
     const float* at = a.stats + rank * a.rank_stride + n * kColumns;
-    all = fold(all, load_stats<kColumns>(at), a.unit);
+    all = fold(all, load_stats<kColumns>(at), unit);
     x_target += at[kTarget];
   }
   const bool scored = weight != 0;
-  const RowLoss row = row_loss(all, x_target, target, a.unit, a.label_smoothing, a.z_loss, a.vocab_size);
+  const RowLoss row = row_loss(all, x_target, target, unit, a.math);
   a.loss[n] = scored ? row.loss * (metrics.log_prob ? 1.0f : weight) : 0.0f;
   store_normalizer(a.normalizer, n, scored ? row.top : 0.0f, scored ? row.total : 0.0f);
   if (!metrics.log_prob) return;
   const float log_total = log(all.total), poison = target == kOutOfVocabulary ? nan() : 0.0f;
-  metrics.lse[n] = scored ? fma(all.top, a.unit, log_total) + poison : 0.0f;
-  metrics.log_prob[n] = scored ? fma(x_target - all.top, a.unit, -log_total) + poison : 0.0f;
+  metrics.lse[n] = scored ? fma(all.top, unit, log_total) + poison : 0.0f;
+  metrics.log_prob[n] = scored ? fma(x_target - all.top, unit, -log_total) + poison : 0.0f;
   metrics.entropy[n] = scored ? log_total - all.moment / all.total + poison : 0.0f;
   metrics.correct[n] = scored && all.top_id == static_cast<float>(target);
+}
+
+// One block, in a fixed order.
+FSL_KERNEL(512, 4)
+reduce_kernel(ReduceArgs a) {
+  FSL_SHARED(float, sums, kMaxWarps);
+  float sum = 0;
+  for (int64_t row = thread_id(); row < a.rows; row += block_threads()) sum += a.loss[row];
+  sum = block_reduce(sum, Add{}, sums);
+  if (thread_id() != 0) return;
+  *a.result = a.weight_sum && *a.weight_sum > 0 ? sum / *a.weight_sum : sum;
 }
 
 }  // namespace fsl::gpu

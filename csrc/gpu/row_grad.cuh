@@ -22,18 +22,27 @@ struct GradRow {
   int own;  // the target's column, -1 when it is not here
 };
 
+FSL_DEVICE float scale_of(const RowScale& s, uint32_t n) {
+  if (s.weight && s.weight[n] == 0) return 0.0f;
+  float grad = s.grad[n * s.stride];
+  if (s.weight_sum && *s.weight_sum > 0) grad /= *s.weight_sum;
+  return s.weight ? grad * s.weight[n] : grad;
+}
+
 template <bool kSoftcap>
-FSL_DEVICE GradRow grad_row(const GradArgs& a, const Scales& z, uint32_t n, float any_top, float any_total) {
+FSL_DEVICE GradRow grad_row(const GradArgs& a, const Scales& z, uint32_t n, float any_scale, float any_top,
+                            float any_total) {
+  const RowMath& math = a.math;
   const float top = quiet(any_top), total = quiet(any_total);
-  const float factor = quiet(a.scale[n]), slope = kSoftcap ? 1.0f : z.slope;
-  const float of_z_loss = a.z_loss > 0 ? 2.0f * a.z_loss * fma(top, z.unit, log(total)) : 0.0f;
+  const float factor = quiet(any_scale), slope = kSoftcap ? 1.0f : z.slope;
+  const float of_z_loss = math.z_loss > 0 ? 2.0f * math.z_loss * fma(top, z.unit, log(total)) : 0.0f;
   const Reference reference = reference_of(top, z);
   return {common(reference.scale),
           reference.rounded,
           factor * (1.0f + of_z_loss) * exp2(-reference.rest) * reciprocal(total) * slope,
-          factor * (a.label_smoothing * reciprocal(static_cast<float>(a.vocab_size))) * slope,
-          factor * (1.0f - a.label_smoothing) * slope,
-          own_column(a.target[n], a.vocab_start, a.logits)};
+          factor * (math.label_smoothing * reciprocal(static_cast<float>(math.vocab_size))) * slope,
+          factor * (1.0f - math.label_smoothing) * slope,
+          own_column(a.target[n], math.vocab_start, a.logits)};
 }
 
 template <bool kSoftcap>
@@ -154,20 +163,21 @@ row_grad_kernel(GradArgs a, Scales z, int splits, int segment) {
   using Kernel = RowGrad<T, kSoftcap, kShifted>;
   const uint32_t program = kLastRowFirst ? grid_blocks() - 1 - block_id() : block_id();
   const uint32_t n = program / splits, part = program % splits;
-  if (a.stored && a.stored[n] == a.scale[n]) return;
+  const float scale = scale_of(a.scale, n);
+  if (a.stored && a.stored[n] == scale) return;
   const int width = static_cast<int>(a.grad.columns), valid = static_cast<int>(a.logits.valid);
   const Row out = row_at<T>(a.grad, n), in = row_at<T>(a.logits, n);
   const int before = aligned_column<T>(out, 0), head = before < width ? before : width;
   const int segments = (width + segment - 1) / segment, per_part = (segments + splits - 1) / splits * segment;
   const int begin = head + part * per_part, end = width - begin < per_part ? width : begin + per_part;
   const bool in_head = part == 0 && thread_id() < head;
-  if (a.scale[n] == 0) {
+  if (scale == 0) {
     if (in_head) T::put(out.start + thread_id() * T::kBytes, 0.0f);
     Kernel::zeros(out, begin, end);
     return;
   }
   const float* normalizer = a.normalizer + int64_t{n} * kNormalizer;
-  const GradRow g = grad_row<kSoftcap>(a, z, n, normalizer[kRowMax], normalizer[kRowSum]);
+  const GradRow g = grad_row<kSoftcap>(a, z, n, scale, normalizer[kRowMax], normalizer[kRowSum]);
   // The target's own logit is done again by the thread that writes it, which spares all others a comparison.
   // In place, it must be read before it is written.
   const bool owner =

@@ -24,7 +24,7 @@ FSL_DEVICE float exp(float u) { return exp2(u * kLog2e); }
 // A maximum that may be subtracted: 0 for -inf, where -inf - -inf would make a NaN.
 FSL_DEVICE float not_minus_infinity(float m) { return m == -kInfinity ? 0.0f : m; }
 
-// What kernels need to know of the transform; made on the host, where divisions are exact.
+// What kernels need to know of z; made on the host, where divisions are exact.
 struct Scales {
   float unit;  // z = unit * x, where x has been capped first
   float log2;  // unit * log2(e): an exponential is one FMA and one exp2
@@ -33,13 +33,13 @@ struct Scales {
   float slope;  // dz/dx, but for the slope of the cap
 };
 
-inline Scales scales_of(const Transform& t) {
-  const bool capped = t.softcap > 0;
-  const float unit = t.unit(), log2 = unit * kLog2e;
+inline Scales scales_of(const RowMath& m) {
+  const bool capped = m.softcap > 0;
+  const float unit = m.unit(), log2 = unit * kLog2e;
   int exponent = 0;
   std::frexp(log2, &exponent);  // far * log2 is 2^30 to 2^31
   const float far = std::ldexp(1.0f, std::max(31 - exponent, -94));
-  return {unit, log2, far, capped ? t.logit_scale / t.softcap : 0.0f, t.softcap, t.logit_scale};
+  return {unit, log2, far, capped ? m.logit_scale / m.softcap : 0.0f, m.softcap, m.logit_scale};
 }
 
 // What 2^(x * log2 - m * log2), m being a maximum, is computed against: one FMA and one exp2, of x * scale -

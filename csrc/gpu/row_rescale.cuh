@@ -10,7 +10,7 @@ template <class T>
 FSL_KERNEL(512, 8)
 row_rescale_kernel(RescaleArgs a, int splits, int segment) {
   const uint32_t n = block_id() / splits, part = block_id() % splits;
-  const float scale = a.scale[n], stored = a.stored[n];
+  const float scale = scale_of(a.scale, n), stored = a.stored[n];
   if (scale == stored) return;
   const int valid = static_cast<int>(a.grad.valid), segments = (valid + segment - 1) / segment;
   const int per_part = (segments + splits - 1) / splits * segment;

@@ -20,10 +20,10 @@ void row_stats(const StatsArgs& a, float* parts, const Chip& chip, void* stream)
   const Grid grid{a.logits.count() * shares.splits, line.threads};
   with_dtype(a.logits.dtype, [&](auto dtype) {
     with_columns(a.want, [&](auto columns) {
-      with_bool(a.transform.softcap > 0, [&](auto softcap) {
+      with_bool(a.math.softcap > 0, [&](auto softcap) {
         with_bool(common_skew(a.logits) != 0, [&](auto shifted) {
           launch("row_stats", row_stats_kernel<decltype(dtype), columns(), softcap(), shifted()>, grid,
-                 stream, a, scales_of(a.transform), share);
+                 stream, a, scales_of(a.math), share);
         });
       });
     });
@@ -33,7 +33,7 @@ void row_stats(const StatsArgs& a, float* parts, const Chip& chip, void* stream)
   const int64_t rows = a.logits.count();
   with_columns(a.want, [&](auto columns) {
     launch("fold_segments", fold_segments_kernel<columns()>, {(rows + threads - 1) / threads, threads},
-           stream, parts, a.weight, a.stats, rows, static_cast<int>(shares.segments), a.transform.unit());
+           stream, parts, a.weight, a.stats, rows, static_cast<int>(shares.segments), a.math.unit());
   });
 }
 

@@ -163,7 +163,7 @@ struct RowStats {
 // x of the row's target, 0 when it is not among these columns.
 template <class T, bool kSoftcap>
 FSL_DEVICE float target_value(const StatsArgs& a, const Row& row, uint32_t n, const Scales& z) {
-  const int own = own_column(a.target[n], a.vocab_start, a.logits);
+  const int own = own_column(a.target[n], a.math.vocab_start, a.logits);
   return own < 0 ? 0.0f : capped<kSoftcap>(load_one<T>(row, own), z);
 }
 
@@ -184,7 +184,7 @@ row_stats_kernel(StatsArgs a, Scales z, Share share) {
     const int begin = segment * share.segment,
               end = valid - begin < share.segment ? valid : begin + share.segment;
     using Kernel = RowStats<T, kColumns, kSoftcap, kShifted>;
-    const Stats s = Kernel::met(Kernel::columns(row, begin, end, z), z, a.vocab_start);
+    const Stats s = Kernel::met(Kernel::columns(row, begin, end, z), z, a.math.vocab_start);
     if (share.splits == 1) all = fold(all, s, z.unit);
     else if (thread_id() == 0)
       store_stats<kColumns>(share.parts + (int64_t{n} * segments + segment) * kColumns, s);

@@ -49,11 +49,11 @@ void row_stats_grad(const StatsGradArgs& a, const Chip& chip, void* stream) {
       holding.columns = room.columns;
       grid.shared_bytes = room.bytes;
     }
-    with_bool(a.grad.transform.softcap > 0, [&](auto softcap) {
+    with_bool(a.grad.math.softcap > 0, [&](auto softcap) {
       with_bool(shifted, [&](auto moved) {
         constexpr bool kShifted = decltype(moved)::value && !kLoadsAnywhere;
         launch("row_stats_grad", row_stats_grad_kernel<T, softcap(), kShifted>, grid, stream, a,
-               scales_of(a.grad.transform), holding);
+               scales_of(a.grad.math), holding);
       });
     });
   });

@@ -245,7 +245,7 @@ row_stats_grad_kernel(StatsGradArgs a, Scales z, Holding holding) {
   const Row in = row_at<T>(grad.logits, n);
   // Found anew where they are needed: kept through the statistics, they cost registers that sm_100 lacks.
   const auto row_out = [&] { return row_at<T>(grad.grad, n); };
-  const auto target_column = [&] { return own_column(grad.target[n], grad.vocab_start, grad.logits); };
+  const auto target_column = [&] { return own_column(grad.target[n], grad.math.vocab_start, grad.logits); };
   // Padding is the last block's.
   const auto until = [&] { return part == holding.cluster - 1 ? static_cast<int>(grad.grad.columns) : end; };
   const bool first = part == 0 && thread_id() == 0;
@@ -264,21 +264,21 @@ row_stats_grad_kernel(StatsGradArgs a, Scales z, Holding holding) {
   Held held(in, begin, whole, holding.columns);
   held.statistics(running, z);
   held.rest(running, in, whole, z);
-  Stats all = Statistics::met(running, z, grad.vocab_start);
+  Stats all = Statistics::met(running, z, grad.math.vocab_start);
   if (holding.cluster > 1) all = over_cluster(all, holding.cluster, z.unit);
   const int own = target_column();
   const Row out = row_out();
   const float own_value = own < 0 ? 0.0f : capped<kSoftcap>(x_own, z);
-  const RowLoss row =
-      row_loss(all, own_value, grad.target[n], z.unit, grad.label_smoothing, grad.z_loss, grad.vocab_size);
+  const RowLoss row = row_loss(all, own_value, grad.target[n], z.unit, grad.math);
   if (first) {
     a.loss[n] = row.loss * a.weight[n];
     store_normalizer(a.normalizer, n, row.top, row.total);
   }
-  if (grad.scale[n] == 0) {
+  const float scale = scale_of(grad.scale, n);
+  if (scale == 0) {
     Gradient::zero_columns(out, begin, until());
   } else {
-    const GradRow g = grad_row<kSoftcap>(grad, z, n, row.top, row.total);
+    const GradRow g = grad_row<kSoftcap>(grad, z, n, scale, row.top, row.total);
     Gradient::any_columns(in, out, g, z, held.end, end);
     held.gradient_to(out, g, z);
     Gradient::zero_columns(out, end, until());

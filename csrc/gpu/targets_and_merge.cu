@@ -18,4 +18,25 @@ void merge(const MergeArgs& a, const Metrics& metrics, void* stream) {
   });
 }
 
+void reduce(const ReduceArgs& a, void* stream) { launch("reduce", reduce_kernel, {1, 512}, stream, a); }
+
+// [N, want] statistics, then the segments' of rows that are shared out.
+int64_t loss_scratch(const Rows& logits, const RowMath& math, const Chip& chip) {
+  const Want want = wanted_by(math);
+  const StatsArgs stats{logits, math, nullptr, nullptr, want, nullptr};
+  const Shares shares = row_stats_shares(stats, chip);
+  const int64_t numbers = logits.count() * static_cast<int>(want);
+  return numbers * (1 + (shares.splits > 1 ? shares.segments : 0));
+}
+
+void loss(const LossArgs& a, float* scratch, const Chip& chip, void* stream) {
+  const Want want = wanted_by(a.math);
+  const int64_t rows = a.logits.count(), columns = static_cast<int>(want);
+  const TargetsArgs& t = a.targets;
+  row_targets(t, stream);
+  row_stats({a.logits, a.math, t.target, t.weight, want, scratch}, scratch + rows * columns, chip, stream);
+  merge({scratch, 1, rows, columns, 0, t.target, t.weight, a.math, a.loss, a.normalizer}, {}, stream);
+  if (a.result) reduce({a.loss, rows, a.mean ? t.weight_sum : nullptr, a.result}, stream);
+}
+
 }  // namespace fsl::gpu

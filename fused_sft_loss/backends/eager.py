@@ -5,16 +5,29 @@ would need a host synchronisation: they are read, and never let through. Scratch
 whatever the logits: under 64 MiB on a CPU, under 128 MiB on an accelerator.
 """
 
+import sys
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from ..rowmath import RowMath
+from ..scoring import Scoring
 from ..shards import merge, merge_metrics
-from ..targets import row_targets
+from ..targets import Targets
+from ..targets import row_targets as targets_of
+from . import composed
+from .contract import Losses, RowScale
 
-__all__ = ["merge", "merge_metrics", "row_grad", "row_stats", "row_targets"]
+__all__ = [
+    "loss",
+    "merge",
+    "merge_metrics",
+    "reduce",
+    "row_grad",
+    "row_stats",
+    "row_targets",
+]
 
 # Elements of a tile at most. An accelerator's fp32 copies stay in its cache, and are work for about
 # as long as a launch takes the host; a core's stay in its own cache.
@@ -170,6 +183,19 @@ def empty_stats(rows: int, columns: int, like: Tensor) -> Tensor:
     return stats
 
 
+def row_targets(scoring: Scoring, vocab_size: int) -> Targets:
+    return targets_of(*scoring, vocab_size)
+
+
+def reduce(losses: Tensor, weight_sum: Tensor | None) -> Tensor:
+    total = losses.sum()
+    return total if weight_sum is None else total / torch.where(weight_sum > 0, weight_sum, 1.0)
+
+
+def loss(scoring: Scoring, logits: Tensor, math: RowMath, reduction: str) -> Losses:
+    return composed.loss(sys.modules[__name__], scoring, logits, math, reduction)
+
+
 def row_stats(
     logits: Tensor, target: Tensor, weight: Tensor, math: RowMath, columns: int
 ) -> Tensor:
@@ -189,9 +215,15 @@ def row_stats(
 
 
 def row_grad(
-    logits: Tensor, normalizer: Tensor, target: Tensor, scale: Tensor, math: RowMath, out: Tensor
+    logits: Tensor,
+    normalizer: Tensor,
+    target: Tensor,
+    scale: RowScale,
+    math: RowMath,
+    out: Tensor,
 ) -> None:
     batch, seq, width = logits.shape
+    scale = scale.values()
     valid, scored = math.valid_columns(width), scale != 0
     maximum, total = normalizer.unsqueeze(1).unbind(-1)
     softmax_factor = scale.unsqueeze(-1) / total

@@ -1,4 +1,4 @@
-"""The compiled kernels of csrc/ on NVIDIA (``_cuda``) and AMD (``_hip``) GPUs.
+"""The compiled kernels of csrc/gpu on NVIDIA (``_cuda``) and AMD (``_hip``) GPUs.
 
 One class for both: what differs is compiled into the module it is given. Every launch goes to the
 current stream of the tensors' device, whichever device is current.
@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 
 from ..rowmath import RowMath
+from ..scoring import Scoring
 from ..targets import Targets
-from . import addresses
+from . import arguments
+from .contract import Losses, RowScale, losses_like
 
 
 @cache
 def device_chip(device: torch.device) -> tuple[int, int]:
-    """(generation, multiprocessors) of a device, as csrc/gpu/launch.h names them.
+    """(generation, multiprocessors) of a device: struct Chip of csrc/gpu/launch.h.
 
     From properties that torch has cached: nothing is synchronised.
     """
@@ -31,83 +33,124 @@ def device_chip(device: torch.device) -> tuple[int, int]:
 
 
 class Gpu:
-    """A backend (see ``backends/__init__.py``) over a compiled module."""
+    """A backend (see ``contract.py``) over a compiled module."""
 
-    def __init__(self, module: ModuleType, chip_of: Callable = device_chip):
+    def __init__(
+        self, module: ModuleType, chip_of: Callable[[torch.device], tuple[int, int]] = device_chip
+    ):
         self.module = module
         self.chip_of = chip_of
         self.build_info = module.build_info
 
-    def row_targets(
-        self,
-        labels: Tensor,
-        loss_mask: Tensor | None,
-        cu_seqlens: Tensor | None,
-        shift: bool,
-        ignore_index: int,
-        vocab_size: int,
-    ) -> Targets:
-        given = addresses.plain(labels, loss_mask, cu_seqlens)
-        result = Targets.empty(given[0])
-        args = addresses.targets_args(
-            self.module,
-            *given,
-            result,
-            shift=shift,
-            ignore_index=ignore_index,
-            vocab_size=vocab_size,
+    def row_targets(self, scoring: Scoring, vocab_size: int) -> Targets:
+        scoring = arguments.in_dtypes(scoring)
+        found = Targets.empty(scoring.labels)
+        device = scoring.labels.device
+        with _on(device):
+            self.module.row_targets(arguments.targets(scoring, vocab_size, found), _stream(device))
+        return found
+
+    def loss(self, scoring: Scoring, logits: Tensor, math: RowMath, reduction: str) -> Losses:
+        if scoring.checked:
+            scoring.check_values()
+        given, device = arguments.in_dtypes(scoring.read()), logits.device
+        found, rows, chip = (
+            Targets.empty(given.labels),
+            arguments.rows(logits),
+            self.chip_of(device),
         )
-        with _on(labels.device):
-            self.module.row_targets(args, stream=_stream(labels.device))
-        return result
+        losses, normalizer = losses_like(found.weight)
+        result = losses if reduction == "none" else losses.new_empty(())
+        scratch = losses.new_empty(self.module.loss_scratch(rows, math, chip))
+        with _on(device):
+            self.module.loss(
+                arguments.targets(given, math.vocab_size, found),
+                rows,
+                math,
+                losses.data_ptr(),
+                normalizer.data_ptr(),
+                reduction == "mean",
+                0 if result is losses else result.data_ptr(),
+                scratch.data_ptr(),
+                chip,
+                _stream(device),
+            )
+        if scoring.checked:
+            scoring.check_labels(found.target, math.vocab_size)
+        return Losses.of(result, found, normalizer)
 
     def row_stats(
-        self, logits: Tensor, target: Tensor, weight: Tensor, math: RowMath, columns: int
+        self, logits: Tensor, target: Tensor, weight: Tensor, math: RowMath, statistics: int
     ) -> Tensor:
-        chip = self._chip(logits.device)
-        stats = weight.new_empty(weight.numel(), columns)
-        args = addresses.stats_args(self.module, logits, target, weight, stats, math)
-        needed = self.module.row_stats_parts(args, chip=chip)
+        rows, chip = arguments.rows(logits), self.chip_of(logits.device)
+        stats = weight.new_empty(weight.numel(), statistics)
+        needed = self.module.row_stats_parts(rows, math, statistics, chip)
         parts = stats.new_empty(needed) if needed else None
         with _on(logits.device):
             self.module.row_stats(
-                args,
-                parts=addresses.address(parts),
-                chip=chip,
-                stream=_stream(logits.device),
+                rows,
+                math,
+                target.data_ptr(),
+                weight.data_ptr(),
+                statistics,
+                stats.data_ptr(),
+                arguments.address(parts),
+                chip,
+                _stream(logits.device),
             )
         return stats
 
     def merge(
         self, gathered: Tensor, target: Tensor, weight: Tensor, math: RowMath
     ) -> tuple[Tensor, Tensor]:
-        results = addresses.losses_like(weight)
+        results = losses_like(weight)
         self._merge(gathered, target, weight, math, results)
         return results
 
     def merge_metrics(
         self, gathered: Tensor, target: Tensor, weight: Tensor, math: RowMath
     ) -> tuple[Tensor, ...]:
-        results = loss, _ = addresses.losses_like(weight)
+        results = loss, _ = losses_like(weight)
         lse, log_prob, entropy = (torch.empty_like(weight) for _ in range(3))
         correct = torch.empty_like(weight, dtype=torch.bool)
         self._merge(gathered, target, weight, math, results, lse, log_prob, correct, entropy)
         return loss, log_prob, lse, correct, entropy
+
+    def reduce(self, losses: Tensor, weight_sum: Tensor | None) -> Tensor:
+        result = losses.new_empty(())
+        with _on(losses.device):
+            self.module.reduce(
+                losses.data_ptr(),
+                losses.numel(),
+                arguments.address(weight_sum),
+                result.data_ptr(),
+                _stream(losses.device),
+            )
+        return result
 
     def row_grad(
         self,
         logits: Tensor,
         normalizer: Tensor,
         target: Tensor,
-        scale: Tensor,
+        scale: RowScale,
         math: RowMath,
         out: Tensor,
         stored: Tensor | None = None,
     ) -> None:
-        args = addresses.grad_args(
-            self.module, logits, normalizer, target, scale, math, out, stored
+        self._launch(
+            self.module.row_grad,
+            logits.device,
+            arguments.rows(logits),
+            arguments.rows(out),
+            math,
+            target.data_ptr(),
+            normalizer.data_ptr(),
+            arguments.row_scale(scale),
+            arguments.address(stored),
         )
-        self._launch(self.module.row_grad, args, logits.device)
+
+    row_regrad = row_grad
 
     def row_stats_grad(
         self,
@@ -118,47 +161,56 @@ class Gpu:
         math: RowMath,
         out: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        results = addresses.losses_like(weight)
-        args = addresses.stats_grad_args(
-            self.module, logits, target, weight, scale, math, out, *results
+        losses, normalizer = losses_like(weight)
+        self._launch(
+            self.module.row_stats_grad,
+            logits.device,
+            arguments.rows(logits),
+            arguments.rows(out),
+            math,
+            target.data_ptr(),
+            weight.data_ptr(),
+            arguments.row_scale(RowScale(scale)),
+            losses.data_ptr(),
+            normalizer.data_ptr(),
         )
-        self._launch(self.module.row_stats_grad, args, logits.device)
-        return results
+        return losses, normalizer
 
-    def row_rescale(self, grad: Tensor, scale: Tensor, stored: Tensor, math: RowMath) -> None:
-        args = addresses.rescale_args(self.module, grad, scale, stored, math)
-        self._launch(self.module.row_rescale, args, grad.device)
+    def row_rescale(self, grad: Tensor, scale: RowScale, stored: Tensor, math: RowMath) -> None:
+        self._launch(
+            self.module.row_rescale,
+            grad.device,
+            arguments.rows(grad),
+            math,
+            arguments.row_scale(scale),
+            stored.data_ptr(),
+        )
 
-    def _launch(self, function: Callable, args, device: torch.device) -> None:
+    def _launch(self, function: Callable, device: torch.device, *args) -> None:
         with _on(device):
-            function(args, chip=self._chip(device), stream=_stream(device))
+            function(*args, self.chip_of(device), _stream(device))
 
     def _merge(
         self,
-        gathered,
-        target,
-        weight,
-        math,
-        results,
-        lse=None,
-        log_prob=None,
-        correct=None,
-        entropy=None,
+        gathered: Tensor,
+        target: Tensor,
+        weight: Tensor,
+        math: RowMath,
+        results: tuple[Tensor, Tensor],
+        *metrics: Tensor,
     ) -> None:
-        args = addresses.merge_args(self.module, gathered, target, weight, math, *results)
+        losses, normalizer = results
         with _on(weight.device):
             self.module.merge(
-                args,
-                lse=addresses.address(lse),
-                log_prob=addresses.address(log_prob),
-                correct=addresses.address(correct),
-                entropy=addresses.address(entropy),
-                stream=_stream(weight.device),
+                arguments.gathered(gathered),
+                math,
+                target.data_ptr(),
+                weight.data_ptr(),
+                losses.data_ptr(),
+                normalizer.data_ptr(),
+                *(map(arguments.address, metrics or (None,) * 4)),
+                _stream(weight.device),
             )
-
-    def _chip(self, device: torch.device):
-        generation, multiprocessors = self.chip_of(device)
-        return self.module.Chip(generation=generation, multiprocessors=multiprocessors)
 
 
 def _on(device: torch.device) -> AbstractContextManager:

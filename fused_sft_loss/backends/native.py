@@ -1,12 +1,14 @@
-"""The compiled CPU kernels of csrc/: tensors in, addresses out."""
+"""The compiled CPU kernels of csrc/cpu: tensors in, addresses out."""
 
 import torch
 from torch import Tensor
 
 from .. import _cpu
 from ..rowmath import RowMath
+from ..scoring import Scoring
 from ..targets import Targets
-from . import addresses
+from . import arguments
+from .contract import Losses, RowScale, losses_like
 from .eager import merge_metrics
 
 #: Version, compiler, instruction sets and the one in use, threading; and how tests choose another.
@@ -15,9 +17,12 @@ build_info, isas, use_isa = _cpu.build_info, _cpu.isas, _cpu.use_isa
 __all__ = [
     "build_info",
     "isas",
+    "loss",
     "merge",
     "merge_metrics",
+    "reduce",
     "row_grad",
+    "row_regrad",
     "row_rescale",
     "row_stats",
     "row_stats_grad",
@@ -26,60 +31,118 @@ __all__ = [
 ]
 
 
-def row_targets(
-    labels: Tensor,
-    loss_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    shift: bool,
-    ignore_index: int,
-    vocab_size: int,
-) -> Targets:
-    given = addresses.plain(labels, loss_mask, cu_seqlens)
-    result = Targets.empty(given[0])
-    args = addresses.targets_args(
-        _cpu, *given, result, shift=shift, ignore_index=ignore_index, vocab_size=vocab_size
+def row_targets(scoring: Scoring, vocab_size: int) -> Targets:
+    scoring = arguments.in_dtypes(scoring)
+    found = Targets.empty(scoring.labels)
+    _cpu.row_targets(arguments.targets(scoring, vocab_size, found))
+    return found
+
+
+def loss(scoring: Scoring, logits: Tensor, math: RowMath, reduction: str) -> Losses:
+    if scoring.cu_seqlens is not None and scoring.checked:
+        scoring._replace(loss_mask=None).check_values()
+    given = arguments.in_dtypes(scoring.read())
+    found = Targets.empty(given.labels)
+    losses, normalizer = losses_like(found.weight)
+    result = losses if reduction == "none" else losses.new_empty(())
+    faults = _cpu.loss(
+        arguments.targets(given, math.vocab_size, found),
+        arguments.rows(logits),
+        math,
+        losses.data_ptr(),
+        normalizer.data_ptr(),
+        reduction == "mean",
+        0 if result is losses else result.data_ptr(),
+        torch.get_num_threads(),
     )
-    _cpu.row_targets(args)
-    return result
+    if faults and scoring.checked:
+        scoring.check_values()
+        scoring.check_labels(found.target, math.vocab_size)
+    return Losses.of(result, found, normalizer)
 
 
 def row_stats(
-    logits: Tensor, target: Tensor, weight: Tensor, math: RowMath, columns: int
+    logits: Tensor, target: Tensor, weight: Tensor, math: RowMath, statistics: int
 ) -> Tensor:
-    stats = torch.empty(weight.numel(), columns, dtype=torch.float32, device=weight.device)
-    args = addresses.stats_args(_cpu, logits, target, weight, stats, math)
-    _cpu.row_stats(args, threads=torch.get_num_threads())
+    stats = weight.new_empty(weight.numel(), statistics)
+    _cpu.row_stats(
+        arguments.rows(logits),
+        math,
+        target.data_ptr(),
+        weight.data_ptr(),
+        statistics,
+        stats.data_ptr(),
+        torch.get_num_threads(),
+    )
     return stats
 
 
 def merge(gathered: Tensor, target: Tensor, weight: Tensor, math: RowMath) -> tuple[Tensor, Tensor]:
-    results = addresses.losses_like(weight)
-    _cpu.merge(addresses.merge_args(_cpu, gathered, target, weight, math, *results))
-    return results
+    losses, normalizer = losses_like(weight)
+    _cpu.merge(
+        arguments.gathered(gathered),
+        math,
+        target.data_ptr(),
+        weight.data_ptr(),
+        losses.data_ptr(),
+        normalizer.data_ptr(),
+    )
+    return losses, normalizer
+
+
+def reduce(losses: Tensor, weight_sum: Tensor | None) -> Tensor:
+    result = losses.new_empty(())
+    _cpu.reduce(losses.data_ptr(), losses.numel(), arguments.address(weight_sum), result.data_ptr())
+    return result
 
 
 def row_grad(
     logits: Tensor,
     normalizer: Tensor,
     target: Tensor,
-    scale: Tensor,
+    scale: RowScale,
     math: RowMath,
     out: Tensor,
     stored: Tensor | None = None,
 ) -> None:
-    args = addresses.grad_args(_cpu, logits, normalizer, target, scale, math, out, stored)
-    _cpu.row_grad(args, threads=torch.get_num_threads())
+    _cpu.row_grad(
+        arguments.rows(logits),
+        arguments.rows(out),
+        math,
+        target.data_ptr(),
+        normalizer.data_ptr(),
+        arguments.row_scale(scale),
+        arguments.address(stored),
+        torch.get_num_threads(),
+    )
+
+
+row_regrad = row_grad
 
 
 def row_stats_grad(
     logits: Tensor, target: Tensor, weight: Tensor, scale: Tensor, math: RowMath, out: Tensor
 ) -> tuple[Tensor, Tensor]:
-    results = addresses.losses_like(weight)
-    args = addresses.stats_grad_args(_cpu, logits, target, weight, scale, math, out, *results)
-    _cpu.row_stats_grad(args, threads=torch.get_num_threads())
-    return results
+    losses, normalizer = losses_like(weight)
+    _cpu.row_stats_grad(
+        arguments.rows(logits),
+        arguments.rows(out),
+        math,
+        target.data_ptr(),
+        weight.data_ptr(),
+        arguments.row_scale(RowScale(scale)),
+        losses.data_ptr(),
+        normalizer.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return losses, normalizer
 
 
-def row_rescale(grad: Tensor, scale: Tensor, stored: Tensor, math: RowMath) -> None:
-    args = addresses.rescale_args(_cpu, grad, scale, stored, math)
-    _cpu.row_rescale(args, threads=torch.get_num_threads())
+def row_rescale(grad: Tensor, scale: RowScale, stored: Tensor, math: RowMath) -> None:
+    _cpu.row_rescale(
+        arguments.rows(grad),
+        math,
+        arguments.row_scale(scale),
+        stored.data_ptr(),
+        torch.get_num_threads(),
+    )

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..autograd import may_synchronise
+from ..scoring import may_synchronise
 
 
 class Rows(NamedTuple):

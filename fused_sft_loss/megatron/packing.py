@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..autograd import may_synchronise
+from ..scoring import may_synchronise
 from ..targets import check_values, shift_targets
 
 

@@ -43,8 +43,9 @@ def test_in_the_interpreter(name):
 
 
 def test_one_variant_of_every_test_in_the_interpreter():
-    """The sample that make test has of the runs above."""
-    interpret(" ".join(what for what, _ in RUNS.values()), 60, "--sample", "1")
+    """The sample that make test has of the runs above, but for those of several processes."""
+    sampled = (what for name, (what, _) in RUNS.items() if name != "sharded")
+    interpret(" ".join(sampled), 55, "--sample", "1")
 
 
 def interpret(what, at_least, *options):

@@ -11,7 +11,7 @@ from tiers import sampled, sampled_runs
 pytest.importorskip("triton")
 
 from fused_sft_loss.triton_kernels import launch  # noqa: E402
-from fused_sft_loss.triton_kernels.rowmath import INTERPRETED  # noqa: E402
+from fused_sft_loss.triton_kernels.arithmetic import INTERPRETED  # noqa: E402
 
 if INTERPRETED.value:
     pytest.skip("Triton interprets kernels here, and compiles none", allow_module_level=True)

@@ -17,9 +17,11 @@ from triton.runtime.interpreter import interpreter_builder
 from wrong_calls import TABLE
 
 import fused_sft_loss as fsl
-from fused_sft_loss import autograd
+from fused_sft_loss import scoring
 from fused_sft_loss.backends import triton as kernels
+from fused_sft_loss.backends.contract import RowScale
 from fused_sft_loss.rowmath import RowMath
+from fused_sft_loss.scoring import Scoring
 from fused_sft_loss.targets import row_targets
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -58,7 +60,7 @@ def test_same_bits_whatever_the_split(small_tiles, monkeypatch, dtype, softcap, 
         monkeypatch.setattr(row_grad, "splits", lambda *_, n=parts: n)
         stats = kernels.row_stats(logits, target, weight, math, columns)
         grad = torch.empty_like(logits)
-        kernels.row_grad(logits, stats[:, :2].contiguous(), target, weight, math, grad)
+        kernels.row_grad(logits, stats[:, :2].contiguous(), target, RowScale(weight), math, grad)
         results.append((stats, grad))
     assert results[0][0][:, 1].count_nonzero() == (weight != 0).sum()
     for stats, grad in results[1:]:
@@ -151,7 +153,7 @@ def test_scored_rows_are_read_once_and_masked_ones_never(small_tiles, monkeypatc
     scale = weight.clone()
     scale[2] = 0  # an upstream gradient of 0
     with recorded_accesses() as (loads, stores):
-        kernels.row_grad(logits, stats[:, :2].contiguous(), target, scale, MATH, grad)
+        kernels.row_grad(logits, stats[:, :2].contiguous(), target, RowScale(scale), MATH, grad)
     wanted = (scale != 0).long().unsqueeze(1).expand(-1, 3007).clone()
     wanted[:, 3000:] = 0
     assert torch.equal(counts(loads, logits).flatten(0, 1), wanted)
@@ -165,7 +167,7 @@ def test_backward_begins_with_the_last_row(small_tiles, monkeypatch, last_first)
     logits, target, weight = rows_of(torch.float32)
     grad = torch.empty_like(logits)
     with recorded_accesses() as (_, stores):
-        kernels.row_grad(logits, torch.ones(4, 2), target, weight, MATH, grad)
+        kernels.row_grad(logits, torch.ones(4, 2), target, RowScale(weight), MATH, grad)
     rows = [(int(store[0]) - grad.data_ptr()) // (4 * 3000) for store in stores]
     assert rows == sorted(rows, reverse=last_first) and set(rows) == set(range(4))
 
@@ -197,11 +199,12 @@ def test_kernels_do_not_synchronise(small_tiles, monkeypatch, options, parts):
     )
     cuts = torch.tensor([0, 2, 6])
     with NoSynchronisation():
-        rows = kernels.row_targets(case.labels, case.loss_mask, cuts, True, -100, 3000)
+        rows = kernels.row_targets(Scoring(case.labels, case.loss_mask, cuts, True, -100), 3000)
         columns = 4 if math.label_smoothing else 3
         stats = kernels.row_stats(case.storage, rows.target, rows.weight, math, columns)
         _, normalizer = kernels.merge(stats.unsqueeze(0), rows.target, rows.weight, math)
-        kernels.row_grad(case.storage, normalizer, rows.target, rows.weight, math, case.storage)
+        there = case.storage, normalizer, rows.target, RowScale(rows.weight), math
+        kernels.row_grad(*there, case.storage)
         stats = kernels.row_stats(case.storage, rows.target, rows.weight, math, 6)
         kernels.merge_metrics(stats.unsqueeze(0), rows.target, rows.weight, math)
         with pytest.raises(AssertionError, match="synchronises"):  # the mode can fail
@@ -210,7 +213,7 @@ def test_kernels_do_not_synchronise(small_tiles, monkeypatch, options, parts):
 
 def test_nothing_synchronises_from_end_to_end(monkeypatch):
     """The methods that would, trapped while the loss runs as it does on an accelerator."""
-    monkeypatch.setattr(autograd, "may_synchronise", lambda tensor: False)
+    monkeypatch.setattr(scoring, "may_synchronise", lambda tensor: False)
 
     def trap(name):
         original = getattr(torch.Tensor, name)
@@ -233,7 +236,7 @@ def test_nothing_synchronises_from_end_to_end(monkeypatch):
     leaf = case.storage.clone().requires_grad_()
     fsl.sft_loss(leaf, case.labels, case.loss_mask, **options).backward()
     fsl.token_metrics(leaf, case.labels, case.loss_mask, **options)
-    monkeypatch.setattr(autograd, "may_synchronise", lambda tensor: True)
+    monkeypatch.setattr(scoring, "may_synchronise", lambda tensor: True)
     with pytest.raises(AssertionError, match="calls Tensor"):  # the traps can fail
         fsl.sft_loss(leaf, case.labels, case.loss_mask, **options)
 
@@ -269,7 +272,7 @@ def test_search_leaves_logits_that_are_their_own_gradient_alone(small_tiles, mon
     """FUSED_SFT_LOSS_AUTOTUNE runs a kernel many times; in place the first run must be the last."""
     logits, target, weight = rows_of(torch.float32)
     want = torch.empty_like(logits)
-    kernels.row_grad(logits, torch.full((4, 2), 9.0), target, weight, MATH, want)
+    kernels.row_grad(logits, torch.full((4, 2), 9.0), target, RowScale(weight), MATH, want)
     monkeypatch.setenv(tune.VARIABLE, "1")
     monkeypatch.setattr(tune, "_found", {})
     ran = []
@@ -282,7 +285,7 @@ def test_search_leaves_logits_that_are_their_own_gradient_alone(small_tiles, mon
         return shape
 
     monkeypatch.setattr(tune, "search", search)
-    kernels.row_grad(logits, torch.full((4, 2), 9.0), target, weight, MATH, logits)
+    kernels.row_grad(logits, torch.full((4, 2), 9.0), target, RowScale(weight), MATH, logits)
     assert ran == ["row_grad"] and torch.equal(logits, want)
 
 
@@ -297,9 +300,9 @@ def test_nothing_to_do(empty):
     losses, _ = kernels.merge(stats.unsqueeze(0), target, weight, math)
     assert losses.shape == (rows,)
     grad = torch.full_like(logits, 7.0)
-    kernels.row_grad(logits, torch.ones(rows, 2), target, weight, math, grad)
+    kernels.row_grad(logits, torch.ones(rows, 2), target, RowScale(weight), math, grad)
     assert (grad == 0).all()
     labels = torch.zeros(2, logits.shape[1], dtype=torch.int64)
-    got = kernels.row_targets(labels, None, None, True, -100, 9)
+    got = kernels.row_targets(Scoring(labels, None, None, True, -100), 9)
     for mine, wanted in zip(got, row_targets(labels, None, None, True, -100, 9), strict=True):
         assert torch.equal(mine, wanted)

@@ -7,12 +7,13 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from fused_sft_loss.triton_kernels import merge, rowmath
+from fused_sft_loss.triton_kernels import arithmetic, merge
 from fused_sft_loss.triton_kernels import row_targets as row_targets_kernel
 
 from fused_sft_loss import shards, targets
 from fused_sft_loss.backends import triton as kernels
 from fused_sft_loss.rowmath import RowMath
+from fused_sft_loss.scoring import Scoring
 
 INF, NAN = float("inf"), float("nan")
 
@@ -20,9 +21,9 @@ INF, NAN = float("inf"), float("nan")
 @triton.jit
 def cast_kernel(x, narrowed, widened, N: tl.constexpr):
     at = tl.arange(0, N)
-    value = rowmath.narrow(tl.load(x + at), narrowed.dtype.element_ty)
+    value = arithmetic.narrow(tl.load(x + at), narrowed.dtype.element_ty)
     tl.store(narrowed + at, value)
-    tl.store(widened + at, rowmath.widen(tl.load(narrowed + at)))
+    tl.store(widened + at, arithmetic.widen(tl.load(narrowed + at)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -46,7 +47,7 @@ def test_rounding_to_nearest_even_and_back(dtype):
 @triton.jit
 def cap_kernel(x, value, slope, inward, cap, N: tl.constexpr):
     at = tl.arange(0, N)
-    z, dz = rowmath.cap_and_slope(tl.load(x + at), inward, cap)
+    z, dz = arithmetic.cap_and_slope(tl.load(x + at), inward, cap)
     tl.store(value + at, z)
     tl.store(slope + at, dz)
 
@@ -93,7 +94,7 @@ def layouts(tensor):
 
 
 def check_targets(labels, mask, cuts, shift, ignore_index=7, vocab_size=100):
-    got = kernels.row_targets(labels, mask, cuts, shift, ignore_index, vocab_size)
+    got = kernels.row_targets(Scoring(labels, mask, cuts, shift, ignore_index), vocab_size)
     want = targets.row_targets(labels, mask, cuts, shift, ignore_index, vocab_size)
     for field, mine, wanted in zip(want._fields, got, want, strict=True):
         assert mine.dtype == wanted.dtype and mine.shape == wanted.shape, field

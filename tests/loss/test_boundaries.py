@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fused_sft_loss as fsl
-from fused_sft_loss import autograd
+from fused_sft_loss import scoring
 from fused_sft_loss.megatron import shift_packed_targets
 
 LOGITS = torch.randn(2, 6, 50)
@@ -31,7 +31,7 @@ def losses(bounds, backend):
 @pytest.mark.parametrize("name", TAILS)
 def test_trap_a_sentinel_tail_ends_the_boundaries(backend, name, checked, monkeypatch):
     """`checked` False: as on an accelerator, where nothing is looked at."""
-    monkeypatch.setattr(autograd, "may_synchronise", lambda tensor: checked)
+    monkeypatch.setattr(scoring, "may_synchronise", lambda tensor: checked)
     whole, cut = TAILS[name]
     got = losses(whole, backend)
     assert torch.equal(got, losses(cut, backend))

@@ -69,33 +69,28 @@ def operator_arguments(backend):
     logits = torch.randn(2, 3, 100, requires_grad=True)
     target, weight = torch.randint(0, 90, (6,)), torch.rand(6)
     weight[2] = 0
-    normalizer, grad = torch.rand(6, 2) + 1, torch.randn(6)
+    gradient = (target, weight, None, torch.rand(6, 2) + 1, *math.packed(), backend)
+    of_mean = (target, weight, weight.sum(), torch.rand(6, 2) + 1, *math.packed(), backend)
     labels, mask = torch.randint(0, 90, (2, 3)), torch.rand(2, 3)
+    scoring = (labels, mask, torch.tensor([0, 4, 6]), True, -100)
+    given, plain = (*scoring, *math.packed()), logits.detach()
     return {
-        "row_targets": (labels, mask, torch.tensor([0, 4, 6]), True, -100, 90, backend),
-        "token_losses": (logits, target, weight, *math.arguments(), "", backend, False),
-        "token_losses_and_metrics": (logits, target, weight, *math.arguments(), "", backend, False),
-        "row_grad": (grad, logits.detach(), target, weight, normalizer, *math.arguments(), backend),
-        "row_grad_": (
-            *(grad, logits.detach().clone(), target, weight, normalizer),
-            *(*math.arguments(), backend),
-        ),
-        "token_metrics": (logits.detach(), target, weight, *math.arguments(), "", backend),
+        "row_targets": (*scoring, 90, backend),
+        "loss": (plain, *given, "none", "loss", "", backend),
+        "loss_and_metrics": (plain, *given, "none", "loss", "", backend),
+        "differentiable_loss": (logits, *given, "mean", "loss", "", backend, False),
+        "differentiable_loss_and_metrics": (logits, *given, "none", "loss", "", backend, False),
+        "row_grad": (plain, torch.randn(6), *gradient),
+        "row_grad_": (plain.clone(), torch.tensor(0.5), *of_mean),
+        "token_metrics": (plain, *given, "metrics", "", backend),
     }
 
 
+OPERATORS = [*operator_arguments("eager")]
+
+
 @pytest.mark.parametrize("name", BUILT)
-@pytest.mark.parametrize(
-    "operator",
-    [
-        "row_targets",
-        "token_losses",
-        "row_grad",
-        "row_grad_",
-        "token_metrics",
-        "token_losses_and_metrics",
-    ],
-)
+@pytest.mark.parametrize("operator", OPERATORS)
 def test_opcheck(operator, name):
     with using(name) as backend:
         args = operator_arguments(backend)[operator]

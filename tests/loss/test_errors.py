@@ -41,7 +41,7 @@ def test_environment_variable_forces_a_backend_and_fails_loudly(monkeypatch):
 @pytest.mark.parametrize("name", ON_CPU)
 def test_without_the_value_check_a_wrong_label_poisons_its_row_alone(name, monkeypatch):
     """What an accelerator does, where looking at a label would synchronise."""
-    monkeypatch.setattr("fused_sft_loss.autograd.may_synchronise", lambda tensor: False)
+    monkeypatch.setattr("fused_sft_loss.scoring.may_synchronise", lambda tensor: False)
     leaf = LOGITS.clone().requires_grad_()
     labels = changed(LABELS, (1, 3), 100)
     with using(name) as backend:

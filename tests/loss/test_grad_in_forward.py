@@ -304,7 +304,7 @@ def test_opcheck():
     math = RowMath(0.1, 1e-3, 9.0, 1.5, 0, 50)
     ops = torch.ops.fused_sft_loss
     with using(ONE_READ[0]) as name:
-        call = (logits, target, weight, weight, *math.arguments(), name)
+        call = (logits, target, weight, weight, *math.packed(), name)
         opcheck(ops.row_stats_grad, call)
         opcheck(ops.row_stats_grad_, call)
         losses, normalizer, grad = ops.row_stats_grad(*call)
@@ -312,10 +312,10 @@ def test_opcheck():
         for held in (grad, None):
             opcheck(
                 ops.with_grad,
-                (leaf, losses, held, target, weight, normalizer, weight, *math.arguments(), name),
+                (leaf, losses, held, target, weight, normalizer, weight, *math.packed(), name),
                 # Backward may write over what it is given: it runs once.
                 test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
             )
-        again = (grad, logits, target, normalizer, weight * 2, weight, *math.arguments(), name)
+        again = (grad, weight * 2, logits, target, weight, normalizer, weight, *math.packed(), name)
         opcheck(ops.row_regrad_, again)
-        opcheck(ops.row_rescale_, (grad, weight * 2, weight, *math.arguments(), name))
+        opcheck(ops.row_rescale_, (grad, weight * 2, weight, weight, *math.packed(), name))

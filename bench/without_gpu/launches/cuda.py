@@ -13,13 +13,14 @@ from .cuda_structs import (
     Holding,
     MergeArgs,
     Metrics,
+    RowMath,
     Rows,
+    RowScale,
     Scales,
     Share,
     StatsArgs,
     StatsGradArgs,
     TargetsArgs,
-    Transform,
 )
 from .passes import Passes, share
 
@@ -69,8 +70,7 @@ class Run(Passes):
         self.split, self.seed, self.edit, self.shift = split, seed, edit, shift
         self.given_grad = grad
         self.vocab_size = vocab_size or logits.shape[-1]
-        self.transform = Transform(logit_scale, softcap)
-        self.terms = {"label_smoothing": label_smoothing, "z_loss": z_loss}
+        self.math = RowMath(label_smoothing, z_loss, softcap, logit_scale, 0, self.vocab_size)
         self.columns = 4 if label_smoothing else 3
         self.options = {"dtype": str(logits.dtype)[6:], "softcap": softcap > 0}
         self.counts = {}
@@ -98,7 +98,7 @@ class Run(Passes):
         self.parts = torch.full((rows, segments, columns), float("nan"))
         splits = segments if self.split else 1
         args = StatsArgs(
-            logits=self._rows(self.logits), transform=self.transform, want=columns,
+            logits=self._rows(self.logits), math=self.math, want=columns,
             **self._named("target weight stats"),
         )  # fmt: skip
         code = kernel("row_stats", columns=columns, shifted=skew(self.logits) != 0, **self.options)
@@ -116,8 +116,7 @@ class Run(Passes):
         self.unwritten_losses()
         args = MergeArgs(
             **self._named("stats target weight loss normalizer"), ranks=1, rows=rows,
-            columns=columns, rank_stride=rows * columns, unit=self._unit(),
-            vocab_size=self.vocab_size, **self.terms,
+            columns=columns, rank_stride=rows * columns, math=self.math,
         )  # fmt: skip
         code = kernel("merge", columns=columns)
         self._run("merge", code, blocks(rows), VECTOR_THREADS, args, Metrics())
@@ -154,9 +153,8 @@ class Run(Passes):
 
     def _grad_args(self, grad) -> GradArgs:
         return GradArgs(
-            logits=self._rows(self.logits), grad=self._rows(grad), transform=self.transform,
-            **self._named("target normalizer"), scale=self.weight.data_ptr(),
-            vocab_size=self.vocab_size, **self.terms,
+            logits=self._rows(self.logits), grad=self._rows(grad), math=self.math,
+            **self._named("target normalizer"), scale=RowScale(self.weight.data_ptr(), 1),
         )  # fmt: skip
 
     def _rows(self, tensor) -> Rows:
@@ -169,7 +167,7 @@ class Run(Passes):
 
     def _scales(self) -> Scales:
         """As scales_of in row_math.cuh."""
-        scale, cap = self.transform.logit_scale, self.transform.softcap
+        scale, cap = self.math.logit_scale, self.math.softcap
         unit = self._unit()
         log2 = np.float32(unit) * LOG2E
         far = 2.0 ** min(31 - np.frexp(log2)[1], 127)
@@ -177,7 +175,7 @@ class Run(Passes):
         return Scales(unit, log2, far, inward, cap, scale)
 
     def _unit(self) -> float:
-        return 1.0 if self.transform.softcap else self.transform.logit_scale
+        return 1.0 if self.math.softcap else self.math.logit_scale
 
     def _named(self, names: str) -> dict[str, int]:
         return {name: getattr(self, name).data_ptr() for name in names.split()}

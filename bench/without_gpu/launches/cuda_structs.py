@@ -28,28 +28,30 @@ Rows = _struct(
     dtype=c_int,
     **_of(c_int64, "batch seq columns valid stride_b stride_s"),
 )
-Transform = _struct("Transform", **_of(c_float, "logit_scale softcap"))
+RowMath = _struct(
+    "RowMath",
+    **_of(c_float, "label_smoothing z_loss softcap logit_scale"),
+    **_of(c_int64, "vocab_start vocab_size"),
+)
 StatsArgs = _struct(
     "StatsArgs",
     logits=Rows,
-    transform=Transform,
+    math=RowMath,
     **_of(POINTER, "target weight"),
-    vocab_start=c_int64,
     want=c_int,
     stats=POINTER,
 )
+RowScale = _struct("RowScale", grad=POINTER, stride=c_int64, **_of(POINTER, "weight weight_sum"))
 GradArgs = _struct(
     "GradArgs",
     **_of(Rows, "logits grad"),
-    transform=Transform,
-    **_of(POINTER, "target normalizer scale"),
-    vocab_start=c_int64,
-    **_of(c_float, "label_smoothing z_loss"),
-    vocab_size=c_int64,
+    math=RowMath,
+    **_of(POINTER, "target normalizer"),
+    scale=RowScale,
     stored=POINTER,
 )
 StatsGradArgs = _struct("StatsGradArgs", grad=GradArgs, **_of(POINTER, "weight loss normalizer"))
-RescaleArgs = _struct("RescaleArgs", grad=Rows, **_of(POINTER, "scale stored"))
+RescaleArgs = _struct("RescaleArgs", grad=Rows, scale=RowScale, stored=POINTER)
 TargetsArgs = _struct(
     "TargetsArgs",
     **_of(POINTER, "labels mask cu_seqlens"),
@@ -64,10 +66,10 @@ MergeArgs = _struct(
     stats=POINTER,
     **_of(c_int64, "ranks rows columns rank_stride"),
     **_of(POINTER, "target weight"),
-    **_of(c_float, "unit label_smoothing z_loss"),
-    vocab_size=c_int64,
+    math=RowMath,
     **_of(POINTER, "loss normalizer"),
 )
+ReduceArgs = _struct("ReduceArgs", loss=POINTER, rows=c_int64, **_of(POINTER, "weight_sum result"))
 Metrics = _struct("Metrics", **_of(POINTER, "lse log_prob correct entropy"))
 Scales = _struct("Scales", **_of(c_float, "unit log2 far inward cap slope"))
 Share = _struct("Share", **_of(c_int32, "splits segment"), parts=POINTER)
@@ -75,7 +77,8 @@ Holding = _struct("Holding", **_of(c_int32, "cluster columns"))
 
 #: By the name that C++ knows them by.
 STRUCTS = {
-    **{f"fsl::{s.__name__}": s for s in (Rows, Transform, StatsArgs, GradArgs)},
-    **{f"fsl::{s.__name__}": s for s in (StatsGradArgs, RescaleArgs, TargetsArgs, MergeArgs)},
+    **{f"fsl::{s.__name__}": s for s in (Rows, RowMath, RowScale, StatsArgs, GradArgs)},
+    **{f"fsl::{s.__name__}": s for s in (StatsGradArgs, RescaleArgs, TargetsArgs)},
+    **{f"fsl::{s.__name__}": s for s in (MergeArgs, ReduceArgs)},
     **{f"fsl::gpu::{s.__name__}": s for s in (Metrics, Scales, Share, Holding)},
 }

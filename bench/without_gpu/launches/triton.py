@@ -6,6 +6,11 @@ from functools import cache
 import torch
 from fused_sft_loss.triton_kernels import launch, merge, row_grad, row_stats, row_targets
 
+from fused_sft_loss.backends.contract import RowScale
+from fused_sft_loss.rowmath import RowMath
+from fused_sft_loss.scoring import Scoring
+from fused_sft_loss.targets import Targets
+
 from .. import triton_offline
 from ..ptx import Kernel, Machine
 from .passes import Passes, share
@@ -51,35 +56,31 @@ class Run(Passes):
         self.logits, self.labels, self.loss_mask = logits, labels, loss_mask
         self.inplace, self.shift, self.seed = inplace, shift, seed
         self.edit = edit or (lambda text: text)
-        self.valid = self.vocab_size = vocab_size or logits.shape[-1]
-        self.cap = {"softcap": softcap, "logit_scale": logit_scale}
-        self.terms = {"label_smoothing": label_smoothing, "z_loss": z_loss}
+        vocab_size = vocab_size or logits.shape[-1]
+        self.math = RowMath(label_smoothing, z_loss, softcap, logit_scale, 0, vocab_size)
         self.counts = {}
 
     def targets(self):
         self.unwritten_targets()
         plan = row_targets.plan(
-            self.planned_for, self.labels, self.loss_mask, None, self.target, self.weight,
-            self.count, self.weight_sum, shift=self.shift, ignore_index=-100,
-            vocab_size=self.vocab_size,
+            self.planned_for, Scoring(self.labels, self.loss_mask, None, self.shift, -100),
+            self.math.vocab_size, Targets(self.target, self.weight, self.count, self.weight_sum),
         )  # fmt: skip
         self._run("targets", plan)
 
     def statistics(self, columns=4):
         self.stats = torch.full((self.labels.numel(), columns), float("nan"))
-        shape = self._shape(row_stats.table_name(columns, self.cap["softcap"]))
+        shape = self._shape(row_stats.table_name(columns, self.math.softcap))
         plan = row_stats.plan(
-            self.planned_for, shape, self.logits, self.target, self.weight, self.stats,
-            valid=self.valid, vocab_start=0, **self.cap,
+            self.planned_for, shape, self.math, self.logits, self.target, self.weight, self.stats,
         )  # fmt: skip
         self._run("statistics", plan)
 
     def merged(self):
         self.unwritten_losses()
         plan = merge.plan(
-            self.planned_for, self.stats[None], self.target, self.weight, self.loss,
-            self.normalizer, unit=1.0 if self.cap["softcap"] else self.cap["logit_scale"],
-            vocab_size=self.vocab_size, **self.terms,
+            self.planned_for, self.math, self.stats[None], self.target, self.weight, self.loss,
+            self.normalizer,
         )  # fmt: skip
         self._run("merge", plan)
 
@@ -87,9 +88,8 @@ class Run(Passes):
         self.grad = self.logits if self.inplace else self.unwritten_gradient()
         shape = self._shape("row_grad")
         plan = row_grad.plan(
-            self.planned_for, shape, self.logits, self.normalizer, self.target, self.weight,
-            self.grad,
-            valid=self.valid, vocab_start=0, vocab_size=self.vocab_size, **self.cap, **self.terms,
+            self.planned_for, shape, self.math, self.logits, self.normalizer, self.target,
+            RowScale(self.weight), self.grad,
         )  # fmt: skip
         self._run("gradient", plan)
 

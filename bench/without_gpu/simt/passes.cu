@@ -47,20 +47,23 @@ struct Problem {
     print("weight_sum", weight_sum);
   }
 
+  // As many times its loss as the row weighs.
+  RowScale scale() const { return {weight.data(), 1, nullptr, nullptr}; }
+
   void run(Want want, float softcap, float smoothing) {
     const int columns = static_cast<int>(want);
-    const Transform transform{1.0f, softcap};
+    const RowMath math{smoothing, 0, softcap, 1.0f, 0, kColumns};
     std::vector<float> stats(kRows * columns), loss(kRows), normalizer(kRows * kNormalizer), lse(kRows),
         log_prob(kRows), entropy(kRows);
     std::vector<uint8_t> correct(kRows);
-    const StatsArgs args{rows(logits), transform, target.data(), weight.data(), 0, want, stats.data()};
+    const StatsArgs args{rows(logits), math, target.data(), weight.data(), want, stats.data()};
     const gpu::Shares shares = gpu::row_stats_shares(args, chip);
     std::vector<float> parts(shares.splits > 1 ? kRows * shares.segments * columns : 0);
     gpu::row_stats(args, parts.data(), chip, nullptr);
     print("stats", stats);
     const bool metrics = want == Want::metrics;
-    gpu::merge({stats.data(), 1, kRows, columns, 0, target.data(), weight.data(), 1, smoothing, 0, kColumns,
-                loss.data(), normalizer.data()},
+    gpu::merge({stats.data(), 1, kRows, columns, 0, target.data(), weight.data(), math, loss.data(),
+                normalizer.data()},
                {lse.data(), metrics ? log_prob.data() : nullptr, correct.data(), entropy.data()}, nullptr);
     print("loss", loss);
     print("entropy", entropy);
@@ -70,8 +73,7 @@ struct Problem {
     Rows grad = rows(apart);
     grad.data = apart.data() + 4;
     const auto args_to = [&](const Rows& in, const Rows& out) {
-      return GradArgs{in,        out, transform, target.data(), normalizer.data(), weight.data(), 0,
-                      smoothing, 0,   kColumns,  nullptr};
+      return GradArgs{in, out, math, target.data(), normalizer.data(), scale(), nullptr};
     };
     gpu::row_grad(args_to(rows(logits), grad), chip, nullptr);
     gpu::row_grad(args_to(rows(same), rows(same)), chip, nullptr);
@@ -81,16 +83,14 @@ struct Problem {
     for (int i = 0; i < 3; ++i) apart[i] = same[i];
     print("grad", same);
     if (same != apart) std::printf("in place is another gradient\n");
-    one_read(transform, smoothing, same, loss);
+    one_read(math, same, loss);
   }
 
   // The same from one read, then for twice the scale: by rescaling, which is exact for a power of two.
-  void one_read(const Transform& transform, float smoothing, std::vector<uint16_t> wanted,
-                const std::vector<float>& wanted_loss) {
+  void one_read(const RowMath& math, std::vector<uint16_t> wanted, const std::vector<float>& wanted_loss) {
     std::vector<float> loss(kRows), normalizer(kRows * kNormalizer), twice(kRows);
     std::vector<uint16_t> same = logits;
-    const GradArgs args{rows(same), rows(same), transform, target.data(), normalizer.data(), weight.data(), 0,
-                        smoothing,  0,          kColumns,  nullptr};
+    const GradArgs args{rows(same), rows(same), math, target.data(), normalizer.data(), scale(), nullptr};
     gpu::row_stats_grad({args, weight.data(), loss.data(), normalizer.data()}, chip, nullptr);
     print("one read", same);
     int far = 0;
@@ -98,7 +98,7 @@ struct Problem {
     for (int row = 0; row < kRows; ++row) far += std::abs(loss[row] - wanted_loss[row]) > 4e-6f;
     if (far) std::printf("one read is another gradient or loss, at %d places\n", far);
     for (int row = 0; row < kRows; ++row) twice[row] = 2 * weight[row];
-    gpu::row_rescale({rows(same), twice.data(), weight.data()}, chip, nullptr);
+    gpu::row_rescale({rows(same), {twice.data(), 1, nullptr, nullptr}, weight.data()}, chip, nullptr);
     print("rescaled", same);
   }
 };

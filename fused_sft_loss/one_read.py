@@ -6,40 +6,40 @@ device, and does again what was stored for another scale: from the logits, which
 they were, exactly; over the logits by the ratio, which rounds a second time.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from . import rowmath
-from .autograd import rows_scale
 from .backends import choose
-from .backends.addresses import losses_like
+from .backends.contract import RowScale, losses_like
 from .inplace import traced
 from .operators import differentiable, first_order, operator
 from .rowmath import RowMath
+from .targets import Targets
 
-_MATH = rowmath.SCHEMA
 
-
-def token_losses(logits: Tensor, target: Tensor, weight: Tensor, *rest) -> Tensor:
+def token_losses(
+    logits: Tensor, targets: Targets, math: RowMath, backend: str, expected: Tensor, inplace: bool
+) -> Tensor:
     """weight * loss `[N]`, fp32, differentiable in the logits `[b, s, v]`, once.
 
-    Takes what the operator of this name in autograd.py takes, and before `inplace` what is
-    `expected`: the 0-d gradient that each of the results will be given. In place the logits hold
+    `expected` is the 0-d gradient that each of the results will be given. In place the logits hold
     their own gradient from here on.
     """
-    *math, _group_name, backend, expected, inplace = rest
-    stored = rows_scale(expected, weight)
+    target, weight = targets.target, targets.weight
+    stored = RowScale(expected, weight).values()
     inplace = inplace and not traced(logits)
     if inplace:
         stored = can_be_rescaled(stored, weight, logits.dtype)
-    call = (logits.detach(), target, weight, stored, *math, backend)
+    call = (logits.detach(), target, weight, stored, math, backend)
     if inplace:
         logits = _SameMemory.apply(logits)
         losses, normalizer = row_stats_grad_(*call)
         grad = None
     else:
         losses, normalizer, grad = row_stats_grad(*call)
-    return with_grad(logits, losses, grad, target, weight, normalizer, stored, *math, backend)
+    return with_grad(logits, losses, grad, target, weight, normalizer, stored, math, backend)
 
 
 #: A row in place is stored for its expected scale while that lies between these, and for 1
@@ -74,53 +74,75 @@ class _SameMemory(torch.autograd.Function):
 
 
 @operator(
-    f"row_stats_grad(Tensor logits, Tensor target, Tensor weight, Tensor scale, {_MATH}, "
+    "row_stats_grad(Tensor logits, Tensor target, Tensor weight, Tensor scale, RowMath math, "
     "str backend) -> (Tensor, Tensor, Tensor)",
     lambda logits, target, weight, *rest: (*losses_like(weight), torch.empty_like(logits)),
 )
-def row_stats_grad(logits, target, weight, scale, *rest):
-    """The losses and normalizer of `row_losses`, and the gradient of scale * loss."""
+def row_stats_grad(logits: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """Losses, normalizer, and the gradient of scale * loss."""
     out = torch.empty_like(logits)
-    return (*_write(logits, target, weight, scale, rest, out), out)
+    return (*_write(logits, *rest, out=out), out)
 
 
 @operator(
-    f"row_stats_grad_(Tensor(a!) logits, Tensor target, Tensor weight, Tensor scale, {_MATH}, "
+    "row_stats_grad_(Tensor(a!) logits, Tensor target, Tensor weight, Tensor scale, RowMath math, "
     "str backend) -> (Tensor, Tensor)",
     lambda logits, target, weight, *rest: losses_like(weight),
     changes=0,
 )
-def row_stats_grad_(logits, target, weight, scale, *rest):
+def row_stats_grad_(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """:func:`row_stats_grad` over the logits themselves."""
-    return _write(logits, target, weight, scale, rest, logits)
+    return _write(logits, *rest, out=logits)
 
 
-def _write(logits, target, weight, scale, rest, out):
-    math, backend = RowMath.of_arguments(*rest[:-1]), rest[-1]
-    return choose.load(backend).row_stats_grad(logits, target, weight, scale, math, out)
-
-
-@operator(
-    "row_regrad_(Tensor(a!) grad, Tensor logits, Tensor target, Tensor normalizer, Tensor scale, "
-    f"Tensor stored, {_MATH}, str backend) -> ()",
-    lambda *args: None,
-    changes=0,
-)
-def row_regrad_(grad, logits, target, normalizer, scale, stored, *rest):
-    """The gradient of scale * loss in those rows of `grad` that hold it for another scale."""
-    math, backend = RowMath.of_arguments(*rest[:-1]), rest[-1]
-    choose.load(backend).row_grad(logits, normalizer, target, scale, math, grad, stored)
+def _write(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    math: RowMath,
+    backend: str,
+    *,
+    out: Tensor,
+) -> tuple[Tensor, Tensor]:
+    kernels = choose.load(backend)
+    return kernels.row_stats_grad(logits, target, weight, scale, math.read(), out)
 
 
 @operator(
-    f"row_rescale_(Tensor(a!) grad, Tensor scale, Tensor stored, {_MATH}, str backend) -> ()",
+    "row_regrad_(Tensor(a!) grad, Tensor upstream, Tensor logits, Tensor target, Tensor weight, "
+    "Tensor normalizer, Tensor stored, RowMath math, str backend) -> ()",
     lambda *args: None,
     changes=0,
 )
-def row_rescale_(grad, scale, stored, *rest):
+def row_regrad_(
+    grad: Tensor,
+    upstream: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    normalizer: Tensor,
+    stored: Tensor,
+    math: RowMath,
+    backend: str,
+) -> None:
+    """The gradient for `upstream` in those rows of `grad` that hold it for another scale."""
+    scale, kernels = RowScale(upstream, weight), choose.load(backend)
+    kernels.row_regrad(logits, normalizer, target, scale, math.read(), grad, stored)
+
+
+@operator(
+    "row_rescale_(Tensor(a!) grad, Tensor upstream, Tensor weight, Tensor stored, RowMath math, "
+    "str backend) -> ()",
+    lambda *args: None,
+    changes=0,
+)
+def row_rescale_(
+    grad: Tensor, upstream: Tensor, weight: Tensor, stored: Tensor, math: RowMath, backend: str
+) -> None:
     """:func:`row_regrad_` where the logits are gone: such rows times scale / stored."""
-    math, backend = RowMath.of_arguments(*rest[:-1]), rest[-1]
-    choose.load(backend).row_rescale(grad, scale, stored, math)
+    scale = RowScale(upstream, weight)
+    choose.load(backend).row_rescale(grad, scale, stored, math.read())
 
 
 class WithGrad(torch.autograd.Function):
@@ -138,19 +160,18 @@ class WithGrad(torch.autograd.Function):
 
     @staticmethod
     @first_order
-    def backward(ctx, grad_losses):
+    def backward(ctx, upstream):
         logits, grad, target, weight, normalizer, stored = ctx.saved_tensors
-        scale = rows_scale(grad_losses, weight)
         if grad is None:
             grad = logits.clone() if traced(logits) else logits.detach()
-            row_rescale_(grad, scale, stored, *ctx.rest)
+            row_rescale_(grad, upstream, weight, stored, *ctx.rest)
         else:
-            row_regrad_(grad, logits, target, normalizer, scale, stored, *ctx.rest)
+            row_regrad_(grad, upstream, logits, target, weight, normalizer, stored, *ctx.rest)
         return (grad, *[None] * (6 + len(ctx.rest)))
 
 
 with_grad = differentiable(
     "with_grad(Tensor logits, Tensor losses, Tensor? grad, Tensor target, Tensor weight, "
-    f"Tensor normalizer, Tensor stored, {_MATH}, str backend) -> Tensor",
+    "Tensor normalizer, Tensor stored, RowMath math, str backend) -> Tensor",
     WithGrad,
 )

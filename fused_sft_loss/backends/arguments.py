@@ -1,0 +1,67 @@
+"""Tensors as the compiled modules take them: tuples of addresses, strides and numbers.
+
+Each function makes one struct of csrc/bindings.h or csrc/args.h, field by field. Whoever passes
+them keeps the tensors alive.
+"""
+
+import torch
+from torch import Tensor
+
+from ..scoring import Scoring
+from ..targets import Targets
+from .contract import RowScale
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Dtype of csrc/args.h
+
+
+def address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def rows(tensor: Tensor) -> tuple:
+    """Of logits or their gradient, `[b, s, v]`: struct Tensor3."""
+    stride_b, stride_s, _ = tensor.stride()
+    return (tensor.data_ptr(), DTYPES[tensor.dtype], *tensor.shape, stride_b, stride_s)
+
+
+def in_dtypes(scoring: Scoring) -> Scoring:
+    """In the dtypes that the modules read, labels and mask as `[b, s]`; copies only if need be."""
+    labels, loss_mask, cu_seqlens = scoring[:3]
+    return scoring._replace(
+        labels=torch.atleast_2d(labels.long()),
+        loss_mask=None if loss_mask is None else torch.atleast_2d(loss_mask.float()),
+        cu_seqlens=None if cu_seqlens is None else cu_seqlens.long().contiguous(),
+    )
+
+
+def targets(scoring: Scoring, vocab_size: int, found: Targets) -> tuple:
+    """struct TargetsArgs, of what `in_dtypes` gives."""
+    labels, loss_mask, cu_seqlens, shift, ignore_index = scoring
+    return (
+        labels.data_ptr(),
+        address(loss_mask),
+        address(cu_seqlens),
+        *labels.shape,
+        0 if cu_seqlens is None else cu_seqlens.numel(),
+        *labels.stride(),
+        *((0, 0) if loss_mask is None else loss_mask.stride()),
+        shift,
+        ignore_index,
+        vocab_size,
+        found.target.data_ptr(),
+        found.weight.data_ptr(),
+        found.count.data_ptr(),
+        found.weight_sum.data_ptr(),
+    )
+
+
+def gathered(stats: Tensor) -> tuple:
+    """Of statistics `[ranks, N, statistics]`: struct Gathered."""
+    return (stats.data_ptr(), *stats.shape, stats.stride(0))
+
+
+def row_scale(scale: RowScale) -> tuple:
+    """struct RowScale."""
+    grad, weight, weight_sum = scale
+    stride = grad.stride(0) if grad.dim() else 0
+    return grad.data_ptr(), stride, address(weight), address(weight_sum)

@@ -1,0 +1,65 @@
+"""What decides which label each row is scored on, as one record from the API to the kernels."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from . import flags, targets
+from .targets import Targets
+
+
+def may_synchronise(tensor: Tensor) -> bool:
+    """Whether values may be looked at: free on a CPU, elsewhere a synchronisation on request."""
+    return tensor.device.type == "cpu" or flags.enabled(flags.CHECK)
+
+
+class Scoring(NamedTuple):
+    """The arguments of :func:`.targets.row_targets`, except for the size of the vocabulary."""
+
+    labels: Tensor
+    loss_mask: Tensor | None
+    cu_seqlens: Tensor | None
+    shift: bool
+    ignore_index: int
+
+    #: The fields in an operator's schema.
+    SCHEMA = "Tensor labels, Tensor? loss_mask, Tensor? cu_seqlens, bool shift, int ignore_index"
+
+    @property
+    def checked(self) -> bool:
+        """Whether values may be looked at."""
+        return may_synchronise(self.labels)
+
+    def packed(self) -> tuple:
+        """The fields as SCHEMA takes them."""
+        return self
+
+    def read(self) -> "Scoring":
+        """The record as every backend reads it alike; see :func:`.targets.readable`."""
+        labels, loss_mask, cu_seqlens = self[:3]
+        given = targets.readable(labels, loss_mask, cu_seqlens)
+        return self._replace(labels=given[0], loss_mask=given[1], cu_seqlens=given[2])
+
+    def found_by(
+        self, row_targets: Callable[["Scoring", int], Targets], vocab_size: int
+    ) -> Targets:
+        """The targets that a backend finds.
+
+        Raises:
+            ValueError: values that cannot be right, where they may be looked at.
+        """
+        if not self.checked:
+            return row_targets(self.read(), vocab_size)
+        self.check_values()
+        found = row_targets(self.read(), vocab_size)
+        self.check_labels(found.target, vocab_size)
+        return found
+
+    def check_values(self) -> None:
+        """Raise ValueError for a weight or a boundary that cannot be right."""
+        targets.check_values(self.loss_mask, self.cu_seqlens, self.labels.numel())
+
+    def check_labels(self, target: Tensor, vocab_size: int) -> None:
+        """Raise ValueError for a scored label outside the vocabulary."""
+        targets.check_labels(target, self.labels, self.shift, vocab_size)
