@@ -1,6 +1,7 @@
 // The kernels over vectors of N rows: how they are launched.
 #include "dispatch.h"
 #include "merge.cuh"
+#include "reduce.cuh"
 #include "row_targets.cuh"
 
 namespace fsl::gpu {
