@@ -1,4 +1,4 @@
-"""`fused_cross_entropy`: the model's own per-token losses, computed here, and no trace left."""
+"""`fused_cross_entropy`: the losses are the model's own, and the model is restored."""
 
 import megatron_runs as runs
 import pytest
@@ -12,6 +12,7 @@ from fused_sft_loss.megatron import (
     make_forward_step,
     reports,
     versions,
+    wrappers,
 )
 
 HEADS = {"all positions": None, "response only": ResponseOnlyHead(multiple=4)}
@@ -119,7 +120,7 @@ def seen_by_the_loss(dtype, in_place):
     """What reaches the loss, and where the output layer had written it."""
     init()
     model, seen, layers = language_model(dtype), [], []
-    gpt = list(versions.wrapped(model))[-1]
+    gpt = list(wrappers.wrapped(model))[-1]
     gpt.output_layer.register_forward_hook(lambda module, args, out: layers.append(out[0]))
     of = reports.Sums.of
     reports.Sums.of = lambda logits, *args: seen.append(logits) or of(logits, *args)
@@ -164,7 +165,7 @@ def test_the_mask_reaches_the_kernel():
 
 def state(model):
     """What could be replaced on the model object and below it."""
-    gpt = list(versions.wrapped(model))[-1]
+    gpt = list(wrappers.wrapped(model))[-1]
     return set(vars(gpt)), set(vars(gpt.output_layer)), gpt.output_layer.sequence_parallel
 
 

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from test_megatron_seam import CLOSE, inputs, language_model, step
+from test_megatron_replaced_loss import CLOSE, inputs, language_model, step
 
 from bench.megatron_cpu import init, run_ranks
 from fused_sft_loss.megatron import (
     ResponseOnlyHead,
     fused_cross_entropy,
     make_forward_step,
-    versions,
+    wrappers,
 )
 
 
@@ -80,7 +80,7 @@ def of_layers(wrap, head):
         else:  # a part: the tests' stand-in for a GPU does not reach attention in backward
             layer.mlp = checkpointed(layer.mlp)
     losses, gradients = step(model, fused_cross_entropy(model, head=head))
-    for inner in (versions.COMPILED, versions.CHECKPOINTED):
+    for inner in (wrappers.COMPILED, wrappers.CHECKPOINTED):
         gradients = {name.replace(f"{inner}.", ""): grad for name, grad in gradients.items()}
     return own, (losses, gradients), inputs()[1]["loss_mask"]
 
