@@ -2,12 +2,13 @@
 
 The loss waits for the other ranks in one all-gather. If one rank raises before it, or comes with
 another shape, the others wait for ever. If it comes with other labels, the loss is wrong. Therefore
-the ranks first exchange their arguments or their errors in one more small collective. They do so
-where it costs no synchronisation: on a CPU, and on a GPU with FUSED_SFT_LOSS_CHECK=1.
+the ranks first exchange their arguments or their errors in one more small collective. On a CPU they
+always do, because reading values costs no synchronisation there; on a GPU only with
+FUSED_SFT_LOSS_CHECK=1.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -86,10 +87,10 @@ def agreed(
     """`check()`, or an error on every rank of the group if it raises on one of them.
 
     facts: `facts(result) -> dict` of values that must be equal on all ranks; the one under SHARD
-    goes to :func:`.shards.check`. tensor: see :func:`wanted`. If the ranks do not talk, this is
-    just `check()`.
+    goes to :func:`.shards.check`. tensor: see :func:`wanted`; if it says no, the ranks
+    exchange nothing.
     """
-    if group is None or not wanted(group, tensor):
+    if not wanted(group, tensor):
         return check()
     try:
         result = check()
@@ -112,11 +113,11 @@ def tell(error: Exception, tp_group: object, tensor: object) -> None:
         group = groups.process_group(tp_group)
     except (TypeError, ValueError):
         return  # there is no group to tell
-    if group is not None and wanted(group, tensor):
+    if wanted(group, tensor):
         _exchange(group, str(error), None)
 
 
-def wanted(group: ProcessGroup | None, tensor: object = None) -> bool:
+def wanted(group: ProcessGroup | None, tensor: object = None) -> TypeGuard[ProcessGroup]:
     """Whether the ranks of a group compare their calls before they compute: if there are several
     ranks, and it costs no synchronisation or FUSED_SFT_LOSS_CHECK=1 is set.
 

@@ -174,7 +174,7 @@ def agreed(
     """`check()`, or an error on every rank that shares the vocabulary.
 
     All of them raise if `check()` raises on one of them, or if their batches differ. It is for
-    checks before the model runs, because the model has collectives of its own.
+    checks before the model runs, because the model runs collectives itself.
 
     batch_of: `batch_of(result) -> dict` of the tensors that must be equal, or None.
     """

@@ -119,9 +119,10 @@ class Convention:
 
 
 def _mean(loss_sum: Tensor, sums: Sums) -> tuple[Tensor, dict[str, Tensor]]:
-    """(mean loss, reports): means over data and context parallelism, from one all-reduce.
+    """(mean loss, reports).
 
-    Context parallelism needs a second one, because its shards share one weight_sum.
+    One all-reduce over data and context parallelism gives the reports. One over context parallelism
+    gives the weights of whole sequences, which divide this shard's loss.
     """
     parallel = global_state.parallel_state()
     weight_sum = sums.weight_sum.clone()

@@ -1,4 +1,4 @@
-"""`ResponseOnlyHead`: loss and gradients of the whole, from an output layer of scored rows only."""
+"""`ResponseOnlyHead`: scored rows alone give the loss and the gradients of all positions."""
 
 import megatron_runs as runs
 import pytest
@@ -22,7 +22,7 @@ def unsharded():
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_tied_embeddings_get_both_gradients(unsharded, layout):
-    """The embedding's weight is the head's: its gradient is a sum of both uses."""
+    """The embedding and the head share a weight: its gradient is the sum of both uses."""
     processes, sizes = LAYOUTS[layout]
     assert "output_layer.weight" not in unsharded["weights"]
     ranks = run_ranks(processes, runs.train, unsharded["weights"], [*TIED.values()], **sizes)
@@ -74,7 +74,7 @@ MASK = torch.tensor([[0, 1, 1, 0.5], [0, 0, 1, 0]])
 
 
 def test_rows_are_the_scored_ones_in_the_order_of_hidden_states():
-    """[s, b]: position (1, 0) is row 2, (2, 1) row 5, (3, 0) row 6; the label -100 is none."""
+    """[s, b]: position (1, 0) is row 2, (2, 1) row 5, (3, 0) row 6; the label -100 has none."""
     rows = ResponseOnlyHead().select(LABELS, MASK, -100)
     assert rows.positions.tolist() == [2, 5, 6] and rows.overflow is None
     assert rows.labels.tolist() == [6, 3, 8] and rows.mask.tolist() == [1, 1, 0.5]

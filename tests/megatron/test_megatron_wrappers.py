@@ -1,4 +1,4 @@
-"""Trap: torch.compile and checkpoint_wrapper around the model whose loss is replaced, or within."""
+"""Trap: torch.compile or checkpoint_wrapper around the model whose loss is replaced, or in it."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ WHOLE = {
 
 
 def refused():
-    """The message for every wrapper of a whole model, by both ways in."""
+    """The message for every wrapper of a whole model, in both ways to replace its loss."""
     init()
     messages = {}
     for name, wrap in WHOLE.items():
@@ -69,7 +69,7 @@ def test_trap_a_wrapper_of_the_whole_model_is_refused():
 
 
 def of_layers(wrap, head):
-    """The model's own step, and the fused one with something in every layer wrapped."""
+    """The model's own step, and the fused one with a wrapper in every layer."""
     init()
     model = language_model()
     own = step(model)
@@ -77,7 +77,7 @@ def of_layers(wrap, head):
     for number, layer in enumerate(layers):
         if wrap == "compiled":
             layers[number] = WHOLE["compiled"](layer)
-        else:  # a part: the tests' stand-in for a GPU does not reach attention in backward
+        else:  # the layer's backward would need more of CUDA than these tests imitate
             layer.mlp = checkpointed(layer.mlp)
     losses, gradients = step(model, fused_cross_entropy(model, head=head))
     for inner in (wrappers.COMPILED, wrappers.CHECKPOINTED):
@@ -96,7 +96,7 @@ def test_wrappers_of_layers_change_nothing(wrap, head):
 
 
 def logits_of_a_compiled_model():
-    """make_forward_step without in_place needs nothing of the model but its call."""
+    """make_forward_step without in_place only calls the model."""
     init()
     model, losses = language_model(torch.bfloat16), []
     arguments, targets = inputs()
