@@ -52,7 +52,7 @@ def environment(version):
 
 
 def measure():
-    """Of the imported megatron-core: version, errors {layout: {case: error}}, peaks {way: logits}."""
+    """The imported megatron-core: version, errors {layout: {case: error}}, peaks {way: logits}."""
     sys.path[:0] = [str(ROOT), str(ROOT / "tests/support"), str(Path(__file__).parent)]
     import megatron_peaks
     import megatron_runs as runs
