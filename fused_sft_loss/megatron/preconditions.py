@@ -116,7 +116,7 @@ def vocab_group(
     group, placed = options.get("tp_group", "megatron"), options.get("vocab_start") is not None
     parallel = global_state.parallel_state()
     if isinstance(group, str) and group == "megatron":
-        whole = parallel is None or (vocabulary is not None and columns == vocabulary)
+        whole = vocabulary is not None and columns == vocabulary
         group = None if parallel is None or whole else parallel.get_tensor_model_parallel_group()
     else:
         group = groups.process_group(group)
