@@ -4,7 +4,7 @@
 #   make demo              a real Megatron SFT run on this CPU: the reference loss against ours, step by step
 #   make test              the test suite: every promise on every backend
 #   make check             what takes longer: the whole products of options, every Megatron, audits, wheels, sanitizers
-#   make lint              ruff and clang-format
+#   make lint              ruff, mypy and clang-format
 #   make format            let both rewrite the files
 #   make bench             time and memory of the loss beside every peer, and the figures of README and docs/ from them
 #   make system            name the system packages that are missing, required and optional
@@ -68,6 +68,7 @@ check: long audit wheel wheel-check sanitize compute-sanitizer
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 	$(BIN)/python -m bench readme --check
 

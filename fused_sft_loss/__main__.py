@@ -1,4 +1,4 @@
-"""``python -m fused_sft_loss env``: which backends there are, which is taken, why not others."""
+"""``python -m fused_sft_loss env``: the backends, which one runs here, why the others do not."""
 
 import argparse
 import platform
@@ -12,7 +12,7 @@ from .backends import devices as gpus
 
 
 def environment() -> list[str]:
-    """The report, a line each."""
+    """The lines of the report."""
     lines = [
         f"fused_sft_loss {__version__}, torch {torch.__version__}, "
         f"python {platform.python_version()}",
@@ -36,7 +36,7 @@ def environment() -> list[str]:
 
 
 def _found(device: str) -> list[str]:
-    """The GPUs of this process, and what the driver runs."""
+    """The GPUs of this process, and the newest CUDA that the driver runs."""
     if device != "cuda":
         return []
     count = torch.cuda.device_count()
@@ -45,11 +45,13 @@ def _found(device: str) -> list[str]:
         for index in range(count)
     ]
     driver = gpus.driver_version()
-    return lines + [f"the driver runs CUDA {driver[0]}.{driver[1]}"] * bool(driver)
+    if driver is not None:
+        lines.append(f"the driver runs CUDA {driver[0]}.{driver[1]}")
+    return lines
 
 
 def _built(backend: str) -> str:
-    """What a compiled module says of itself, or why there is none."""
+    """The build_info() of a compiled module, or why it cannot be loaded."""
     try:
         info = loader.load(backend).build_info()
     except ImportError as error:
@@ -57,7 +59,7 @@ def _built(backend: str) -> str:
     return ", ".join(f"{key} {_join(info[key])}" for key in info)
 
 
-def _join(value) -> str:
+def _join(value: object) -> str:
     return "/".join(value) if isinstance(value, list) else str(value)
 
 
@@ -67,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.parse_args(arguments)
     try:
         print("\n".join(environment()))
-    except (ValueError, NotImplementedError) as error:  # FUSED_SFT_LOSS_BACKEND names a wrong one
+    except (ValueError, NotImplementedError) as error:  # FUSED_SFT_LOSS_BACKEND cannot run here
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -1,29 +1,35 @@
 """Ranks that share a vocabulary agree on the call, or all of them raise.
 
-The loss waits for the other ranks in one all-gather. A rank that raised before it, or that comes
-with another shape, would leave the others waiting, and other labels would give a wrong number.
-Therefore each rank first tells what it is called with, or its error: one more small exchange, where
-reading values costs no synchronisation (on a CPU; elsewhere under FUSED_SFT_LOSS_CHECK=1).
+The loss waits for the other ranks in one all-gather. If one rank raises before it, or comes with
+another shape, the others wait for ever. If it comes with other labels, the loss is wrong. Therefore
+the ranks first exchange their arguments or their errors in one more small collective. On a CPU they
+always do, because reading values costs no synchronisation there; on a GPU only with
+FUSED_SFT_LOSS_CHECK=1.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.distributed import ProcessGroup
 
 from . import flags, groups, shards
 from .rowmath import RowMath
 from .scoring import Scoring
 from .targets import Targets
 
-#: Facts about a batch. The inputs count only where what the rows are scored on differs: a label
-#: under the mask may be anything.
-ROWS = "what the rows are scored on"
+Result = TypeVar("Result")
+
+#: Names of facts. A difference in INPUTS is an error only together with one in ROWS: labels of
+#: masked tokens may differ.
+ROWS = "targets and weights of the rows"
 INPUTS = ("labels", "loss_mask", "cu_seqlens")
 SHARD = "vocabulary shard"
+
+#: (error message, facts) of a rank; one of the two is None.
+Message = tuple[str | None, dict[str, Any] | None]
 
 
 def agreed_targets(
@@ -36,7 +42,7 @@ def agreed_targets(
 ) -> Targets:
     """`find()`, of a call on which all ranks of the group agree."""
 
-    def facts(found: Targets) -> dict:
+    def facts(found: Targets) -> dict[str, Any]:
         options = math._asdict()
         start, size = options.pop("vocab_start"), options.pop("vocab_size")
         return {
@@ -51,48 +57,54 @@ def agreed_targets(
             **{name: fingerprint(getattr(scoring, name)) for name in INPUTS},
         }
 
-    return agreed(find, _resolve_process_group(group_name), facts, scoring.labels)
+    return agreed(find, groups.by_name(group_name), facts, scoring.labels)
 
 
-def agreed(check: Callable, group, facts: Callable, tensor: Any = None):
-    """`check()`, unless it raises on any rank of the group: then every rank raises.
+def agreed(
+    check: Callable[[], Result],
+    group: ProcessGroup | None,
+    facts: Callable[[Result], dict[str, Any]],
+    tensor: object = None,
+) -> Result:
+    """`check()`, or an error on every rank of the group if it raises on one of them.
 
-    facts: `facts(result) -> dict`: what has to be the same on all ranks, with SHARD as
-    :func:`.shards.check` takes it. tensor: see :func:`wanted`; without the exchange this is
-    `check()` alone.
+    facts: `facts(result) -> dict` of values that must be equal on all ranks; the one under SHARD
+    goes to :func:`.shards.check`. tensor: see :func:`wanted`; if it says no, the ranks
+    exchange nothing.
     """
     if not wanted(group, tensor):
         return check()
     try:
         result = check()
         mine = facts(result)
-    except Exception as error:  # whatever it is, the others must hear of it
+    except Exception as error:  # of any kind: the other ranks must be told
         _exchange(group, str(error), None)
         raise
-    _compare(group, _exchange(group, None, mine))
+    _compare(_exchange(group, None, mine))
     return result
 
 
-def tell(error: Exception, tp_group: Any, tensor: Any) -> None:
-    """Let the ranks that are in :func:`agreed` know that this one raises `error`.
+def tell(error: Exception, tp_group: object, tensor: object) -> None:
+    """Tell the ranks that wait in :func:`agreed` that this one raises `error`.
 
-    Not while torch.compile traces: a collective in a trace runs later, or never.
+    Does nothing while torch.compile traces: a collective in a trace runs later, or never.
     """
     if torch.compiler.is_compiling():
         return
     try:
         group = groups.process_group(tp_group)
     except (TypeError, ValueError):
-        return  # there is nobody to tell
+        return  # there is no group to tell
     if wanted(group, tensor):
         _exchange(group, str(error), None)
 
 
-def wanted(group, tensor: Any = None) -> bool:
-    """Whether the ranks of a group talk before they compute: if there are several and it costs no
-    synchronisation, or FUSED_SFT_LOSS_CHECK=1 asks for it.
+def wanted(group: ProcessGroup | None, tensor: object = None) -> TypeGuard[ProcessGroup]:
+    """Whether the ranks of a group compare their calls before they compute: if there are several
+    ranks, and it costs no synchronisation or FUSED_SFT_LOSS_CHECK=1 is set.
 
-    tensor: of the call, for its device; where it is none, torch is asked for a GPU.
+    tensor: one of the call's tensors, for its device. Without one, the device is a GPU if torch
+    finds one.
     """
     if isinstance(tensor, Tensor):
         on_cpu = tensor.device.type == "cpu"
@@ -102,42 +114,46 @@ def wanted(group, tensor: Any = None) -> bool:
 
 
 class Fingerprint(NamedTuple):
-    """A tensor's shape, and a number that depends on every value and its place."""
+    """A tensor's shape, and a hash of its values and their positions."""
 
     shape: tuple[int, ...]
     number: int
 
 
 def fingerprint(tensor: Tensor | None) -> Fingerprint | None:
-    """In integers, which wrap: the same whatever the order of the sum. A bool or float counts as
-    fp32."""
+    """Hash in int64, which wraps, so that the sum does not depend on its order.
+
+    Bools and floats are converted to fp32, so that masks of different dtypes compare by value.
+    """
     if tensor is None:
         return None
     values = tensor.detach().reshape(-1)
     if values.dtype == torch.bool or values.is_floating_point():
         values = values.float().view(torch.int32)
     place = torch.arange(values.numel(), dtype=torch.int64, device=values.device)
-    mixed = values.long() + place * -0x61C8864680B583EB  # as the generator splitmix64 does
+    mixed = values.long() + place * -0x61C8864680B583EB  # the constants of splitmix64
     mixed = (mixed ^ (mixed >> 30)) * -0x40A7B892E31B1A47
     mixed = (mixed ^ (mixed >> 27)) * -0x6B2FB644ECCEEE15
     return Fingerprint(tuple(tensor.shape), int(mixed.sum()))
 
 
-def _exchange(group, message: str | None, facts: dict | None) -> dict[int, tuple]:
-    """(message, facts) by global rank; the same on every rank."""
-    told = [None] * group.size()
+def _exchange(
+    group: ProcessGroup, message: str | None, facts: dict[str, Any] | None
+) -> dict[int, Message]:
+    """The messages of all ranks, by global rank; the same on every rank."""
+    told: list[Any] = [None] * group.size()
     dist.all_gather_object(told, (message, facts), group=group)
     return dict(zip(dist.get_process_group_ranks(group), told, strict=True))
 
 
-def _compare(group, told: dict[int, tuple]) -> None:
-    """Raise ValueError where a rank has raised or the facts differ; the same on every rank that has
-    not raised itself."""
+def _compare(told: dict[int, Message]) -> None:
+    """Raise ValueError if a rank has raised or the facts differ. Every rank that has not raised
+    itself raises the same error."""
     for rank, (message, _) in told.items():
         if message is not None:
             raise ValueError(f"rank {rank}, which shares this vocabulary, stopped: {message}")
-    facts = {rank: held for rank, (_, held) in told.items()}
-    known = {name: None for held in facts.values() for name in held}
+    facts = {rank: held for rank, (_, held) in told.items() if held is not None}
+    known = dict.fromkeys(name for held in facts.values() for name in held)
     names = [name for name in known if name != SHARD and _differs(name, facts)]
     if ROWS in known and ROWS not in names:
         names = [name for name in names if name not in INPUTS]
@@ -153,13 +169,13 @@ def _compare(group, told: dict[int, tuple]) -> None:
         shards.check([held[SHARD] for held in facts.values()])
 
 
-def _differs(name: str, facts: dict[int, dict]) -> bool:
+def _differs(name: str, facts: dict[int, dict[str, Any]]) -> bool:
     values = [held.get(name) for held in facts.values()]
     return any(value != values[0] for value in values)
 
 
-def _difference(name: str, facts: dict[int, dict]) -> str:
-    """Which ranks hold what."""
+def _difference(name: str, facts: dict[int, dict[str, Any]]) -> str:
+    """The values and the ranks that hold them."""
     holders: dict[str, list[int]] = {}
     for rank, held in facts.items():
         holders.setdefault(repr(held.get(name)), []).append(rank)

@@ -13,7 +13,7 @@ from .backends.contract import REDUCTIONS, Losses
 from .options import Options, expect
 from .rowmath import RowMath
 from .scoring import Scoring
-from .targets import Targets
+from .targets import IGNORE_INDEX, Targets
 
 METRICS = "token_metrics"
 
@@ -49,7 +49,7 @@ def sft_loss(
     shift: bool = True,
     layout: str = "bsv",
     cu_seqlens: Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,

@@ -1,20 +1,22 @@
-"""Wrong use: what was expected, what came, and the fix. Shapes and dtypes only, never values."""
+"""Errors for tensors of wrong shapes, dtypes and devices. Values are never read."""
+
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-#: Few of PyTorch's operators take these: read as int64.
+#: Few of PyTorch's operators take these, so they are converted to int64.
 UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
 LABELS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, *UNSIGNED)
-MASKS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-MASKS += (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGER_MASKS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+MASKS = (*INTEGER_MASKS, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def tensors(
     logits: Tensor, labels: Tensor, loss_mask: Tensor | None, cu_seqlens: Tensor | None, layout: str
 ) -> None:
-    """Raise TypeError or ValueError unless the tensors fit as ``sft_loss`` says."""
+    """Raise TypeError or ValueError unless ``sft_loss`` takes these tensors."""
     _are_tensors(logits=logits, labels=labels, loss_mask=loss_mask, cu_seqlens=cu_seqlens)
     _not_soft(labels)
     _not_losses(logits, labels)
@@ -46,7 +48,7 @@ def tensors(
 
 
 def targets(labels: Tensor, loss_mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
-    """Raise TypeError or ValueError unless they are what ``shift_targets`` takes."""
+    """Raise TypeError or ValueError unless ``shift_targets`` takes these tensors."""
     _are_tensors(labels=labels, loss_mask=loss_mask, cu_seqlens=cu_seqlens)
     _integers(labels)
     _targets(labels, loss_mask, cu_seqlens)
@@ -59,8 +61,8 @@ def _targets(labels: Tensor, loss_mask: Tensor | None, cu_seqlens: Tensor | None
     if loss_mask is not None:
         if loss_mask.dtype not in MASKS:
             raise TypeError(
-                f"expected loss_mask in {_names(MASKS)}, got {loss_mask.dtype}; convert it, as "
-                "with (loss_mask != 0) where it only selects"
+                f"expected loss_mask in {_names(MASKS)}, got {loss_mask.dtype}; convert it, for "
+                "example with (loss_mask != 0) if it only selects"
             )
         if loss_mask.shape != labels.shape:
             raise ValueError(
@@ -72,12 +74,12 @@ def _targets(labels: Tensor, loss_mask: Tensor | None, cu_seqlens: Tensor | None
 
 
 def constant_mask(loss_mask: Tensor | None) -> None:
-    """Raise ValueError for a mask that wants a gradient, which the loss does not compute."""
+    """Raise ValueError for a mask that requires a gradient: the loss computes none."""
     if loss_mask is not None and loss_mask.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             "expected loss_mask without requires_grad, got one that wants a gradient, which the "
-            "loss does not compute. Pass loss_mask.detach(), or weigh the losses yourself: with "
-            'losses of reduction="none", (losses * weights).sum() / weights.sum()'
+            "loss does not compute. Pass loss_mask.detach(), or weigh the losses yourself: use "
+            'reduction="none" and (losses * weights).sum() / weights.sum()'
         )
 
 
@@ -112,13 +114,13 @@ def _not_soft(labels: Tensor) -> None:
     if labels.is_floating_point() and labels.dim() == 3:
         raise TypeError(
             f"expected labels [b, s] of token ids, got {labels.dtype} {list(labels.shape)}: soft "
-            "labels (probabilities of every id) are not supported; pass argmax(-1), or use "
+            "labels (a probability for every id) are not supported; pass argmax(-1), or use "
             "torch.nn.functional.cross_entropy"
         )
 
 
 def _not_losses(logits: Tensor, labels: Tensor) -> None:
-    """The mistake this package was started by: per-token losses in place of logits."""
+    """Raise ValueError for per-token losses in place of logits."""
     transposed = logits.dim() == 2 and logits.shape == labels.shape[::-1]
     if logits.shape == labels.shape or (labels.dim() == 2 and transposed) or logits.dim() == 0:
         raise ValueError(
@@ -166,5 +168,5 @@ def _one_device(tensor: Tensor, name: str = "logits", **others: Tensor | None) -
             )
 
 
-def _names(dtypes) -> str:
+def _names(dtypes: Iterable[torch.dtype]) -> str:
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)

@@ -1,19 +1,19 @@
-"""Switches in the environment, read in one way."""
+"""Switches in the environment, all parsed by `enabled`."""
 
 import os
 
 ON = ("1", "true", "yes", "on")
 OFF = ("", "0", "false", "no", "off")
 
-#: Check values, and that ranks agree, also where that synchronises with an accelerator.
+#: Check values and compare ranks on a GPU too, where that synchronises with the host.
 CHECK = "FUSED_SFT_LOSS_CHECK"
 
 
 def enabled(name: str) -> bool:
-    """Whether the environment variable `name` switches something on; unset or empty is off.
+    """Whether the environment variable `name` is on; unset or empty is off.
 
     Raises:
-        ValueError: its value is neither of ON nor of OFF.
+        ValueError: its value is neither in ON nor in OFF.
     """
     value = os.environ.get(name, "")
     word = value.strip().lower()

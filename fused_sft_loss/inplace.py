@@ -1,9 +1,9 @@
-"""When the gradient may overwrite the logits.
+"""Whether the gradient may overwrite the logits.
 
-Overwriting is safe when nobody reads the old values afterwards. The operators upstream and beside
-the loss may have saved the logits for their own backward. Autograd's version counter makes such a
-backward raise, so the rule is: in place only where the version counter works, and only over memory
-that belongs to the logits.
+Overwriting is safe if nobody reads the old values afterwards. Other operators may have saved the
+logits for their own backward. Autograd's version counter makes such a backward raise. The rule is
+therefore: in place only where the version counter works, and only in memory that belongs to the
+logits.
 
     the version counter is off                   what happens
     inside a graph (torch.compile, export)       the gradient is a new tensor: see `traced`
@@ -22,16 +22,17 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.autograd.graph import Node
 from torch.utils._pytree import tree_leaves
 
 ADVICE = "pass inplace_backward=False"
 
 
 def traced(tensor: Tensor) -> bool:
-    """Whether a compiler is recording what is done to the tensor.
+    """Whether a compiler is tracing the operators on this tensor.
 
-    A graph has no version counters: a write would change what other operators of the graph saved.
-    The compiler owns the memory there, so the gradient is a new tensor.
+    A graph has no version counters: a write would change values that other operators of the graph
+    saved. The compiler plans the graph's memory, so the gradient is a new tensor.
     """
     return torch.compiler.is_compiling() or isinstance(tensor, (FunctionalTensor, FakeTensor))
 
@@ -47,7 +48,7 @@ def prepare(logits: Tensor) -> None:
 
 
 def _rows_apart(logits: Tensor) -> None:
-    """Every row's columns are contiguous, so dimensions sorted by stride must not overlap."""
+    """Raise ValueError if rows overlap: sorted by stride, no dimension may reach into the next."""
     span = logits.shape[-1]
     rows = zip(logits.stride()[:-1], logits.shape[:-1], strict=True)
     for stride, size in sorted((stride, size) for stride, size in rows if size > 1):
@@ -60,7 +61,7 @@ def _rows_apart(logits: Tensor) -> None:
 
 
 def _not_a_parameter(logits: Tensor) -> None:
-    owner = logits._base if logits._is_view() else logits
+    owner = _owner(logits)
     if owner.is_leaf and owner.requires_grad:
         view = "" if owner is logits else "a view of "
         raise ValueError(
@@ -81,20 +82,22 @@ def _no_hooks(logits: Tensor) -> None:
             "offloading set them): autograd would not notice that saved logits are overwritten. "
             f"Compute the loss outside of them, or {ADVICE}"
         )
-    if any(_shares_memory(kept, logits) for kept in _saved_under_hooks(logits)):
+    maker = _owner(logits).grad_fn
+    if maker is not None and any(_shares_memory(kept, logits) for kept in _saved(maker)):
         raise ValueError(
             "expected logits that nobody needs after the loss for inplace_backward, got logits "
-            f"that {logits.grad_fn.name()} saved for its backward under saved_tensors_hooks, where "
-            f"autograd would not notice that they are overwritten; {ADVICE}"
+            f"that {maker.name()} saved for its backward under saved_tensors_hooks, where autograd "
+            f"would not notice that they are overwritten; {ADVICE}"
         )
 
 
-def _saved_under_hooks(logits: Tensor) -> Iterator[Tensor]:
-    """Results that the operator which wrote the logits saved, as hooks packed them.
+def _owner(logits: Tensor) -> Tensor:
+    """The tensor that the logits are a view of, or the logits themselves."""
+    return logits if logits._base is None else logits._base
 
-    torch 2.6 does not show what hooks packed; then there is nothing to look at.
-    """
-    maker = (logits._base if logits._is_view() else logits).grad_fn
+
+def _saved(maker: Node) -> Iterator[Tensor]:
+    """The results that the operator `maker` saved and hooks packed; torch 2.6 shows none."""
     for name in ("_raw_saved_result", "_raw_saved_output", "_raw_saved_tensors"):
         saved = getattr(maker, name, ())
         for entry in saved if isinstance(saved, tuple) else (saved,):
@@ -107,12 +110,12 @@ def _shares_memory(a: Tensor, b: Tensor) -> bool:
 
 
 def _keep_place_in_graph(logits: Tensor) -> None:
-    """Let hooks that are registered after the loss find the logits where the loss found them.
+    """Let hooks that are registered after the loss be attached where the gradient passes.
 
-    When memory is written to, autograd makes a new grad_fn for each view of it: a hook would be
-    attached there, where no gradient passes, and `register_hook` then crashes the process
-    (torch 2.13). A view that has its dictionary of hooks, even an empty one, keeps it at the
-    grad_fn of before, and later hooks are added to the dictionary.
+    When memory is written to, autograd makes a new grad_fn for each view of it. No gradient passes
+    there, and `register_hook` on such a view crashes the process (torch 2.13). A view that already
+    has a dictionary of hooks, even an empty one, keeps it at its old grad_fn, and later hooks are
+    added to that dictionary.
     """
     if logits._is_view():
         logits.register_hook(lambda grad: None).remove()

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .targets import IGNORE_INDEX
+
 FP32 = torch.finfo(torch.float32)
 RANGE = "a normal fp32 number (1.2e-38 to 3.4e38)"
 
@@ -18,7 +20,7 @@ class Options:
     shift: bool = True
     layout: str = "bsv"
     cu_seqlens: Tensor | None = None
-    ignore_index: int = -100
+    ignore_index: int = IGNORE_INDEX
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     softcap: float | None = None

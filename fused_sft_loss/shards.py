@@ -1,10 +1,9 @@
-"""A vocabulary cut over ranks: which columns are here, one all-gather of row statistics, one merge
-in rank order."""
+"""A vocabulary sharded over ranks: which columns a rank holds, the all-gather of row statistics and
+their merge in rank order."""
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _resolve_process_group
 
 from . import groups
 from .options import Options
@@ -17,7 +16,7 @@ def placed(columns: int, options: Options) -> tuple[int, int, str]:
     group = groups.process_group(options.tp_group)
     start, size = options.vocab_start, options.vocab_size
     ranks = 1 if group is None else dist.get_world_size(group)
-    if ranks == 1:
+    if group is None or ranks == 1:
         if start:
             raise ValueError(f"expected vocab_start 0 or None without a tp_group, got {start}")
         if size is not None and size > columns:
@@ -41,8 +40,8 @@ def placed(columns: int, options: Options) -> tuple[int, int, str]:
 def _equal(columns: int, ranks: int, size: int) -> None:
     """Raise ValueError unless equal shards in rank order can hold a vocabulary of `size`.
 
-    The last ones may be padding alone. Where the first one alone would hold everything they are
-    refused all the same: gathered logits look just like that, and would get a wrong gradient.
+    The last shards may hold only padding. If the first shard could hold the whole vocabulary, that
+    is refused: gathered logits have this shape too, and would get a wrong gradient.
     """
     total = columns * ranks
     if size > total:
@@ -54,20 +53,19 @@ def _equal(columns: int, ranks: int, size: int) -> None:
     if size <= columns:
         raise ValueError(
             f"expected {ranks} shards of vocab_size={size}, got {columns} columns here, which is "
-            "all of it; these look like gathered logits: drop tp_group. Where they are shards, all "
-            f"but the first of padding alone, pass vocab_start=rank * {columns}"
+            "all of it; these look like gathered logits: drop tp_group. If they are shards and all "
+            f"but the first hold only padding, pass vocab_start=rank * {columns}"
         )
 
 
 def gather(stats: Tensor, group_name: str) -> Tensor:
-    """`[N, k]` fp32 on every rank of the group -> `[ranks, N, k]`, the same bits everywhere.
+    """All-gather `[N, k]` fp32 to `[ranks, N, k]`, the same bits on every rank.
 
-    `group_name` is "" for an unsharded vocabulary. Operators cannot take a ProcessGroup, so the
-    group travels by the name that torch's own functional collectives use.
+    `group_name` is "" for an unsharded vocabulary.
     """
     if not group_name:
         return stats.unsqueeze(0)
-    group = _resolve_process_group(group_name)
+    group = groups.by_name(group_name)
     gathered = stats.new_empty((group.size(), *stats.shape))
     dist.all_gather(list(gathered.unbind()), stats, group=group)
     return gathered
@@ -87,10 +85,10 @@ def check(held: list[tuple[int, int, int]]) -> None:
 
 
 def merge_exponentials(gathered: Tensor, unit: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Maximum, sum of exp(unit * (x - maximum)) and each shard's shift `[ranks, N]`, which is
-    unit * (its maximum - maximum), from `[ranks, N, k]`.
+    """(maximum, sum of exp(unit * (x - maximum)), shift `[ranks, N]`) from `[ranks, N, k]`.
 
-    A shard, or a whole row, may be all -inf: its factor is 0, where -inf - -inf would make a NaN.
+    A shard's shift is unit * (its maximum - maximum). A shard or a whole row may be all -inf; its
+    shift is then -inf, because -inf - -inf would be NaN.
     """
     maximum = gathered[..., 0].amax(0)
     shift = (gathered[..., 0] - maximum) * unit
@@ -102,16 +100,16 @@ def merge(gathered: Tensor, target: Tensor, weight: Tensor, math: RowMath) -> tu
     """(weight * loss `[N]`, normalizer `[N, 2]`), fp32, from the shards' statistics `[ranks, N,
     k]`.
 
-    The normalizer is the row's maximum x and its sum of exp(unit * (x - maximum)), apart: their
-    log-sum-exp as one fp32 number would be off by half a unit in its last place, and every
-    probability by that factor: all of it from |z| = 1e8 on.
+    The normalizer is two numbers: the row's maximum x and its sum of exp(unit * (x - maximum)).
+    Their log-sum-exp as one fp32 number would be off by half a unit in its last place, and every
+    probability by exp of that error: from |z| = 1e8 on, probabilities would have no correct digit.
 
-    Both are exactly 0 in rows with weight 0, whatever their statistics. A label outside the
-    vocabulary makes both NaN.
+    Loss and normalizer are exactly 0 in rows with weight 0, whatever their statistics. A label
+    outside the vocabulary makes both NaN.
     """
     maximum, denominator, _ = merge_exponentials(gathered, math.unit)
     log_denominator = denominator.log()
-    # (maximum - x_y) first: both are logits, so their difference is exact when it matters.
+    # (maximum - x_y) first: both are logits, so the difference is exact if they are close.
     loss = (maximum - _ordered_sum(gathered[..., 2])) * math.unit + log_denominator
     if math.label_smoothing:
         mean = _ordered_sum(gathered[..., 3]) / math.vocab_size
@@ -144,7 +142,7 @@ def merge_metrics(
     entropy = log_denominator - weighted / denominator
     lse = maximum * math.unit + log_denominator
     log_prob = (_ordered_sum(gathered[..., 2]) - maximum) * math.unit - log_denominator
-    # Of equal maxima the first id wins, as in torch.argmax over the whole vocabulary.
+    # If several ids have the maximum, the first one wins, as in torch.argmax.
     holder = torch.where(gathered[..., 0] == maximum, gathered[..., 4], torch.inf)
     correct = scored & (holder.amin(0) == target)
     poisoned = target == OUT_OF_VOCABULARY
@@ -156,7 +154,7 @@ def merge_metrics(
 
 
 def _ordered_sum(per_rank: Tensor) -> Tensor:
-    """Sum over dim 0 in rank order: a library reduction may choose an order per rank."""
+    """Sum over dim 0 in rank order; a library reduction may use another order on each rank."""
     total = per_rank[0]
     for part in per_rank[1:]:
         total = total + part

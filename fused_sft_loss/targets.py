@@ -1,4 +1,4 @@
-"""What a row is scored on: shift, packing, ignore_index and mask, decided here alone."""
+"""The targets of the rows: shift, packing, ignore_index and mask are decided in this file only."""
 
 from typing import NamedTuple
 
@@ -7,23 +7,26 @@ from torch import Tensor
 
 from . import checks
 
-#: `target` of a row that is not scored, and of one whose label is not a vocabulary id (its loss is
-#: NaN).
+#: The default of every `ignore_index`: a label that is never scored.
+IGNORE_INDEX = -100
+#: `target` of a row that is not scored.
 NOT_SCORED = -1
+#: `target` of a row whose label is not a vocabulary id; its loss is NaN.
 OUT_OF_VOCABULARY = -2
 
 
 class Targets(NamedTuple):
-    """What each of the N = b*s rows (batch-major) is scored on."""
+    """Target and weight of each of the N = b*s rows (batch-major), and their sums."""
 
     target: Tensor  # [N] int64: global vocabulary id, NOT_SCORED or OUT_OF_VOCABULARY
     weight: Tensor  # [N] fp32: 0 where not scored
-    count: Tensor  # 0-d int32: rows with weight != 0
+    # 0-d int32: rows with weight != 0. Hides tuple.count, which nobody calls here.
+    count: Tensor  # type: ignore[assignment]
     weight_sum: Tensor  # 0-d fp32
 
     @classmethod
     def empty(cls, labels: Tensor) -> "Targets":
-        """Uninitialised, for as many rows as there are labels, on their device."""
+        """Uninitialised targets on the labels' device, one row for each label."""
         rows = labels.numel()
         return cls(
             labels.new_empty(rows, dtype=torch.int64),
@@ -43,9 +46,9 @@ def row_targets(
 ) -> Targets:
     """Turn labels and mask `[b, s]` into per-row targets; plain torch, no host synchronisation.
 
-    Row (b, t) is scored on `labels[b, t + shift]` with weight `loss_mask[b, t + shift]` in fp32. It
-    is not scored when that position does not exist or lies in another document of `cu_seqlens`,
-    when the label is `ignore_index`, or when the weight is 0.
+    The target of row (b, t) is `labels[b, t + shift]`, its weight `loss_mask[b, t + shift]` in
+    fp32. The row is not scored if that position does not exist or lies in another document of
+    `cu_seqlens`, if the label is `ignore_index`, or if the weight is 0.
     """
     if shift:
         labels, loss_mask = shift_targets(labels, loss_mask, cu_seqlens, ignore_index=ignore_index)
@@ -67,7 +70,7 @@ def shift_targets(
     loss_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     *,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
 ) -> tuple[Tensor, Tensor]:
     """Shift labels and mask to the left by one, so that position t holds the label of row t.
 
@@ -105,8 +108,11 @@ def shift_targets(
 def readable(
     labels: Tensor, loss_mask: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The three as every backend reads them alike: no unsigned labels beyond uint8, no weight that
-    is 0 in fp32 alone, no sentinels behind the boundaries. Copies only where need be."""
+    """Convert the three to what every backend reads in the same way; copies only what changes.
+
+    Unsigned labels wider than uint8 become int64. float64 weights become fp32, so that a weight
+    that is 0 in fp32 is not scored. Sentinels after the last boundary are replaced.
+    """
     if labels.dtype in checks.UNSIGNED:
         labels = labels.long()
     if loss_mask is not None and loss_mask.dtype == torch.float64:
@@ -115,10 +121,10 @@ def readable(
 
 
 def boundaries(cu_seqlens: Tensor) -> Tensor:
-    """`cu_seqlens` int64, a sentinel tail in it replaced by its last boundary; no synchronisation.
+    """`cu_seqlens` as int64, with the last boundary in place of sentinels; no synchronisation.
 
-    Buffers of a fixed length end in -1 or 0, as often as needed: the boundaries end where they
-    first decrease, for every backend. A repeated boundary ends no further document.
+    A buffer of fixed length ends in a run of -1 or 0. For every backend the boundaries end where
+    they first decrease. A repeated boundary ends no further document.
     """
     bounds = cu_seqlens.long()
     ended = (bounds[1:] < bounds[:-1]).cumsum(0) > 0
@@ -127,7 +133,7 @@ def boundaries(cu_seqlens: Tensor) -> Tensor:
 
 
 def same_document_next(cu_seqlens: Tensor, positions: int) -> Tensor:
-    """`[positions]` bool: p and p+1 lie in one document [cu_seqlens[i], cu_seqlens[i+1])."""
+    """`[positions]` bool: p and p+1 lie in the same [cu_seqlens[i], cu_seqlens[i+1])."""
     position = torch.arange(positions, dtype=torch.int64, device=cu_seqlens.device)
     bounds = boundaries(cu_seqlens)
     document = torch.searchsorted(bounds, position, right=True)
@@ -137,10 +143,10 @@ def same_document_next(cu_seqlens: Tensor, positions: int) -> Tensor:
 
 def check_values(loss_mask: Tensor | None, cu_seqlens: Tensor | None, positions: int) -> None:
     """Raise ValueError for a weight that is negative or not finite in fp32, and for boundaries that
-    are not boundaries."""
+    decrease before a tail of sentinels or lie outside the positions."""
     if loss_mask is not None and loss_mask.dtype != torch.bool and loss_mask.numel():
         weight = loss_mask.float()
-        low, high = torch.aminmax(weight)  # both NaN where any is
+        low, high = torch.aminmax(weight)  # both are NaN if any weight is
         if not (low.item() >= 0 and high.item() < torch.inf):
             at = (~((weight >= 0) & (weight < torch.inf))).nonzero()[0].tolist()
             value = loss_mask[tuple(at)].item()
@@ -152,7 +158,7 @@ def check_values(loss_mask: Tensor | None, cu_seqlens: Tensor | None, positions:
         if bounds[0] < 0 or bounds[end - 1] > positions or tail not in (set(), {-1}, {0}):
             raise ValueError(
                 f"expected cu_seqlens increasing within [0, {positions}] (b*s positions), with "
-                f"nothing but -1 or nothing but 0 after the last boundary, got {bounds}"
+                f"only -1 or only 0 after the last boundary, got {bounds}"
             )
 
 

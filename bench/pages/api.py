@@ -37,13 +37,30 @@ def blocks(root):
 
 def definitions(package):
     """Name -> (node, lines of its file) of the functions and classes that the package defines."""
+    sources = [path.read_text(encoding="utf-8") for path in sorted(package.rglob("*.py"))]
+    trees = [ast.parse(source) for source in sources]
+    spelled_out = SpelledOut(trees)
     found = {}
-    for path in sorted(package.rglob("*.py")):
-        source = path.read_text(encoding="utf-8")
-        for node in ast.parse(source).body:
+    for tree, source in zip(trees, sources, strict=True):
+        for node in tree.body:
             if isinstance(node, ast.FunctionDef | ast.ClassDef):
-                found.setdefault(node.name, (node, source.splitlines()))
+                found.setdefault(node.name, (spelled_out.visit(node), source.splitlines()))
     return found
+
+
+class SpelledOut(ast.NodeTransformer):
+    """Replaces the names of constants and of types' aliases, which a reader of the page lacks."""
+
+    def __init__(self, trees):
+        assigned = (node for tree in trees for node in tree.body if isinstance(node, ast.Assign))
+        self.values = {
+            ast.unparse(node.targets[0]): node.value
+            for node in assigned
+            if isinstance(node.value, ast.UnaryOp | ast.Subscript | ast.BinOp)
+        }
+
+    def visit_Name(self, node):
+        return self.values.get(node.id, node) if isinstance(node.ctx, ast.Load) else node
 
 
 def entry(name, node, lines):
@@ -65,12 +82,22 @@ def entry(name, node, lines):
 def signature(name, node, skip=0):
     """The call, on one line where it fits, else with one argument a line."""
     parts = arguments(node.args)[skip:]
-    result = "" if node.returns is None else f" -> {_source(node.returns)}"
+    result = _result(node)
     line = f"{name}({', '.join(parts)}){result}"
     if len(line) > WIDTH:
         each = ",\n    ".join(parts)
         line = f"{name}(\n    {each},\n){result}"
     return f"```python\n{line}\n```"
+
+
+def _result(node):
+    """The annotation of the result, as a caller sees it."""
+    if node.returns is None or node.name == "__init__":
+        return ""
+    text = _source(node.returns)
+    if any(ast.unparse(decorator) == "contextmanager" for decorator in node.decorator_list):
+        text = text.replace("Iterator", "ContextManager")
+    return f" -> {text}"
 
 
 def arguments(args):

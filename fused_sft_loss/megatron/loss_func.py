@@ -1,34 +1,42 @@
 """sft_loss_func: the loss_func of a forward_step whose model returned logits."""
 
+from typing import Any
+
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+
 from .. import agreement
 from ..api import token_metrics
 from ..options import Options
-from . import checks
+from ..targets import IGNORE_INDEX
+from . import preconditions
 from .packing import shift_packed_targets
-from .reports import Convention, Sums
+from .protocols import PackedSeqParams
+from .reports import Convention, LossTuple, Sums
 
 
 def sft_loss_func(
-    labels,
-    loss_mask,
-    output_tensor,
+    labels: Tensor | None,
+    loss_mask: Tensor | None,
+    output_tensor: Tensor,
     *,
-    returns="per_token",
-    report=("lm loss",),
-    num_tokens=None,
-    non_loss_data=False,
-    config=None,
-    tp_group="megatron",
-    packed_seq_params=None,
-    position_ids=None,
-    check_for_nan=None,
-    check_for_spiky=None,
-    **options,
-):
+    returns: str = "per_token",
+    report: tuple[str, ...] = ("lm loss",),
+    num_tokens: Tensor | None = None,
+    non_loss_data: bool = False,
+    config: Any = None,
+    tp_group: ProcessGroup | DeviceMesh | str | None = "megatron",
+    packed_seq_params: PackedSeqParams | None = None,
+    position_ids: Tensor | None = None,
+    check_for_nan: bool | None = None,
+    check_for_spiky: bool | None = None,
+    **options: Any,
+) -> LossTuple | dict[str, Tensor]:
     """The masked next-token loss of one micro-batch, as the tuple that Megatron's schedules expect.
 
-    A micro-batch without scored tokens gives loss 0, with a graph, so backward runs and no other
-    rank waits. Megatron divides the loss in place; nothing else that is returned shares its memory.
+    A micro-batch without scored tokens has loss 0, with a graph, so backward runs and no other rank
+    waits. Megatron divides the loss in place; the other results do not share its memory.
 
     Args:
         labels: [b, s] integer token ids of the whole vocabulary, not shifted (the input ids) unless
@@ -41,12 +49,12 @@ def sft_loss_func(
             logit), "entropy" (of the prediction, in nats), "nll" (-log p of the label) and
             "perplexity" (mean of 1/p) come from the same read of the logits: unweighted means over
             the tokens with w != 0, without smoothing or z-loss.
-        num_tokens: for "per_token" only: a 0-d int32 or int64 tensor to return in place of the
-            counted number of tokens.
+        num_tokens: for "per_token" only: a 0-d int32 or int64 tensor, returned in place of the
+            number of tokens that the loss counts.
         non_loss_data: set by the schedule under `collect_non_loss_data=True`.
-        config: the model's TransformerConfig, to refuse a `returns` that contradicts it.
+        config: the model's TransformerConfig; a `returns` that contradicts it raises.
             `make_forward_step` passes it. None: Megatron-LM's global arguments if there are any,
-            otherwise nothing is checked.
+            otherwise `returns` is not checked.
         tp_group: the group that shards the vocabulary. "megatron": Megatron's tensor-parallel group
             once it is initialised. None: the logits are whole (`parallel_output=False`). Pass
             `vocab_size` too: a mix-up of whole and sharded logits is then an error; without it the
@@ -54,9 +62,9 @@ def sft_loss_func(
         packed_seq_params, position_ids: where packed documents end, for `shift=True`; see
             `shift_packed_targets`.
         check_for_nan, check_for_spiky: Megatron-LM's checks of the loss through its rerun state
-            machine, which read the loss on the host. None: as Megatron-LM's
-            `check_for_nan_in_loss_and_grad` and `check_for_spiky_loss` say; without Megatron-LM's
-            arguments, off.
+            machine, which read the loss on the host. None: Megatron-LM's arguments
+            `check_for_nan_in_loss_and_grad` and `check_for_spiky_loss` decide; without Megatron-LM
+            both are off.
         **options: those of `sft_loss` except `reduction`: shift, layout, cu_seqlens, ignore_index,
             label_smoothing, z_loss, softcap, logit_scale, vocab_size, vocab_start,
             inplace_backward, grad_in_forward, backend.
@@ -76,21 +84,20 @@ def sft_loss_func(
         ValueError: the model was called with labels and returned losses; `shift=True` under context
             parallelism; "mean" with `calculate_per_token_loss`; labels None; a tp_group that is not
             Megatron's; what `sft_loss` raises. On a CPU, and on GPUs with FUSED_SFT_LOSS_CHECK=1,
-            an error on one tensor-parallel rank is raised on all of them, and so is a difference
-            between their batches.
+            all tensor-parallel ranks raise if one of them does, or if their batches differ.
         TypeError: `reduction` was given; num_tokens of another kind; what `sft_loss` raises.
         RuntimeError: Megatron's, if a check rejects the loss.
     """
     convention = Convention(returns, report, num_tokens, check_for_nan, check_for_spiky)
-    checks.run(convention, config, options)
+    preconditions.run(convention, config, options)
     if non_loss_data:
         options = {**options, "inplace_backward": False, "grad_in_forward": False}
-    options["tp_group"] = checks.vocab_group({**options, "tp_group": tp_group})
+    options["tp_group"] = preconditions.vocab_group({**options, "tp_group": tp_group})
 
-    group, documents = options["tp_group"], (packed_seq_params, position_ids)
+    group = options["tp_group"]
     try:
-        checks.labels_here(labels)
-        if any(given is not None for given in documents):
+        labels = preconditions.labels_here(labels)
+        if packed_seq_params is not None or position_ids is not None:
             labels, loss_mask = shifted(
                 labels,
                 loss_mask,
@@ -98,25 +105,38 @@ def sft_loss_func(
                 packed_seq_params=packed_seq_params,
                 position_ids=position_ids,
             )
-        options = Options(**options)
+        loss_options = Options(**options)
     except Exception as error:
         agreement.tell(error, group, output_tensor)
         raise
     if non_loss_data:
-        return token_metrics(output_tensor, labels, loss_mask, **vars(options))._asdict()
-    return convention.tuple_of(Sums.of(output_tensor, labels, loss_mask, options, report))
+        return token_metrics(output_tensor, labels, loss_mask, **vars(loss_options))._asdict()
+    return convention.tuple_of(Sums.of(output_tensor, labels, loss_mask, loss_options, report))
 
 
-def shifted(labels, loss_mask, options, **documents):
-    """Labels and mask shifted; `options` of `sft_loss` are changed to say so."""
+def shifted(
+    labels: Tensor,
+    loss_mask: Tensor | None,
+    options: dict[str, Any],
+    *,
+    packed_seq_params: PackedSeqParams | None = None,
+    position_ids: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Shift labels and mask if `options` of `sft_loss` say so; changes `options` to shift=False."""
     if not options.get("shift", True):
-        if any(given is not None for given in documents.values()):
+        if packed_seq_params is not None or position_ids is not None:
             raise ValueError(
-                "expected no packed_seq_params or position_ids with shift=False, where labels are "
-                "taken as they are; pass them to shift_packed_targets, or use shift=True"
+                "expected no packed_seq_params or position_ids with shift=False, which takes "
+                "labels as they are; pass them to shift_packed_targets, or use shift=True"
             )
         return labels, loss_mask
-    documents["cu_seqlens"] = options.pop("cu_seqlens", None)
-    documents["ignore_index"] = options.get("ignore_index", -100)
+    cu_seqlens = options.pop("cu_seqlens", None)
     options["shift"] = False
-    return shift_packed_targets(labels, loss_mask, **documents)
+    return shift_packed_targets(
+        labels,
+        loss_mask,
+        packed_seq_params=packed_seq_params,
+        cu_seqlens=cu_seqlens,
+        position_ids=position_ids,
+        ignore_index=options.get("ignore_index", IGNORE_INDEX),
+    )

@@ -1,35 +1,37 @@
-"""Packed sequences: what a position is scored on when documents lie behind one another."""
+"""Shifted labels and mask for packed sequences: several documents in one row of tokens."""
 
 import torch
 from torch import Tensor
 
 from ..scoring import may_synchronise
-from ..targets import check_values, shift_targets
+from ..targets import IGNORE_INDEX, check_values, shift_targets
+from .protocols import PackedSeqParams
 
 
 def shift_packed_targets(
     labels: Tensor,
     loss_mask: Tensor | None = None,
     *,
-    packed_seq_params=None,
+    packed_seq_params: PackedSeqParams | None = None,
     cu_seqlens: Tensor | None = None,
     position_ids: Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
 ) -> tuple[Tensor, Tensor]:
-    """`fused_sft_loss.shift_targets` for packed documents, described in one of three ways.
+    """`fused_sft_loss.shift_targets` for packed documents.
 
-    No prediction crosses a boundary. Padding between documents and positions outside them are not
+    Pass the documents in one of three ways: packed_seq_params, cu_seqlens or position_ids. No
+    prediction crosses a boundary. Padding between documents and positions outside them are not
     scored. With context parallelism: call this first, then `get_batch_on_this_cp_rank`, then the
-    loss with `shift=False`; a document may begin at a cut or lie across one. Shapes stay as they
-    are, and the host reads no values (on a CPU it checks the boundaries).
+    loss with `shift=False`; a document may begin at a cut or lie across one. Shapes do not change,
+    and the host reads no values (on a CPU it checks the boundaries).
 
     Args:
         labels: [b, s] integer token ids of whole sequences, not shifted.
         loss_mask: [b, s], which label tokens count. None: all.
         packed_seq_params: Megatron's PackedSeqParams over the b*s positions. Document i has
             `cu_seqlens_q[i+1] - cu_seqlens_q[i]` positions and starts at `cu_seqlens_q_padded[i]`,
-            or at `cu_seqlens_q[i]` without a padded one. (pretrain_gpt.py passes the padded
-            boundaries as both; then only loss_mask can exclude the padding.)
+            or at `cu_seqlens_q[i]` if cu_seqlens_q_padded is None. (pretrain_gpt.py passes the
+            padded boundaries as both; then only loss_mask can exclude the padding.)
         cu_seqlens: [k+1] or [1, k+1] int32 or int64 boundaries, in place of packed_seq_params.
         position_ids: [b, s] integers. A document continues where the next position is one higher.
             Padding inside a sequence must restart the positions or be masked.
@@ -39,8 +41,8 @@ def shift_packed_targets(
         (labels, loss_mask): new tensors of the same shapes and dtypes. A mask of None becomes bool.
 
     Raises:
-        ValueError: both kinds of boundaries; shapes that do not fit; on a CPU, and with
-            FUSED_SFT_LOSS_CHECK=1, boundaries that decrease or lie outside the positions.
+        ValueError: packed_seq_params and cu_seqlens are both given; shapes do not fit; on a CPU,
+            and with FUSED_SFT_LOSS_CHECK=1, boundaries decrease or lie outside the positions.
     """
     if packed_seq_params is not None and cu_seqlens is not None:
         raise ValueError("expected packed_seq_params or cu_seqlens, got both: leave one out")
@@ -60,15 +62,18 @@ def shift_packed_targets(
             check_values(None, cu_seqlens, labels.numel())
     labels, loss_mask = shift_targets(labels, loss_mask, cu_seqlens, ignore_index=ignore_index)
     if position_ids is not None:
-        goes_on = torch.zeros_like(labels, dtype=torch.bool)
-        goes_on[..., :-1] = position_ids[..., 1:] == position_ids[..., :-1] + 1
-        labels = torch.where(goes_on, labels, ignore_index)
-        loss_mask = torch.where(goes_on, loss_mask, torch.zeros_like(loss_mask))
+        has_next = torch.zeros_like(labels, dtype=torch.bool)
+        has_next[..., :-1] = position_ids[..., 1:] == position_ids[..., :-1] + 1
+        labels = torch.where(has_next, labels, ignore_index)
+        loss_mask = torch.where(has_next, loss_mask, torch.zeros_like(loss_mask))
     return labels, loss_mask
 
 
-def _documents(packed_seq_params, labels: Tensor) -> tuple[Tensor, Tensor | None]:
-    """(boundaries [n], which positions are in a document, labels' shape; None where all may be)."""
+def _documents(packed_seq_params: PackedSeqParams, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+    """(boundaries [n], bool in the labels' shape: the position lies in a document).
+
+    The second is None without padded boundaries, because then there is no padding to exclude.
+    """
     bounds = packed_seq_params.cu_seqlens_q
     padded = packed_seq_params.cu_seqlens_q_padded
     if not isinstance(bounds, Tensor):
@@ -81,7 +86,7 @@ def _documents(packed_seq_params, labels: Tensor) -> tuple[Tensor, Tensor | None
     bounds, padded = bounds.reshape(-1), padded.reshape(-1)
     if bounds.shape != padded.shape:
         raise ValueError(
-            f"packed_seq_params: expected cu_seqlens_q and cu_seqlens_q_padded of one length, got "
+            "packed_seq_params: expected cu_seqlens_q and cu_seqlens_q_padded of one length, got "
             f"{list(bounds.shape)} and {list(padded.shape)}"
         )
     ends = padded[:-1] + (bounds[1:] - bounds[:-1])

@@ -1,19 +1,25 @@
-"""What a micro-batch is reported and returned as, once its losses are known."""
+"""Turns a micro-batch's losses into the tuple and the log entries that Megatron expects."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from ..api import loss_terms, loss_terms_and_metrics, weighted_mean
+from ..api import TokenMetrics, loss_terms, loss_terms_and_metrics, weighted_mean
 from ..options import Options
-from . import versions
+from . import global_state
 
-#: What can be reported beside "lm loss" -> its sum over scored tokens, from `TokenMetrics` and the
-#: number of scored tokens. All are 0 where a token is not scored.
-FIGURES = {
+#: (loss_sum, num_tokens, reports) of returns="per_token", or (loss, reports) of "mean".
+LossTuple = tuple[Tensor, Tensor, dict[str, Tensor]] | tuple[Tensor, dict[str, Tensor]]
+
+#: The reports besides "lm loss": name -> sum over the scored tokens, from `TokenMetrics` and the
+#: number of scored tokens. Tokens that are not scored add 0.
+FIGURES: dict[str, Callable[[TokenMetrics, Tensor], Tensor]] = {
     "accuracy": lambda metrics, count: metrics.correct.sum(),
     "entropy": lambda metrics, count: metrics.entropy.sum(),
     "nll": lambda metrics, count: -metrics.log_prob.sum(),
@@ -24,16 +30,23 @@ SPIKY_LOSS_FACTOR = 10  # as in Megatron-LM's pretrain_gpt.py
 
 @dataclass(frozen=True)
 class Sums:
-    """One micro-batch of this rank."""
+    """Losses and sums of one micro-batch on this rank."""
 
     losses: Tensor  # [b, s] fp32 with a graph: weight * loss
     weight_sum: Tensor  # 0-d fp32
-    count: Tensor  # 0-d int32
-    figures: dict = field(default_factory=dict)  # name of FIGURES -> 0-d fp32
+    count: Tensor  # 0-d int32: scored tokens
+    figures: dict[str, Tensor] = field(default_factory=dict)  # name in FIGURES -> 0-d fp32
 
     @classmethod
-    def of(cls, logits, labels, loss_mask, options: Options, report) -> "Sums":
-        """Of logits and what `loss_terms` takes; figures cost no further read of the logits."""
+    def of(
+        cls,
+        logits: Tensor,
+        labels: Tensor,
+        loss_mask: Tensor | None,
+        options: Options,
+        report: Sequence[str],
+    ) -> "Sums":
+        """Compute them with `loss_terms`. Figures need no second read of the logits."""
         figures = [name for name in report if name != "lm loss"]
         if not figures:
             terms = loss_terms(logits, labels, loss_mask, options)
@@ -48,41 +61,45 @@ class Convention:
     """How `Sums` become the tuple that Megatron's schedules expect; see `sft_loss_func`."""
 
     returns: str = "per_token"
-    report: tuple = ("lm loss",)
+    report: tuple[str, ...] = ("lm loss",)
     num_tokens: Tensor | None = None
     check_for_nan: bool | None = None
     check_for_spiky: bool | None = None
 
-    def tuple_of(self, sums: Sums) -> tuple:
+    def tuple_of(self, sums: Sums) -> LossTuple:
         """(loss_sum, num_tokens, reports) or (mean loss, reports)."""
         loss_sum = sums.losses.sum()
         if self.returns == "mean":
             loss, reports = _mean(loss_sum, sums)
-            rest = ()
-        else:
-            count = sums.count if self.num_tokens is None else self.num_tokens
-            # stack copies: a report in the loss's memory would be divided along with it.
-            reports = {"lm loss": torch.stack([loss_sum.detach(), count.to(loss_sum.dtype)])}
-            for name, figure in sums.figures.items():
-                reports[name] = torch.stack([figure, sums.count.to(figure.dtype)])
-            loss, rest = loss_sum, (count,)
-        self._validate(loss)
-        return (loss, *rest, {name: reports[name] for name in self.report})
+            self._validate(loss)
+            return loss, self._chosen(reports)
+        count = sums.count if self.num_tokens is None else self.num_tokens
+        # stack copies: Megatron divides the loss in place, and would divide a view of it as well.
+        reports = {"lm loss": torch.stack([loss_sum.detach(), count.to(loss_sum.dtype)])}
+        for name, figure in sums.figures.items():
+            reports[name] = torch.stack([figure, sums.count.to(figure.dtype)])
+        self._validate(loss_sum)
+        return loss_sum, count, self._chosen(reports)
 
-    def _validate(self, loss):
-        """The checks of Megatron-LM's own loss_func, by its rerun state machine: they read the
-        loss on the host, and where a run asks for none of them nothing is read."""
-        args = versions.training_args()
+    def _chosen(self, reports: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: reports[name] for name in self.report}
+
+    def _validate(self, loss: Tensor) -> None:
+        """Run the checks of Megatron-LM's own loss_func, through its rerun state machine.
+
+        They read the loss on the host. If a run asks for none of them, nothing is read.
+        """
+        args = global_state.training_args()
         nan, spiky = self.check_for_nan, self.check_for_spiky
         if nan is None:
             nan = getattr(args, "check_for_nan_in_loss_and_grad", False)
         if spiky is None:
             spiky = getattr(args, "check_for_spiky_loss", False)
-        machine = versions.rerun_state_machine() if nan or spiky else None
+        machine = global_state.rerun_state_machine() if nan or spiky else None
         if machine is None:
             return
         found = "found {} in local forward loss calculation"
-        checks = []
+        checks: list[tuple[Callable[[Tensor], Any], str, bool]] = []
         if nan:
             checks += [(torch.isnan, found.format("NaN"), True)]
             checks += [(torch.isinf, found.format("Inf"), True)]
@@ -96,14 +113,18 @@ class Convention:
                 result=loss.detach(),
                 rejection_func=rejects,
                 message=message,
-                tolerance=0.0,  # the loss has the same bits, run after run
+                tolerance=0.0,  # every run computes the same bits
                 fatal=fatal,
             )
 
 
-def _mean(loss_sum: Tensor, sums: Sums) -> tuple[Tensor, dict]:
-    """(mean loss, its reports): means over data (and context) parallelism, by one all-reduce."""
-    parallel = versions.parallel_state()
+def _mean(loss_sum: Tensor, sums: Sums) -> tuple[Tensor, dict[str, Tensor]]:
+    """(mean loss, reports).
+
+    One all-reduce over data and context parallelism gives the reports. One over context parallelism
+    gives the weights of whole sequences, which divide this shard's loss.
+    """
+    parallel = global_state.parallel_state()
     weight_sum = sums.weight_sum.clone()
     totals = torch.stack(
         [loss_sum.detach(), weight_sum, sums.count.to(loss_sum.dtype), *sums.figures.values()]
@@ -117,6 +138,6 @@ def _mean(loss_sum: Tensor, sums: Sums) -> tuple[Tensor, dict]:
     return weighted_mean(loss_sum, weight_sum), reports
 
 
-def _all_reduce(tensor, group):
+def _all_reduce(tensor: Tensor, group: ProcessGroup) -> None:
     if group.size() > 1:
         dist.all_reduce(tensor, group=group)

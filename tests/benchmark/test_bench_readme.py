@@ -144,6 +144,21 @@ def test_the_api_page_has_every_public_name_and_argument():
     assert all(f"- `{name}" in text or f"`, `{name}`" in text for name in options)
 
 
+def test_the_api_page_spells_constants_and_aliases_out(tmp_path):
+    (tmp_path / "names.py").write_text("INDEX = -100\nPair = tuple[int, int]\n")
+    calls = "def call(given: Pair, index=INDEX) -> Pair: ...\n"
+    calls += "@contextmanager\ndef inside(*, size=None) -> Iterator[Pair]: ..."
+    (tmp_path / "calls.py").write_text(calls)
+    shown = {
+        name: api.signature(name, node).splitlines()[1]
+        for name, (node, _) in api.definitions(tmp_path).items()
+    }
+    assert shown == {
+        "call": "call(given: tuple[int, int], index=-100) -> tuple[int, int]",
+        "inside": "inside(*, size=None) -> ContextManager[tuple[int, int]]",
+    }
+
+
 def test_the_committed_record_has_what_the_pages_speak_of():
     data = record.read(ROOT / "bench/results/cpu.json")
     assert data["finished"]

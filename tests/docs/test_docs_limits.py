@@ -11,9 +11,9 @@ from fused_sft_loss.megatron import (
     ResponseOnlyHead,
     forward_step,
     fused_cross_entropy,
+    global_state,
     sft_loss_func,
     shift_packed_targets,
-    versions,
 )
 
 LOGITS, LABELS = torch.randn(2, 5, 8), torch.randint(0, 8, (2, 5))
@@ -113,6 +113,6 @@ def test_what_the_table_calls_impossible_is_refused(number):
 
 def test_shifting_under_context_parallelism_is_refused(monkeypatch):
     two = SimpleNamespace(get_context_parallel_world_size=lambda: 2)
-    monkeypatch.setattr(versions, "parallel_state", lambda: two)
+    monkeypatch.setattr(global_state, "parallel_state", lambda: two)
     with pytest.raises(ValueError, match="shift=True under context parallelism"):
         loss()

@@ -41,18 +41,18 @@ FAMILIES = {  # column of the table -> cases of test_megatron_exactness: it show
 
 
 def versions():
-    """The megatron-cores there are folders of, oldest first."""
+    """The versions of megatron-core that have a folder in build/megatron, oldest first."""
     found = [path.name for path in INSTALLED.glob("*") if (path / "megatron").is_dir()]
     return sorted(found, key=lambda name: [int(part) for part in name.split(".")])
 
 
 def environment(version):
-    """Of a fresh process that imports that megatron-core and the code of this checkout."""
+    """The environment of a fresh process: this megatron-core, and the code of this checkout."""
     return {**os.environ, "PYTHONPATH": str(INSTALLED / version), "OMP_NUM_THREADS": "1"}
 
 
 def measure():
-    """In a fresh process: version, errors {layout: {case: error}} and peaks {way: logits}."""
+    """The imported megatron-core: version, errors {layout: {case: error}}, peaks {way: logits}."""
     sys.path[:0] = [str(ROOT), str(ROOT / "tests/support"), str(Path(__file__).parent)]
     import megatron_peaks
     import megatron_runs as runs
@@ -99,7 +99,7 @@ def table(lines):
 
 
 def between(text, name):
-    """(before, inside, after) of the part between the comments `name` begins and ends with."""
+    """(before, inside, after) the part between the comments that begin and end `name`."""
     begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
     before, _, rest = text.partition(begin)
     inside, found, after = rest.partition(end)

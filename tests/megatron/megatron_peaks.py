@@ -1,8 +1,8 @@
-"""Peak memory of a training step's loss stage by the way the loss is called, in logits.
+"""Peak memory of a training step's loss stage, in logits, for each way to call the loss.
 
 The stage begins when the output layer has written the logits and ends when their gradient is known.
-The logits themselves are in it; what the layer's product takes while it computes them is not: on
-some processors it has scratch of its own. Imports no pytest.
+It includes the logits. It does not include the scratch that some processors need for the output
+layer's matrix product. Imports no pytest.
 """
 
 from functools import partial

@@ -1,4 +1,4 @@
-"""What Megatron's schedules do with a loss_func's tuple, and that ours survives it."""
+"""Megatron's schedules divide, add and check a loss_func's tuple; ours must survive that."""
 
 import subprocess
 import sys
@@ -92,7 +92,7 @@ def test_trap_all_masked_micro_batch_divided_by_its_count():
 
 @pytest.mark.parametrize("returns", RETURNS)
 def test_nan_in_a_scored_row_reaches_loss_and_report(returns):
-    """Megatron's NaN checks read both; a NaN at a masked position must reach neither."""
+    """Megatron's NaN checks read loss and report; a NaN at a masked position must reach neither."""
     for position, seen in ((0, True), (1, False)):  # labels 1 and 2 of the first sequence
         logits, labels, mask = micro_batch()
         with torch.no_grad():
@@ -102,7 +102,7 @@ def test_nan_in_a_scored_row_reaches_loss_and_report(returns):
 
 
 def one_micro_batch_each(returns):
-    """In every rank: (loss, logged report) of a micro-batch whose mask depends on the rank."""
+    """On every rank: (loss, logged report) of a micro-batch whose mask depends on the rank."""
     rank = init().get_data_parallel_rank()
     logits, labels, mask = micro_batch([[0.0] * 5, [1.0] * 5] if rank else [[0, 0.5, 0, 0, 0]] * 2)
     loss, *_, report = sft_loss_func(labels, mask, logits, returns=returns)
@@ -123,7 +123,7 @@ def last_rank_alone():
 
 
 def test_non_loss_data_needs_no_other_data_parallel_rank():
-    """Megatron-LM's evaluate() collects it on the last rank of the job only."""
+    """Megatron-LM's evaluate() collects the report on the last rank of the job only."""
     nothing, metrics = run_ranks(2, last_rank_alone, timeout=30)
     assert nothing is None and metrics["loss"].shape == (2, 5)
 
@@ -149,7 +149,7 @@ def test_non_loss_data_through_the_schedule(step):
 
 
 def logits_dtype(dtype, returns):
-    """Whether the logits kept their dtype where they can, and the loss, of a wrapped model."""
+    """(the logits kept their dtype if the model allows it, the loss) of a wrapped model."""
     init()
     model = build_model(config(dtype, **runs.SHAPE), runs.VOCAB, runs.SEQ)
     step = make_forward_step(next, returns=returns)
@@ -162,8 +162,8 @@ def logits_dtype(dtype, returns):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_make_forward_step_makes_no_fp32_copy_of_the_logits(dtype):
-    """Float16Module casts to fp32 unless told not to, which it can be from 0.15 on; a bare GPTModel
-    knows no such argument."""
+    """Float16Module casts to fp32 unless it gets fp32_output=False, which it takes from 0.15 on. A
+    bare GPTModel does not take it."""
     as_expected, loss, trained = run_ranks(1, logits_dtype, dtype, "mean")[0]
     assert as_expected and trained and 3 < loss < 6
 
@@ -180,7 +180,7 @@ class Returning(torch.nn.Module):
 
 
 def test_forward_step_hands_the_whole_batch_to_the_loss():
-    """Labels of their own, the mask, document boundaries: leaving one out changes the loss."""
+    """Labels, mask and document boundaries all reach the loss: without one, it changes."""
     logits, labels, mask = micro_batch()
     batch = {"tokens": labels.flip(0), "position_ids": None, "attention_mask": None}
     batch |= {"labels": labels, "loss_mask": mask, "cu_seqlens": torch.tensor([0, 3, 10])}

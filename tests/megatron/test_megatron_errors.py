@@ -1,4 +1,4 @@
-"""Wrong use inside Megatron: which error, what it says, and that every rank raises it at once."""
+"""Wrong use inside Megatron: every rank raises the right error at once, with the right words."""
 
 import sys
 import time
@@ -19,7 +19,7 @@ PER_TOKEN = SimpleNamespace(calculate_per_token_loss=True)
 
 
 def schedule(forward_step, tp=1, pp=1, cp=1, **options):
-    """One micro-batch through the schedule, in every rank.
+    """One micro-batch through the schedule, on every rank.
 
     forward_step: a user's own, or the options of a `make_forward_step`.
     """
@@ -39,7 +39,7 @@ def schedule(forward_step, tp=1, pp=1, cp=1, **options):
 
 
 def error_on_every_rank(processes, forward_step, **sizes):
-    """The message, the same on all ranks; none waits for another that has gone."""
+    """The message, the same on all ranks; no rank waits for one that has raised."""
     start = time.monotonic()
     with pytest.raises(RankError) as caught:
         run_ranks(processes, schedule, forward_step, timeout=30, **sizes)
@@ -87,7 +87,7 @@ def test_mean_contradicts_calculate_per_token_loss():
 
 
 def test_mean_contradicts_calculate_per_token_loss_on_the_first_pipeline_stage():
-    """The last stage waits for the first one's output, so the first one is to say what is wrong."""
+    """The last stage waits for the first one's output, so the first one must raise."""
     with pytest.raises(RankError) as caught:
         run_ranks(2, schedule, {"returns": "mean"}, pp=2, calculate_per_token_loss=True)
     kind, message = caught.value.exceptions[0]
@@ -95,7 +95,7 @@ def test_mean_contradicts_calculate_per_token_loss_on_the_first_pipeline_stage()
 
 
 def whole_logits(data_iterator, model):
-    """The model gathers its logits, and the loss is told the vocabulary but not that."""
+    """The model gathers its logits. The loss gets vocab_size, but tp_group is still Megatron's."""
     batch = next(data_iterator)
     inputs = batch["tokens"], batch["position_ids"], None
     logits = model(*inputs, runtime_gather_output=True)
@@ -103,12 +103,12 @@ def whole_logits(data_iterator, model):
 
 
 def test_trap_gathered_logits_to_the_sharded_loss():
-    """Off by log(tp) when not noticed."""
+    """Without the check the loss would be off by log(tp)."""
     assert "vocab_size" in error_on_every_rank(2, whole_logits, tp=2)
 
 
 def mismatched(what, step):
-    """One forward and loss on two tensor-parallel ranks; something is wrong on the second alone."""
+    """One forward and loss on two tensor-parallel ranks; only the second has a wrong batch."""
     rank = init(tp=2).get_tensor_model_parallel_rank()
     model = build_model(config(**runs.SHAPE), runs.VOCAB, runs.SEQ)
     batch = runs.micro_batches()[0]
@@ -131,7 +131,7 @@ MISMATCHES += [("values", "trainer"), ("labels", "trainer")]
 
 @pytest.mark.parametrize(("what", "step"), MISMATCHES)
 def test_a_mismatch_on_one_rank_stops_all_of_them(what, step):
-    """The others would wait in the all-gather for the one that has raised."""
+    """Otherwise the other ranks would wait in the all-gather for the one that has raised."""
     start = time.monotonic()
     with pytest.raises(RankError) as caught:
         run_ranks(2, mismatched, what, step, timeout=60)
@@ -149,7 +149,7 @@ def test_a_mismatch_on_one_rank_stops_all_of_them(what, step):
 
 
 def of_a_wrong_group(which):
-    """TP2 x DP2: sharded logits and another group than the one that shards them."""
+    """TP2 x DP2: sharded logits, and a group that is not the one that shards them."""
     parallel = init(tp=2)
     model = build_model(config(**runs.SHAPE), runs.VOCAB, runs.SEQ)
     group = {
@@ -217,7 +217,7 @@ def without_labels():
 
 
 def test_labels_missing_on_the_last_pipeline_stage():
-    """Said before that stage's model runs; the stages before it end when it has gone."""
+    """The last stage raises before its model runs; the earlier stages end when it has exited."""
     start = time.monotonic()
     with pytest.raises(RankError) as caught:
         run_ranks(2, without_labels, timeout=60)

@@ -86,7 +86,7 @@ def test_gradients_equal_the_reference_on_the_unsharded_model(results, unsharded
 
 @pytest.mark.parametrize("name", [n for n in CASES if "all masked" not in n])
 def test_trap_mean_of_means_logged_loss_is_token_weighted(results, unsharded, name):
-    """Every rank logs the same, and it is the token-weighted mean, over data parallelism too."""
+    """Every rank logs the same loss: the token-weighted mean, over data parallelism too."""
     logged = [r["logged"] for r in results[name] if r["logged"] is not None]
     wanted = expected_log(CASES[name], unsharded, data_parallel(results[name]))
     bound = 1e-6 if CASES[name].dtype == torch.float32 else 2e-3
@@ -95,7 +95,7 @@ def test_trap_mean_of_means_logged_loss_is_token_weighted(results, unsharded, na
 
 
 def test_trap_all_masked_gradient_is_exactly_zero(results):
-    """And the run came to its end: a loss without a graph leaves pipeline peers waiting."""
+    """The run also ends: a loss without a graph would leave pipeline peers waiting."""
     for name in (n for n in CASES if "all masked" in n):
         for result in results[name]:
             for parameter, (grad, _) in result["grads"].items():
@@ -111,7 +111,7 @@ def test_the_parts_are_the_reference_loss(unsharded):
 
 
 def test_the_biased_conventions_are_not_the_token_weighted_mean(unsharded):
-    """What the table in the package's docstring says of its rows two and three."""
+    """Rows two and three of the table in the package's docstring."""
     whole = expected_gradients(CASES["per_token"], unsharded, 1, 1)
     for name in ("per_token per micro-batch", "mean"):
         biased = expected_gradients(CASES[name], unsharded, 1, 1)
@@ -122,7 +122,10 @@ def test_the_biased_conventions_are_not_the_token_weighted_mean(unsharded):
 
 
 def largest_error(case, ranks, unsharded):
-    """Over all parameters and replicas, in the unit of `BOUNDS`; ranks: results of one case."""
+    """The largest over all parameters and replicas, in the unit of `BOUNDS`.
+
+    ranks: the results of one case.
+    """
     replicas = {}
     for result in ranks:
         key = (result["rank"]["dp"], result["rank"]["cp"])
@@ -154,7 +157,7 @@ def data_parallel(ranks):
 
 
 def expected_gradients(case, unsharded, data_parallel, shards):
-    """{name: gradient in float64}: the third column of the package docstring's table, literally."""
+    """{name: gradient in float64}, as the third column of the package docstring's table says."""
     parts = [unsharded["parts"][i] for i in case.of(data_parallel)]
     if case.calculate_per_token_loss:
         total = max(sum(p["n"] for p in parts), 1)
@@ -171,7 +174,7 @@ def expected_gradients(case, unsharded, data_parallel, shards):
 
 
 def expected_log(case, unsharded, data_parallel):
-    """What the training loop logs, float64: the last column of that table."""
+    """The loss that the training loop logs, in float64: the last column of that table."""
     parts = [unsharded["parts"][i] for i in case.of(data_parallel)]
     sums = torch.stack([p["S"] for p in parts]).double()
     if case.returns == "per_token":

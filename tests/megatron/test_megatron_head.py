@@ -1,4 +1,4 @@
-"""`ResponseOnlyHead`: loss and gradients of the whole, from an output layer of scored rows only."""
+"""`ResponseOnlyHead`: scored rows alone give the loss and the gradients of all positions."""
 
 import megatron_runs as runs
 import pytest
@@ -22,7 +22,7 @@ def unsharded():
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_tied_embeddings_get_both_gradients(unsharded, layout):
-    """The embedding's weight is the head's: its gradient is a sum of both uses."""
+    """The embedding and the head share a weight: its gradient is the sum of both uses."""
     processes, sizes = LAYOUTS[layout]
     assert "output_layer.weight" not in unsharded["weights"]
     ranks = run_ranks(processes, runs.train, unsharded["weights"], [*TIED.values()], **sizes)
@@ -74,9 +74,9 @@ MASK = torch.tensor([[0, 1, 1, 0.5], [0, 0, 1, 0]])
 
 
 def test_rows_are_the_scored_ones_in_the_order_of_hidden_states():
-    """[s, b]: position (1, 0) is row 2, (2, 1) row 5, (3, 0) row 6; the label -100 is none."""
+    """[s, b]: position (1, 0) is row 2, (2, 1) row 5, (3, 0) row 6; the label -100 has none."""
     rows = ResponseOnlyHead().select(LABELS, MASK, -100)
-    assert rows.index.tolist() == [2, 5, 6] and rows.overflow is None
+    assert rows.positions.tolist() == [2, 5, 6] and rows.overflow is None
     assert rows.labels.tolist() == [6, 3, 8] and rows.mask.tolist() == [1, 1, 0.5]
     losses = ResponseOnlyHead.scatter(torch.tensor([1.0, 2.0, 3.0]), rows, LABELS.shape)
     assert losses.tolist() == [[0, 1, 0, 3], [0, 0, 2, 0]] and losses.is_contiguous()
@@ -96,7 +96,7 @@ def test_rows_are_the_scored_ones_in_the_order_of_hidden_states():
 )
 def test_rows_that_fill_up_are_distinct_and_not_scored(given, mask, rows, scored):
     selected = ResponseOnlyHead(**given).select(LABELS, mask, -100)
-    assert selected.index.numel() == selected.index.unique().numel() == rows
+    assert selected.positions.numel() == selected.positions.unique().numel() == rows
     assert (selected.mask != 0).sum() == scored
 
 
@@ -119,7 +119,7 @@ def test_fixed_rows_need_no_value_on_the_host(monkeypatch):
         labels, mask = torch.zeros(2, 4).long(), torch.ones(2, 4)
         rows = ResponseOnlyHead(rows=3).select(labels, mask, -100)
         losses = ResponseOnlyHead.scatter(torch.ones(3), rows, labels.shape)
-    assert losses.shape == (2, 4) and rows.index.shape == (3,)
+    assert losses.shape == (2, 4) and rows.positions.shape == (3,)
 
 
 @pytest.mark.parametrize("given", [{"multiple": 0}, {"rows": 1.5}, {"rows": 8, "multiple": 4}])

@@ -1,4 +1,4 @@
-"""Peak memory of a whole training step's loss stage, and that docs/megatron.md tells it."""
+"""Peak memory of a training step's loss stage, and the table of it in docs/megatron.md."""
 
 from importlib import metadata
 
@@ -11,7 +11,7 @@ from megatron_peaks import WAYS
 from bench.megatron_cpu import run_ranks
 
 VERSION = metadata.version("megatron-core").partition("+")[0]
-VECTORS = 0.01  # of the logits: everything with a number per row, and the hidden states
+VECTORS = 0.01  # of the logits' size: all tensors with one number per row, and the hidden states
 
 
 @pytest.fixture(scope="module")

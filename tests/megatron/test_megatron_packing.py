@@ -1,4 +1,4 @@
-"""Packed sequences train on what their documents would train on one by one."""
+"""A packed sequence has the loss and the gradients of its documents, one by one."""
 
 from functools import partial
 from types import SimpleNamespace
@@ -38,7 +38,7 @@ def packed():
     generator = torch.Generator().manual_seed(5)
     tokens = torch.randint(0, runs.VOCAB, (1, runs.SEQ), generator=generator)
     mask = (torch.rand(1, runs.SEQ, generator=generator) > 0.3).float()
-    mask[:, list(STARTS)] = 1  # the first token of a document must not count all the same
+    mask[:, list(STARTS)] = 1  # the first token of a document must not count nevertheless
     positions, document = torch.zeros(1, runs.SEQ).long(), torch.full((runs.SEQ,), -1)
     for number, (start, length) in enumerate(zip(STARTS, LENGTHS, strict=True)):
         positions[0, start : start + length] = torch.arange(length)
@@ -46,13 +46,13 @@ def packed():
     hidden = (document[:, None] != document[None, :]) | torch.ones(runs.SEQ, runs.SEQ).triu(
         1
     ).bool()
-    hidden.fill_diagonal_(False)  # padding attends to itself: a row without any would be NaN
+    hidden.fill_diagonal_(False)  # padding attends to itself: an empty row would be NaN
     mask[:, document == -1] = 0
     return tokens, mask, positions, hidden[None, None]
 
 
 def one_by_one():
-    """(sum of losses, tokens, gradients) of the documents, each a batch of its own."""
+    """(sum of losses, tokens, gradients) of the documents, each in a separate batch."""
     init()
     model, (tokens, mask, *_) = build_model(config(**runs.SHAPE), runs.VOCAB, runs.SEQ), packed()
     total, count = 0.0, 0
@@ -67,7 +67,7 @@ def one_by_one():
 
 def described(how):
     """The options that tell where documents end."""
-    starts_and_ends = torch.tensor([0, 4, 11, 12, 15])  # the padding is masked besides
+    starts_and_ends = torch.tensor([0, 4, 11, 12, 15])  # the mask excludes the padding
     return {
         "packed_seq_params": lambda: {"packed_seq_params": megatrons_params()},
         "cu_seqlens": lambda: {"cu_seqlens": starts_and_ends},
@@ -133,7 +133,7 @@ def test_in_place_takes_documents_from_the_batch(documents):
 
 
 def test_packed_seq_params_reach_the_model_and_the_loss():
-    """The local attention takes none, so that this model notes them."""
+    """This model records them, because Megatron's local attention takes none."""
     tokens, mask, positions, _ = packed()
     logits = torch.randn(1, runs.SEQ, runs.VOCAB, requires_grad=True)
     model, seen = Returning(logits), []
@@ -148,7 +148,7 @@ def test_packed_seq_params_reach_the_model_and_the_loss():
 
 @st.composite
 def layouts(draw):
-    """(batch, seq, lengths, starts): documents in order with gaps, a row's end among them."""
+    """(batch, seq, lengths, starts): ordered documents with gaps; a row's end may lie in one."""
     batch, seq = draw(st.integers(1, 3)), draw(st.integers(2, 12))
     lengths, starts, position = [], [], 0
     while position < batch * seq:

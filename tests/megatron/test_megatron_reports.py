@@ -1,4 +1,4 @@
-"""What a training loop sees beside the loss: figures, Megatron's own checks, the token count."""
+"""Reports besides the loss, Megatron's own checks of the loss, and the token count."""
 
 import sys
 from types import SimpleNamespace
@@ -27,7 +27,7 @@ def batch(seed=3):
 
 
 def wanted(logits, labels, mask):
-    """name -> (sum over scored tokens, their number), straight from PyTorch in float64."""
+    """name -> (sum over scored tokens, their number), computed by PyTorch in float64."""
     log_p = logits.detach().double()[:, :-1].log_softmax(-1)
     label, weight = labels[:, 1:], mask[:, 1:].double()
     log_prob, scored = log_p.gather(-1, label.unsqueeze(-1)).squeeze(-1), weight != 0
@@ -117,7 +117,7 @@ def test_report_of_another_name(report):
     ],
 )
 def test_trap_float_num_tokens(count, kind):
-    """The schedule does total += num_tokens on an integer tensor, far from whoever made it."""
+    """The schedule adds num_tokens to an integer tensor, where an error is hard to trace."""
     logits, labels, mask = batch()
     with pytest.raises(kind, match="num_tokens: expected a 0-d int32 or int64 tensor"):
         sft_loss_func(labels, mask, logits, num_tokens=count)
@@ -132,7 +132,7 @@ def test_num_tokens_of_the_trainer():
 
 
 class Machine:
-    """A rerun state machine that notes what it is asked and rejects as Megatron's does."""
+    """A rerun state machine that records its calls and rejects like Megatron's."""
 
     def __init__(self):
         self.asked = []

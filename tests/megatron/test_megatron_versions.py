@@ -21,7 +21,7 @@ def test_the_versions_are_those_that_the_makefile_installs():
 
 
 def python(version, *arguments):
-    """Output of a Python that imports that megatron-core; a failure shows it whole."""
+    """The output of a Python that imports this megatron-core; a failure shows all of it."""
     command = [sys.executable, "-W", "ignore", *arguments]
     done = subprocess.run(
         command,

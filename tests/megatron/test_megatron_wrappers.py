@@ -1,15 +1,15 @@
-"""Trap: torch.compile and checkpoint_wrapper around the model whose loss is replaced, or within."""
+"""Trap: torch.compile or checkpoint_wrapper around the model whose loss is replaced, or in it."""
 
 import pytest
 import torch
-from test_megatron_seam import CLOSE, inputs, language_model, step
+from test_megatron_replaced_loss import CLOSE, inputs, language_model, step
 
 from bench.megatron_cpu import init, run_ranks
 from fused_sft_loss.megatron import (
     ResponseOnlyHead,
     fused_cross_entropy,
     make_forward_step,
-    versions,
+    wrappers,
 )
 
 
@@ -40,7 +40,7 @@ WHOLE = {
 
 
 def refused():
-    """The message for every wrapper of a whole model, by both ways in."""
+    """The message for every wrapper of a whole model, in both ways to replace its loss."""
     init()
     messages = {}
     for name, wrap in WHOLE.items():
@@ -69,7 +69,7 @@ def test_trap_a_wrapper_of_the_whole_model_is_refused():
 
 
 def of_layers(wrap, head):
-    """The model's own step, and the fused one with something in every layer wrapped."""
+    """The model's own step, and the fused one with a wrapper in every layer."""
     init()
     model = language_model()
     own = step(model)
@@ -77,10 +77,10 @@ def of_layers(wrap, head):
     for number, layer in enumerate(layers):
         if wrap == "compiled":
             layers[number] = WHOLE["compiled"](layer)
-        else:  # a part: the tests' stand-in for a GPU does not reach attention in backward
+        else:  # the layer's backward would need more of CUDA than these tests imitate
             layer.mlp = checkpointed(layer.mlp)
     losses, gradients = step(model, fused_cross_entropy(model, head=head))
-    for inner in (versions.COMPILED, versions.CHECKPOINTED):
+    for inner in (wrappers.COMPILED, wrappers.CHECKPOINTED):
         gradients = {name.replace(f"{inner}.", ""): grad for name, grad in gradients.items()}
     return own, (losses, gradients), inputs()[1]["loss_mask"]
 
@@ -96,7 +96,7 @@ def test_wrappers_of_layers_change_nothing(wrap, head):
 
 
 def logits_of_a_compiled_model():
-    """make_forward_step without in_place needs nothing of the model but its call."""
+    """make_forward_step without in_place only calls the model."""
     init()
     model, losses = language_model(torch.bfloat16), []
     arguments, targets = inputs()

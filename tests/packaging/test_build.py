@@ -65,7 +65,7 @@ def test_wheel_in_an_empty_environment(source, tmp_path):
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert any(name.startswith("fused_sft_loss/_cpu.") for name in names)
-    assert "fused_sft_loss/triton_kernels/__init__.py" in names
+    assert {"fused_sft_loss/triton_kernels/__init__.py", "fused_sft_loss/py.typed"} <= set(names)
     assert not any(name.startswith(("triton_kernels/", "tests/", "bench/")) for name in names)
     assert wheel_faults(wheel) == []
     used, report = install_and_use(wheel, tmp_path / "venv")

@@ -1,4 +1,4 @@
-"""`fused_cross_entropy`: the model's own per-token losses, computed here, and no trace left."""
+"""`fused_cross_entropy`: the losses are the model's own, and the model is restored."""
 
 import megatron_runs as runs
 import pytest
@@ -12,6 +12,7 @@ from fused_sft_loss.megatron import (
     make_forward_step,
     reports,
     versions,
+    wrappers,
 )
 
 HEADS = {"all positions": None, "response only": ResponseOnlyHead(multiple=4)}
@@ -71,7 +72,7 @@ def own_and_fused(tp, head, mtp):
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("tp", [1, 2])
 def test_losses_and_gradients_are_the_models_own(tp, head, mtp):
-    """And those of multi-token prediction stay what they were, to the bit."""
+    """The losses of multi-token prediction keep their bits."""
     for results, mask in run_ranks(tp, own_and_fused, tp, head, mtp):
         (own, own_grads, own_mtp), (fused, fused_grads, fused_mtp) = results
         assert fused.dtype == torch.float32 and fused.is_contiguous()
@@ -100,7 +101,7 @@ def test_multi_token_prediction_gets_shifted_labels_from_unshifted_ones():
 
 
 def each_way_of_backward():
-    """The fused step with every place and time that the gradient of the logits may be written."""
+    """The fused step for each option of where and when the logits' gradient is written."""
     init()
     model = language_model(torch.bfloat16)
     ways = [{}, {"inplace_backward": True}, {"grad_in_forward": 1.0}]
@@ -116,10 +117,10 @@ def test_gradients_do_not_depend_on_where_they_are_written():
 
 
 def seen_by_the_loss(dtype, in_place):
-    """What reaches the loss, and where the output layer had written it."""
+    """(dtype, shape) of the logits in the loss, and whether the output layer wrote them there."""
     init()
     model, seen, layers = language_model(dtype), [], []
-    gpt = list(versions.wrapped(model))[-1]
+    gpt = list(wrappers.wrapped(model))[-1]
     gpt.output_layer.register_forward_hook(lambda module, args, out: layers.append(out[0]))
     of = reports.Sums.of
     reports.Sums.of = lambda logits, *args: seen.append(logits) or of(logits, *args)
@@ -163,8 +164,8 @@ def test_the_mask_reaches_the_kernel():
 
 
 def state(model):
-    """What could be replaced on the model object and below it."""
-    gpt = list(versions.wrapped(model))[-1]
+    """The attributes that could be replaced on the model and on its output layer."""
+    gpt = list(wrappers.wrapped(model))[-1]
     return set(vars(gpt)), set(vars(gpt.output_layer)), gpt.output_layer.sequence_parallel
 
 
@@ -202,7 +203,7 @@ def test_nested_use_exceptions_and_other_models():
 
 
 def mask_of_the_context():
-    """A trainer that does not hand the model its mask, as Megatron-Bridge; two model chunks."""
+    """A trainer that does not pass the mask to the model, like Megatron-Bridge; two chunks."""
     init()
     chunks = [language_model(), language_model(seed=1)]
     arguments, targets = inputs()

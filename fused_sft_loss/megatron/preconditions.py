@@ -1,0 +1,185 @@
+"""Checks that raise on every rank, before any rank waits for another in a collective."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from .. import agreement, groups
+from . import global_state, wrappers
+from .protocols import ParallelState
+from .reports import FIGURES, Convention
+
+BATCH_KEYS = ("tokens", "position_ids", "attention_mask")
+OPTIONAL_BATCH_KEYS = ("labels", "loss_mask", "cu_seqlens", "packed_seq_params")
+
+Result = TypeVar("Result")
+
+
+def run(convention: Convention, config: Any, options: Mapping[str, Any]) -> None:
+    """Check the configuration, not the batch, so that every rank raises the same error."""
+    _convention(convention)
+    if "reduction" in options:
+        raise TypeError("reduction: not an option here: returns='per_token' sums, 'mean' averages")
+    config = global_state.training_args() if config is None else config
+    if convention.returns == "mean" and getattr(config, "calculate_per_token_loss", False):
+        raise ValueError(
+            "returns='mean' with calculate_per_token_loss=True: expected returns='per_token'. "
+            "Megatron takes the number of tokens from a 3-tuple. From this 2-tuple it takes 0, so "
+            "it sums gradients over data parallelism and never divides them. "
+            "Use returns='per_token', or set calculate_per_token_loss=False"
+        )
+    parallel = global_state.parallel_state()
+    cp = 1 if parallel is None else parallel.get_context_parallel_world_size()
+    if cp > 1 and options.get("shift", True):
+        raise ValueError(
+            f"shift=True under context parallelism of size {cp}: expected shifted labels. "
+            "A rank holds two chunks of each sequence that are not neighbours, so the next token "
+            "may be on another rank. Shift first, slice after: labels, loss_mask = "
+            "shift_targets(labels, loss_mask) (for packed documents shift_packed_targets), then "
+            "get_batch_on_this_cp_rank, then shift=False"
+        )
+
+
+def _convention(convention: Convention) -> None:
+    if convention.returns not in ("per_token", "mean"):
+        raise ValueError(f"returns: expected 'per_token' or 'mean', got {convention.returns!r}")
+    names = ("lm loss", *FIGURES)
+    report: Any = convention.report
+    if isinstance(report, str) or not set(report) <= set(names):
+        raise ValueError(f"report: expected a tuple of {names}, got {report!r}")
+    count: Any = convention.num_tokens
+    if count is None:
+        return
+    if convention.returns == "mean":
+        raise ValueError("num_tokens: expected None with returns='mean', which returns no count")
+    if not isinstance(count, Tensor) or count.dim() or count.dtype not in (torch.int, torch.long):
+        got = f"{list(count.shape)} {count.dtype}" if isinstance(count, Tensor) else repr(count)
+        raise TypeError(
+            f"num_tokens: expected a 0-d int32 or int64 tensor, got {got}. Megatron adds it to an "
+            "integer total on the device; a float or a Python number fails there. "
+            "Use loss_mask.sum().to(torch.int)"
+        )
+
+
+def batch(given: object, shift: bool, last_stage: bool) -> Mapping[str, Any]:
+    """The dict that get_batch returned, checked and with `labels` filled in."""
+    keys = BATCH_KEYS + OPTIONAL_BATCH_KEYS
+    names = ", ".join(keys)
+    if not isinstance(given, Mapping):
+        raise TypeError(
+            f"get_batch: expected a dict of {names}, got {type(given).__name__}. Megatron's own "
+            "get_batch returns a tuple whose order differs between versions: name its parts"
+        )
+    missing = [key for key in BATCH_KEYS if key not in given]
+    unknown = [key for key in given if key not in keys]
+    if missing or unknown:
+        raise ValueError(
+            f"get_batch: expected a dict of {names}; missing {missing}, unknown {unknown}"
+        )
+    if "labels" not in given:
+        if not shift:
+            raise ValueError(
+                "get_batch: expected 'labels' with shift=False, got none. Unshifted tokens as "
+                "labels would teach the model to copy its input: return shifted labels, or leave "
+                "shift=True"
+            )
+        given = {**given, "labels": given["tokens"]}
+    if last_stage:
+        labels_here(given["labels"])
+    return given
+
+
+def labels_here(labels: Tensor | None) -> Tensor:
+    """The labels. Raise ValueError if the stage that computes the loss has none."""
+    if labels is None:
+        raise ValueError(
+            "labels: expected [b, s] token ids, got None. Megatron's get_batch returns None on "
+            "middle pipeline stages; this is the last one, where the loss is computed: load the "
+            "labels here too"
+        )
+    return labels
+
+
+def vocab_group(
+    options: Mapping[str, Any], columns: int | None = None, vocabulary: int | None = None
+) -> ProcessGroup | None:
+    """The group whose ranks hold the vocabulary's shards, or None for a whole vocabulary.
+
+    options: of the loss. tp_group is "megatron" if absent, or what `sft_loss` takes; vocab_start
+    allows uneven shards. columns: the logits' width; vocabulary: the model's padded vocabulary
+    size. None: not known yet.
+    """
+    group, placed = options.get("tp_group", "megatron"), options.get("vocab_start") is not None
+    parallel = global_state.parallel_state()
+    if isinstance(group, str) and group == "megatron":
+        whole = vocabulary is not None and columns == vocabulary
+        group = None if parallel is None or whole else parallel.get_tensor_model_parallel_group()
+    else:
+        group = groups.process_group(group)
+        if group is not None and parallel is not None and not placed:
+            _is_megatrons(group, parallel)
+    ranks = 1 if group is None else dist.get_world_size(group)
+    if columns is None or vocabulary is None or placed:
+        return group
+    if columns * ranks != vocabulary:
+        raise ValueError(
+            f"expected {ranks} shards that add up to the model's vocabulary of {vocabulary}, got "
+            f"{ranks} x {columns} columns: tp_group is not the group that shards it. Leave "
+            "tp_group out, or give None for gathered logits"
+        )
+    return group
+
+
+def _is_megatrons(group: ProcessGroup, parallel: ParallelState) -> None:
+    """Raise ValueError unless Megatron shards the vocabulary over this group."""
+    mine = dist.get_process_group_ranks(group)
+    tensor = dist.get_process_group_ranks(parallel.get_tensor_model_parallel_group())
+    if mine != tensor:
+        raise ValueError(
+            f"tp_group: expected Megatron's tensor-parallel group of ranks {tensor}, got ranks "
+            f"{mine}. Leave tp_group out; for shards of another group pass vocab_start"
+        )
+
+
+def not_wrapped(module: object, what: str) -> None:
+    """Raise NotImplementedError for a module that torch.compile or checkpoint_wrapper wraps.
+
+    Compiled code does not call the replaced methods, and a checkpoint calls them too late.
+    """
+    compiled = getattr(module, "_compiled_call_impl", None) is not None
+    inside = wrappers.submodules(module)
+    if compiled or wrappers.COMPILED in inside:
+        raise NotImplementedError(
+            f"expected {what} itself, got one under torch.compile ({type(module).__name__}): "
+            "compiled code does not see that its loss is replaced. Compile the layers: "
+            "for layer in model.decoder.layers: layer.compile()"
+        )
+    if wrappers.CHECKPOINTED in inside:
+        raise NotImplementedError(
+            f"expected {what} itself, got one under checkpoint_wrapper ({type(module).__name__}): "
+            "backward computes it again, when its loss is no longer replaced. Wrap the layers: "
+            "model.decoder.layers[i] = checkpoint_wrapper(model.decoder.layers[i])"
+        )
+
+
+def agreed(
+    check: Callable[[], Result],
+    group: ProcessGroup | None,
+    batch_of: Callable[[Result], Mapping[str, Tensor | None]],
+) -> Result:
+    """`check()`, or an error on every rank that shares the vocabulary.
+
+    All of them raise if `check()` raises on one of them, or if their batches differ. It is for
+    checks before the model runs, because the model runs collectives itself.
+
+    batch_of: `batch_of(result) -> dict` of the tensors that must be equal, or None.
+    """
+
+    def facts(result: Result) -> dict[str, Any]:
+        return {name: agreement.fingerprint(value) for name, value in batch_of(result).items()}
+
+    return agreement.agreed(check, group, facts)

@@ -1,0 +1,289 @@
+"""Temporary replacement of the cross-entropy inside a model that is called with labels.
+
+GPTModel's forward ends in logits = output_layer(hidden), [s, b, V/tp], and
+compute_language_model_loss(labels, logits). Between the two, nothing has transposed, cast or
+gathered the logits, so the loss can read them where the output layer wrote them. From megatron-core
+0.18 on, forward takes an `output_processor` for that. Before, methods of this one model object are
+replaced, and restored at the end of the context. Classes and modules stay as they are.
+"""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple, NoReturn
+
+from torch import Tensor
+from torch.nn import Module
+
+from ..options import Options
+from ..targets import IGNORE_INDEX
+from . import preconditions, versions, wrappers
+from .head import ResponseOnlyHead, Rows, selected
+from .protocols import LanguageModel, OutputLayer
+from .reports import Sums
+
+LOSS = "compute_language_model_loss"
+#: Options of fused_cross_entropy. The others of `sft_loss` follow from the model.
+ALLOWED = (
+    "ignore_index",
+    "label_smoothing",
+    "z_loss",
+    "softcap",
+    "logit_scale",
+    "vocab_size",
+    "inplace_backward",
+    "grad_in_forward",
+    "backend",
+)
+
+
+@contextmanager
+def fused_cross_entropy(
+    model: Module | list[Module],
+    *,
+    loss_mask: Tensor | None = None,
+    head: ResponseOnlyHead | None = None,
+    **options: Any,
+) -> Iterator[None]:
+    """A context manager in which `model(..., labels=labels)` computes its losses with this package.
+
+    Use it with trainers that call the model with labels: Megatron-LM's pretrain_gpt.py, Primus,
+    Megatron-Bridge::
+
+        with fused_cross_entropy(model):
+            output_tensor, loss_func = forward_step(data_iterator, model)
+
+    The model returns the same [b, s] fp32 losses, computed from the logits without a copy. Backward
+    may run outside the context. Megatron still computes the losses of multi-token prediction. A
+    call without labels returns logits as before. Contexts may be nested; the innermost one counts.
+
+    Args:
+        model: a GPTModel or another LanguageModule, wrapped (Float16Module, DDP) or not, or a list
+            of such model chunks.
+        loss_mask: [b, s]: positions with 0 are not read and have loss 0. None: the loss_mask that
+            the model is called with, if any. The mask selects and does not weigh, because the
+            trainer multiplies by it.
+        head: a `ResponseOnlyHead`, or None for all positions.
+        **options: these of `sft_loss`: ignore_index, label_smoothing, z_loss, softcap, logit_scale,
+            vocab_size, inplace_backward, grad_in_forward, backend. Labels are not shifted:
+            Megatron's datasets have shifted them already.
+
+    Raises:
+        TypeError: the model has no compute_language_model_loss; an unknown option.
+        ValueError: in the model's forward: what `sft_loss` raises.
+        NotImplementedError: the whole model is under torch.compile or checkpoint_wrapper (its
+            layers may be); `model.build_schedule_plan` is called in the context, because that plan
+            computes the loss later.
+    """
+    unknown = sorted(set(options) - set(ALLOWED))
+    if unknown:
+        raise TypeError(f"fused_cross_entropy: unknown options {unknown}; expected {ALLOWED}")
+    with ExitStack() as stack:
+        for chunk in model if isinstance(model, list | tuple) else [model]:
+            given = {"shift": False, **options}
+            replaced = ReplacedLoss(chunk, loss_mask, head, given, weigh=False)
+            stack.enter_context(replaced.installed())
+        yield
+
+
+class _Call(NamedTuple):
+    """A call of the model with labels."""
+
+    labels: Tensor
+    mask: Tensor | None
+    rows: Rows | None  # that go through the output layer; None: all
+
+
+class ReplacedLoss:
+    """Replaces one model's cross-entropy while `installed()`.
+
+    options: of the loss, as `sft_loss_func` takes them, with tp_group; weigh: multiply the losses
+    by the mask; report: as in `sft_loss_func`.
+    """
+
+    def __init__(
+        self,
+        model: Module,
+        loss_mask: Tensor | None,
+        head: ResponseOnlyHead | None,
+        options: dict[str, Any],
+        *,
+        weigh: bool,
+        report: tuple[str, ...] = (),
+    ) -> None:
+        if head is not None and not isinstance(head, ResponseOnlyHead):
+            raise TypeError(f"head: expected a ResponseOnlyHead, got {type(head).__name__}")
+        self.model = _language_model(model)
+        self._is_last = getattr(self.model, "post_process", True)  # pipeline stage
+        if head is not None:
+            head.check(self.model.config)
+            if self._is_last:
+                preconditions.not_wrapped(self.model.output_layer, "the output layer")
+        self.loss_mask, self.head, self.weigh, self.report = loss_mask, head, weigh, report
+        self.options = dict(options)
+        self.sums: Sums | None = None  # of the last call with labels
+        self._call: _Call | None = None  # that is running
+        self._heads_to_pass = 0  # output layer calls of multi-token prediction before the main one
+
+    @contextmanager
+    def installed(self) -> Iterator["ReplacedLoss"]:
+        with ExitStack() as stack:
+            replace = functools.partial(_replace_method, stack)
+            replace(self.model, "forward", self._forward)
+            if hasattr(self.model, "build_schedule_plan"):
+                replace(self.model, "build_schedule_plan", _no_schedule_plan)
+            if not versions.accepts(self.model, "output_processor"):
+                replace(self.model, LOSS, self._loss)
+                if self.head is not None and self._is_last:
+                    replace(self.model.output_layer, "forward", self._output_layer)
+            yield self
+
+    def _forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The model's forward. Keeps labels and mask for the methods that it calls."""
+        given = inspect.signature(base).bind(*args, **kwargs).arguments
+        given = {**given, **given.get("kwargs", {})}
+        if given.get("labels") is None:
+            return base(*args, **kwargs)
+        call = self._call_of(given["labels"], given.get("loss_mask"))
+        if versions.accepts(self.model, "output_processor"):
+            if given.get("output_processor") is not None:
+                raise ValueError("expected no output_processor of your own inside this context")
+            kwargs["output_processor"] = functools.partial(self._output_processor, call)
+        self._call, self.sums = call, None
+        self._heads_to_pass = getattr(self.model.config, "mtp_num_layers", None) or 0
+        try:
+            output = base(*args, **kwargs)
+        finally:
+            self._call = None
+        if self._is_last and self.sums is None:
+            raise RuntimeError(
+                f"{type(self.model).__name__} was called with labels and did not compute its loss "
+                f"by {LOSS}(labels, logits): fused_cross_entropy has nothing to replace"
+            )
+        return output
+
+    def _call_of(self, labels: Tensor, mask: Tensor | None) -> _Call:
+        """The call with these labels; `mask` counts if the context was given none."""
+        mask = mask if self.loss_mask is None else self.loss_mask
+        if not self.weigh and mask is not None:
+            mask = mask != 0
+        rows = None
+        if self.head is not None and self._is_last:
+            ignore_index = self.options.get("ignore_index", IGNORE_INDEX)
+            select = functools.partial(self.head.select, labels, mask, ignore_index)
+            group = preconditions.vocab_group(self.options)
+            rows = preconditions.agreed(select, group, _compared)
+        return _Call(labels, mask, rows)
+
+    def _output_layer(
+        self, base: Callable[..., Any], hidden_states: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Before 0.18: the output layer; the main call computes the selected rows only."""
+        if self._call is None or self._call.rows is None:
+            return base(hidden_states, *args, **kwargs)
+        if self._heads_to_pass > 0:
+            self._heads_to_pass -= 1
+            return base(hidden_states, *args, **kwargs)
+        with selected(self.model.output_layer, hidden_states, self._call.rows) as hidden_states:
+            return base(hidden_states, *args, **kwargs)
+
+    def _loss(self, base: Callable[..., Tensor], labels: Tensor, logits: Tensor) -> Tensor:
+        """Before 0.18: compute_language_model_loss.
+
+        Multi-token prediction passes a rolled copy of the labels. Only the main call passes the
+        object that the model was given.
+        """
+        if self._call is None or labels is not self._call.labels:
+            return base(labels, logits)
+        return self._losses(self._call, logits)
+
+    def _output_processor(
+        self,
+        call: _Call,
+        *,
+        hidden_states: Tensor,
+        output_layer: OutputLayer,
+        output_weight: Tensor | None,
+        runtime_gather_output: bool | None,
+        scale_logits: Callable[[Tensor], Tensor],
+        **_: Any,
+    ) -> Tensor:
+        """From 0.18 on: output layer and loss, in the order of GPTModel's forward."""
+        layer = functools.partial(
+            output_layer, weight=output_weight, runtime_gather_output=runtime_gather_output
+        )
+        if call.rows is None:
+            logits, _bias = layer(hidden_states)
+        else:
+            with selected(output_layer, hidden_states, call.rows) as hidden_states:
+                logits, _bias = layer(hidden_states)
+        return self._losses(call, scale_logits(logits))
+
+    def _losses(self, call: _Call, logits: Tensor) -> Tensor:
+        """Per-token losses [b, s] fp32 of logits [s, b, V/tp], or [r, 1, V/tp] of selected rows."""
+        vocabulary = getattr(self.model, "vocab_size", None)
+        group = preconditions.vocab_group(self.options, logits.size(-1), vocabulary)
+        options = Options(**{**self.options, "tp_group": group})
+        rows = call.rows
+        if rows is None:
+            options = dataclasses.replace(options, layout="sbv")
+            self.sums = Sums.of(logits, call.labels, call.mask, options, self.report)
+            return self.sums.losses
+        sums = Sums.of(logits.squeeze(1), rows.labels, rows.mask, options, self.report)
+        losses = ResponseOnlyHead.scatter(sums.losses, rows, call.labels.shape)
+        self.sums = dataclasses.replace(sums, losses=losses)
+        return losses
+
+
+def _language_model(model: Module) -> LanguageModel:
+    """The innermost model, which computes the loss."""
+    parts = list(wrappers.wrapped(model))
+    if not hasattr(parts[-1], LOSS):
+        raise TypeError(
+            f"expected a model with {LOSS}, such as megatron-core's GPTModel, wrapped or not; "
+            f"got {type(model).__name__}"
+        )
+    for part in parts:
+        preconditions.not_wrapped(part, "the model")
+    return parts[-1]
+
+
+def _compared(rows: Rows) -> dict[str, Tensor | None]:
+    """The tensors that must be equal on all ranks that share the vocabulary."""
+    return {"scored positions": rows.positions, "labels": rows.labels, "loss_mask": rows.mask}
+
+
+def _replace_method(stack: ExitStack, owner: object, name: str, method: Callable[..., Any]) -> None:
+    """`owner.name(...)` calls method(base, ...) until the stack unwinds.
+
+    base is the owner's own method, also if an outer context has replaced it already.
+    """
+    current = getattr(owner, name)
+    base = getattr(current, "fused_sft_loss_base", current)
+
+    @functools.wraps(base)
+    def replacement(*args: Any, **kwargs: Any) -> Any:
+        return method(base, *args, **kwargs)
+
+    replacement.fused_sft_loss_base = base  # type: ignore[attr-defined]
+    own, missing = vars(owner), object()
+    before = own.get(name, missing)
+
+    def restore() -> None:
+        if before is missing:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)
+
+    stack.callback(restore)
+    setattr(owner, name, replacement)
+
+
+def _no_schedule_plan(base: Callable[..., Any], *args: Any, **kwargs: Any) -> NoReturn:
+    raise NotImplementedError(
+        "build_schedule_plan inside fused_cross_entropy: the plan computes the loss later, when "
+        "this context has ended. Set overlap_moe_expert_parallel_comm=False, or leave "
+        "fused_cross_entropy out"
+    )
