@@ -1,7 +1,7 @@
 """sft_loss, SFTLoss and token_metrics: defaults, validation, and the way into the operators."""
 
 import contextlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,7 +23,7 @@ class LossTerms(NamedTuple):
 
     losses: Tensor  # labels' shape, fp32: weight * loss, exactly 0 where not scored
     weight_sum: Tensor  # 0-d fp32
-    count: Tensor  # 0-d int32: scored tokens
+    count: Tensor  # type: ignore[assignment]  # 0-d int32: scored tokens; hides tuple.count
 
 
 class TokenMetrics(NamedTuple):
@@ -197,7 +197,7 @@ def weighted_mean(total: Tensor, weight_sum: Tensor) -> Tensor:
 
 
 def token_metrics(
-    logits: Tensor, labels: Tensor, loss_mask: Tensor | None = None, **options
+    logits: Tensor, labels: Tensor, loss_mask: Tensor | None = None, **options: Any
 ) -> TokenMetrics:
     """Loss, log-probability, lse, top-1 hit and entropy of each token, from one read.
 
@@ -219,7 +219,7 @@ class SFTLoss(torch.nn.Module):
     options["tp_group"] is set before. state_dict() is empty.
     """
 
-    def __init__(self, *, reduction: str = "mean", **options):
+    def __init__(self, *, reduction: str = "mean", **options: Any) -> None:
         super().__init__()
         expect(reduction in REDUCTIONS, f"reduction in {REDUCTIONS}", reduction)
         Options(**options).validate()
@@ -227,7 +227,7 @@ class SFTLoss(torch.nn.Module):
         self.options = options
 
     def forward(
-        self, logits: Tensor, labels: Tensor, loss_mask: Tensor | None = None, **overrides
+        self, logits: Tensor, labels: Tensor, loss_mask: Tensor | None = None, **overrides: Any
     ) -> Tensor:
         """Compute :func:`sft_loss`; `overrides` replace options in this call alone."""
         options = {"reduction": self.reduction, **self.options, **overrides}
@@ -238,8 +238,9 @@ class SFTLoss(torch.nn.Module):
         state = super().__getstate__()
         if isinstance(group := self.options.get("tp_group"), groups.NamedGroup | None):
             return state
-        group = groups.named(groups.process_group(group))
-        return {**state, "options": {**self.options, "tp_group": group}}
+        found = groups.process_group(group)
+        named = None if found is None else groups.named(found)
+        return {**state, "options": {**self.options, "tp_group": named}}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)

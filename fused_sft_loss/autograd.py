@@ -170,11 +170,11 @@ class _Differentiable(torch.autograd.Function):
     operator: ClassVar[Callable]
 
     @classmethod
-    def forward(cls, *inputs):
+    def forward(cls, *inputs: Any) -> tuple[Tensor, ...]:
         return cls.operator(*inputs[:-1])
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
         logits, _scoring, ctx.math, reduction, _call, _group_name, ctx.backend, ctx.inplace = inputs
         result, *figures = output
         target, weight, _count, weight_sum, normalizer = figures[:5]
@@ -185,7 +185,9 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     @first_order
-    def backward(ctx, grad_result, *_grads_of_figures):
+    def backward(
+        ctx: Any, grad_result: Tensor, *_grads_of_figures: None
+    ) -> tuple[Tensor | None, ...]:
         logits, *rest = ctx.saved_tensors
         args = (logits, grad_result, *rest, ctx.math, ctx.backend)
         if ctx.inplace and not traced(logits):

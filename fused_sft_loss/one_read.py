@@ -65,11 +65,11 @@ class _SameMemory(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, logits):
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
         return logits.detach()
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         return grad
 
 
@@ -150,17 +150,17 @@ class WithGrad(torch.autograd.Function):
     memory; both for the scale `stored` `[N]`."""
 
     @staticmethod
-    def forward(logits, losses, *rest):
+    def forward(logits: Tensor, losses: Tensor, *rest: Any) -> Tensor:
         return losses.clone()
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         logits, _losses, grad, target, weight, normalizer, stored, *ctx.rest = inputs
         ctx.save_for_backward(logits, grad, target, weight, normalizer, stored)
 
     @staticmethod
     @first_order
-    def backward(ctx, upstream):
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         logits, grad, target, weight, normalizer, stored = ctx.saved_tensors
         if grad is None:
             grad = logits.clone() if traced(logits) else logits.detach()

@@ -12,16 +12,20 @@ place, which the record's class packs and unpacks. Functions and callers see the
 import functools
 import re
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active, _len_torch_dispatch_stack
 
+from . import rowmath, scoring
 from .rowmath import RowMath
 from .scoring import Scoring
 
 NAMESPACE = "fused_sft_loss"
-RECORDS = {kind.__name__: kind for kind in (RowMath, Scoring)}
+#: Kinds of records, and their fields in a schema.
+RECORDS: dict[str, type[RowMath] | type[Scoring]] = {"RowMath": RowMath, "Scoring": Scoring}
+FIELDS = {"RowMath": rowmath.SCHEMA, "Scoring": scoring.SCHEMA}
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -38,23 +42,29 @@ def operator(schema: str, fake: Callable, changes: int | None = None) -> Callabl
     """
 
     def register(kernel: Callable) -> Callable:
-        def change(*args):
-            torch.autograd.graph.increment_version(args[changes])
-            return kernel(*args)
-
-        layout, run = Layout(schema), kernel if changes is None else change
+        layout, run = Layout(schema), kernel if changes is None else _counted(kernel, changes)
         # Not for torch.compile to look into, when what it compiled calls the operator.
         registered = layout.define(torch.compiler.disable(run), "CompositeExplicitAutograd")
         torch.library.register_fake(
             f"{NAMESPACE}::{layout.name}", layout.of_fields(fake), lib=_library
         )
 
-        def call(*args):
+        def call(*args: Any) -> Any:
             return registered(*layout.packed(args)) if watched(args[0]) else run(*args)
 
         return call
 
     return register
+
+
+def _counted(kernel: Callable, changes: int) -> Callable:
+    """The kernel, which autograd is told changes one of its arguments."""
+
+    def change(*args: Any) -> Any:
+        torch.autograd.graph.increment_version(args[changes])
+        return kernel(*args)
+
+    return change
 
 
 def differentiable(schema: str, function: type[torch.autograd.Function]) -> Callable:
@@ -70,7 +80,7 @@ def differentiable(schema: str, function: type[torch.autograd.Function]) -> Call
 
     class AtOnce(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, *inputs):
+        def forward(ctx: Any, *inputs: Any) -> Any:
             output = function.forward(*inputs)
             function.setup_context(ctx, inputs, output)
             return output
@@ -81,7 +91,7 @@ def differentiable(schema: str, function: type[torch.autograd.Function]) -> Call
     layout = Layout(schema)
     registered = layout.define(AtOnce.apply, "CompositeImplicitAutograd")
 
-    def call(*inputs):
+    def call(*inputs: Any) -> Any:
         if not watched(inputs[0]):
             return AtOnce.apply(*inputs)
         if not torch.compiler.is_compiling() and _are_functorch_transforms_active():
@@ -114,8 +124,8 @@ class Layout:
 
     @staticmethod
     def _expanded(arguments: str) -> str:
-        for name, kind in RECORDS.items():
-            arguments = re.sub(rf"\b{name} \w+", kind.SCHEMA, arguments)
+        for name, fields in FIELDS.items():
+            arguments = re.sub(rf"\b{name} \w+", fields, arguments)
         return arguments
 
     def define(self, function: Callable, dispatch_key: str) -> Callable:
@@ -126,7 +136,7 @@ class Layout:
 
     def packed(self, args: tuple) -> list:
         """Fields in place of records."""
-        flat = []
+        flat: list[Any] = []
         for value, record in zip(args, self.records, strict=True):
             flat += [value] if record is None else value.packed()
         return flat
@@ -135,11 +145,14 @@ class Layout:
         """The function of records as a function of their fields."""
 
         @functools.wraps(function)
-        def of_fields(*flat):
-            args, left = [], iter(flat)
+        def of_fields(*flat: Any) -> Any:
+            args: list[Any] = []
+            left = iter(flat)
             for record in self.records:
-                values = (next(left) for _ in record._fields) if record else left
-                args.append(record(*values) if record else next(values))
+                if record is None:
+                    args.append(next(left))
+                else:
+                    args.append(record(*(next(left) for _ in record._fields)))
             return function(*args)
 
         return of_fields
@@ -153,7 +166,7 @@ def first_order(backward: Callable) -> Callable:
     """
 
     @functools.wraps(backward)
-    def run(ctx, *grads):
+    def run(ctx: Any, *grads: Any) -> Any:
         if not torch.is_grad_enabled():
             return backward(ctx, *grads)
         logits = ctx.saved_tensors[0]  # before they may be overwritten
@@ -168,15 +181,15 @@ class _FirstOrder(torch.autograd.Function):
     """The gradient; it depends on the other inputs, in a way that is not implemented."""
 
     @staticmethod
-    def forward(grad_logits, logits, *grads):
+    def forward(grad_logits: Tensor, logits: Tensor, *grads: Tensor) -> Tensor:
         return grad_logits.detach()
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         pass
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> None:
         raise NotImplementedError(
             "expected one derivative of the loss, got a second one (create_graph=True, hvp or "
             "nested torch.func.grad): its gradient has no gradient. Use torch's own cross_entropy "

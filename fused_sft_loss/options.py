@@ -119,7 +119,7 @@ def _typed(options: Options, name: str, kind: _Kind) -> None:
         raise TypeError(f"expected {name} to be {kind.named}, got {type(value).__name__} {value!r}")
 
 
-def expect(holds: bool, expected: str, got) -> None:
+def expect(holds: bool, expected: str, got: object) -> None:
     """Raise ValueError unless it holds."""
     if not holds:
         raise ValueError(f"expected {expected}, got {got!r}")

@@ -7,6 +7,13 @@ from torch import Tensor
 
 from .options import check_scale
 
+#: The fields of RowMath in an operator's schema. torch.compile would compile anew for each value of
+#: a float, so logit_scale travels as a 0-d CPU tensor.
+SCHEMA = (
+    "float label_smoothing, float z_loss, float softcap, Tensor logit_scale, "
+    "SymInt vocab_start, SymInt vocab_size"
+)
+
 
 class RowMath(NamedTuple):
     """loss = (1-eps) * (lse - z_y) + eps * (lse - mean z) + z_loss * lse^2, with eps =
@@ -27,13 +34,6 @@ class RowMath(NamedTuple):
     logit_scale: float | Tensor  # a Tensor, 0-d on the CPU, only while torch.compile traces
     vocab_start: int  # global id of this shard's column 0
     vocab_size: int  # true global vocabulary
-
-    #: The fields in an operator's schema. torch.compile would compile anew for each value of a
-    #: float, so logit_scale travels as a 0-d CPU tensor.
-    SCHEMA = (
-        "float label_smoothing, float z_loss, float softcap, Tensor logit_scale, "
-        "SymInt vocab_start, SymInt vocab_size"
-    )
 
     def packed(self) -> tuple:
         """The fields as SCHEMA takes them."""
@@ -58,7 +58,7 @@ class RowMath(NamedTuple):
         Statistics are in units of this x: a difference of neighbouring x is exact, and one of
         rounded products unit * x is not.
         """
-        return 1.0 if self.softcap else self.logit_scale
+        return 1.0 if self.softcap else float(self.logit_scale)
 
     def valid_columns(self, columns: int) -> int:
         """How many of a shard's `columns` are vocabulary rather than padding."""

@@ -14,6 +14,10 @@ def may_synchronise(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" or flags.enabled(flags.CHECK)
 
 
+#: The fields of Scoring in an operator's schema.
+SCHEMA = "Tensor labels, Tensor? loss_mask, Tensor? cu_seqlens, bool shift, int ignore_index"
+
+
 class Scoring(NamedTuple):
     """The arguments of :func:`.targets.row_targets`, except for the size of the vocabulary."""
 
@@ -22,9 +26,6 @@ class Scoring(NamedTuple):
     cu_seqlens: Tensor | None
     shift: bool
     ignore_index: int
-
-    #: The fields in an operator's schema.
-    SCHEMA = "Tensor labels, Tensor? loss_mask, Tensor? cu_seqlens, bool shift, int ignore_index"
 
     @property
     def checked(self) -> bool:

@@ -20,8 +20,7 @@ def address(tensor: Tensor | None) -> int:
 
 def rows(tensor: Tensor) -> tuple:
     """Of logits or their gradient, `[b, s, v]`: struct Tensor3."""
-    stride_b, stride_s, _ = tensor.stride()
-    return (tensor.data_ptr(), DTYPES[tensor.dtype], *tensor.shape, stride_b, stride_s)
+    return (tensor.data_ptr(), DTYPES[tensor.dtype], *tensor.shape, *tensor.stride()[:2])
 
 
 def in_dtypes(scoring: Scoring) -> Scoring:

@@ -3,11 +3,12 @@
 import importlib
 import os
 from functools import cache
-from types import ModuleType
+from typing import cast
 
 import torch
 
 from . import devices, loader
+from .contract import OneReadBackend
 from .gpu import Gpu
 
 #: Every name the API accepts -> the module here that implements it.
@@ -23,11 +24,14 @@ VARIABLE = "FUSED_SFT_LOSS_BACKEND"
 
 
 @cache
-def load(name: str) -> ModuleType | Gpu:
-    """The backend. Call only for a name that `reason_against` has nothing against."""
+def load(name: str) -> OneReadBackend:
+    """The backend, a module or a :class:`.Gpu`; of those not in ONE_READ a Backend alone.
+
+    Call only for a name that `reason_against` has nothing against.
+    """
     if MODULES[name] == "gpu":
         return Gpu(loader.load(name))
-    return importlib.import_module(f".{MODULES[name]}", __package__)
+    return cast(OneReadBackend, importlib.import_module(f".{MODULES[name]}", __package__))
 
 
 @cache
@@ -63,7 +67,7 @@ def _reason_against_gpu(name: str, device_type: str) -> str | None:
     if not version:
         return f"runs on {vendor} GPUs; this torch is built for others"
     try:
-        info = load(name).build_info()
+        info = loader.load(name).build_info()
     except ImportError as error:
         return (
             f"its compiled module cannot be loaded ({error}); install a wheel that has it, or "
@@ -79,7 +83,7 @@ def _reason_against_triton(device_type: str) -> str | None:
         module = load("triton")
     except ImportError as error:
         return f"triton cannot be imported ({error}); pip install triton"
-    if device_type == "cpu" and not module.INTERPRETED:
+    if device_type == "cpu" and not getattr(module, "INTERPRETED", False):
         return (
             "runs on NVIDIA and AMD GPUs; on CPU tensors only in Triton's interpreter, which is "
             "for tests: start Python with TRITON_INTERPRET=1"

@@ -39,7 +39,7 @@ class Losses(NamedTuple):
     result: Tensor  # fp32: 0-d, or weight * loss `[N]` without a reduction
     target: Tensor  # see Targets
     weight: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count
     weight_sum: Tensor
     normalizer: Tensor  # `[N, 2]` fp32: maximum and sum of exponentials of each row
 

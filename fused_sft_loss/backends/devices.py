@@ -49,7 +49,10 @@ def architecture(index: int) -> str:
 def _runs_cuda(target: str, device: str, toolkit: str) -> bool:
     """Machine code runs on its major version from its minor one on; "9.0a" on 9.0 alone. The driver
     compiles PTX for anything newer, if it is as new as the toolkit that wrote it."""
-    major, minor, kind, ptx = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", target).groups()
+    known = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", target)
+    if known is None:
+        raise ValueError(f"expected a target like 9.0a or 10.0+PTX in build_info(), got {target!r}")
+    major, minor, kind, ptx = known.groups()
     made_for, found = (int(major), int(minor)), tuple(map(int, device.split(".")))
     if kind == "a":
         return found == made_for

@@ -184,7 +184,7 @@ def empty_stats(rows: int, columns: int, like: Tensor) -> Tensor:
 
 
 def row_targets(scoring: Scoring, vocab_size: int) -> Targets:
-    return targets_of(*scoring, vocab_size)
+    return targets_of(*scoring, vocab_size=vocab_size)
 
 
 def reduce(losses: Tensor, weight_sum: Tensor | None) -> Tensor:
@@ -223,22 +223,22 @@ def row_grad(
     out: Tensor,
 ) -> None:
     batch, seq, width = logits.shape
-    scale = scale.values()
-    valid, scored = math.valid_columns(width), scale != 0
+    factor = scale.values()
+    valid, scored = math.valid_columns(width), factor != 0
     maximum, total = normalizer.unsqueeze(1).unbind(-1)
-    softmax_factor = scale.unsqueeze(-1) / total
+    softmax_factor = factor.unsqueeze(-1) / total
     if math.z_loss:
         softmax_factor *= 1 + 2 * math.z_loss * (maximum * math.unit + total.log())
-    smoothing = (scale * (math.label_smoothing / math.vocab_size)).unsqueeze(-1)
+    smoothing = (factor * (math.label_smoothing / math.vocab_size)).unsqueeze(-1)
 
-    def softmax_part(x, rows):
+    def softmax_part(x: Tensor, rows: Rows) -> Tensor:
         grad = scaled(x.sub_(maximum[rows]), math.unit).exp_().mul_(softmax_factor[rows])
         return grad.sub_(smoothing[rows]) if math.label_smoothing else grad
 
     # Before `out`, which may be the logits, is written.
     rows, targets, here = at_targets(logits, target, scored, math)
     x, bent = transform(*load(logits[targets].unsqueeze(-1)), math)
-    grad = softmax_part(x, rows).sub_((scale[rows] * (1 - math.label_smoothing)).unsqueeze(-1))
+    grad = softmax_part(x, rows).sub_((factor[rows] * (1 - math.label_smoothing)).unsqueeze(-1))
     grad_of_target = chain(grad, bent, math).squeeze(-1).to(out.dtype)
     memory = scratch(valid, logits.device)
     for index, rows in tiles(scored, batch, seq, valid):

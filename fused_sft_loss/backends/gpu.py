@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -186,7 +187,7 @@ class Gpu:
             stored.data_ptr(),
         )
 
-    def _launch(self, function: Callable, device: torch.device, *args) -> None:
+    def _launch(self, function: Callable, device: torch.device, *args: Any) -> None:
         with _on(device):
             function(*args, self.chip_of(device), _stream(device))
 

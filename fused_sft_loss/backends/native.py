@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .. import _cpu
+from .. import _cpu  # type: ignore[attr-defined]  # compiled
 from ..rowmath import RowMath
 from ..scoring import Scoring
 from ..targets import Targets
