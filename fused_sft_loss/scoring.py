@@ -11,7 +11,7 @@ from .targets import Targets
 
 def may_synchronise(tensor: Tensor) -> bool:
     """Whether values may be looked at: free on a CPU, elsewhere a synchronisation on request."""
-    return tensor.device.type == "cpu" or flags.enabled(flags.CHECK)
+    return flags.enabled(flags.CHECK) or tensor.device.type == "cpu"
 
 
 #: The fields of Scoring in an operator's schema.

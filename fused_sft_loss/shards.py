@@ -6,6 +6,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import groups
+from .backends.contract import ARGMAX, MAXIMUM, MOMENT, SUM, SUM_EXP, TARGET
 from .options import Options
 from .rowmath import RowMath
 from .targets import OUT_OF_VOCABULARY
@@ -90,10 +91,10 @@ def merge_exponentials(gathered: Tensor, unit: float) -> tuple[Tensor, Tensor, T
     A shard's shift is unit * (its maximum - maximum). A shard or a whole row may be all -inf; its
     shift is then -inf, because -inf - -inf would be NaN.
     """
-    maximum = gathered[..., 0].amax(0)
-    shift = (gathered[..., 0] - maximum) * unit
-    shift = torch.where(gathered[..., 0] == -torch.inf, -torch.inf, shift)
-    return maximum, _ordered_sum(gathered[..., 1] * shift.exp()), shift
+    maximum = gathered[..., MAXIMUM].amax(0)
+    shift = (gathered[..., MAXIMUM] - maximum) * unit
+    shift = torch.where(gathered[..., MAXIMUM] == -torch.inf, -torch.inf, shift)
+    return maximum, _ordered_sum(gathered[..., SUM_EXP] * shift.exp()), shift
 
 
 def merge(gathered: Tensor, target: Tensor, weight: Tensor, math: RowMath) -> tuple[Tensor, Tensor]:
@@ -110,9 +111,9 @@ def merge(gathered: Tensor, target: Tensor, weight: Tensor, math: RowMath) -> tu
     maximum, denominator, _ = merge_exponentials(gathered, math.unit)
     log_denominator = denominator.log()
     # (maximum - x_y) first: both are logits, so the difference is exact if they are close.
-    loss = (maximum - _ordered_sum(gathered[..., 2])) * math.unit + log_denominator
+    loss = (maximum - _ordered_sum(gathered[..., TARGET])) * math.unit + log_denominator
     if math.label_smoothing:
-        mean = _ordered_sum(gathered[..., 3]) / math.vocab_size
+        mean = _ordered_sum(gathered[..., SUM]) / math.vocab_size
         smooth = (maximum - mean) * math.unit + log_denominator
         loss = (1 - math.label_smoothing) * loss + math.label_smoothing * smooth
     if math.z_loss:
@@ -138,12 +139,12 @@ def merge_metrics(
     maximum, denominator, shift = merge_exponentials(gathered, math.unit)
     log_denominator, rescale = denominator.log(), shift.exp()
     shift = torch.where(rescale == 0, 0.0, shift)
-    weighted = _ordered_sum((gathered[..., 5] + shift * gathered[..., 1]) * rescale)
+    weighted = _ordered_sum((gathered[..., MOMENT] + shift * gathered[..., SUM_EXP]) * rescale)
     entropy = log_denominator - weighted / denominator
     lse = maximum * math.unit + log_denominator
-    log_prob = (_ordered_sum(gathered[..., 2]) - maximum) * math.unit - log_denominator
+    log_prob = (_ordered_sum(gathered[..., TARGET]) - maximum) * math.unit - log_denominator
     # If several ids have the maximum, the first one wins, as in torch.argmax.
-    holder = torch.where(gathered[..., 0] == maximum, gathered[..., 4], torch.inf)
+    holder = torch.where(gathered[..., MAXIMUM] == maximum, gathered[..., ARGMAX], torch.inf)
     correct = scored & (holder.amin(0) == target)
     poisoned = target == OUT_OF_VOCABULARY
     lse, log_prob, entropy = (

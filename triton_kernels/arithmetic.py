@@ -14,6 +14,13 @@ INF = tl.constexpr(float("inf"))
 NOT_SCORED = tl.constexpr(-1)
 OUT_OF_VOCABULARY = tl.constexpr(-2)
 
+#: Where statistics lie in a row of them; the maximum is first. See backends/contract.py.
+SUM_EXP = tl.constexpr(1)
+TARGET = tl.constexpr(2)
+SUM = tl.constexpr(3)
+ARGMAX = tl.constexpr(4)
+MOMENT = tl.constexpr(5)
+
 
 @triton.jit
 def widen(x):
@@ -228,31 +235,31 @@ def fold(max_a, sum_a, x_a, id_a, moment_a, max_b, sum_b, x_b, id_b, moment_b, u
 
 
 @triton.jit
-def load_stats(stats, mask, COLUMNS: tl.constexpr):
+def load_stats(stats, mask, STATISTICS: tl.constexpr):
     """What `fold` takes, of the row or rows of statistics at `stats`; 0 for what they lack."""
     top = tl.load(stats, mask=mask, other=0.0)
-    total = tl.load(stats + 1, mask=mask, other=0.0)
+    total = tl.load(stats + SUM_EXP, mask=mask, other=0.0)
     x_sum = tl.zeros_like(top)
     top_id = x_sum
     moment = x_sum
-    if COLUMNS > 3:
-        x_sum = tl.load(stats + 3, mask=mask, other=0.0)
-    if COLUMNS > 4:
-        top_id = tl.load(stats + 4, mask=mask, other=0.0)
-        moment = tl.load(stats + 5, mask=mask, other=0.0)
+    if STATISTICS > SUM:
+        x_sum = tl.load(stats + SUM, mask=mask, other=0.0)
+    if STATISTICS > ARGMAX:
+        top_id = tl.load(stats + ARGMAX, mask=mask, other=0.0)
+        moment = tl.load(stats + MOMENT, mask=mask, other=0.0)
     return top, total, x_sum, top_id, moment
 
 
 @triton.jit
-def store_stats(stats, top, total, x_sum, top_id, moment, mask, COLUMNS: tl.constexpr):
-    """The inverse of `load_stats`; column 2, the target's x, is the caller's."""
+def store_stats(stats, top, total, x_sum, top_id, moment, mask, STATISTICS: tl.constexpr):
+    """The inverse of `load_stats`; TARGET, the target's x, is the caller's."""
     tl.store(stats, top, mask=mask)
-    tl.store(stats + 1, total, mask=mask)
-    if COLUMNS > 3:
-        tl.store(stats + 3, x_sum, mask=mask)
-    if COLUMNS > 4:
-        tl.store(stats + 4, top_id, mask=mask)
-        tl.store(stats + 5, moment, mask=mask)
+    tl.store(stats + SUM_EXP, total, mask=mask)
+    if STATISTICS > SUM:
+        tl.store(stats + SUM, x_sum, mask=mask)
+    if STATISTICS > ARGMAX:
+        tl.store(stats + ARGMAX, top_id, mask=mask)
+        tl.store(stats + MOMENT, moment, mask=mask)
 
 
 #: Whether TRITON_INTERPRET=1 made Triton run these functions in numpy; it decides once, on import.

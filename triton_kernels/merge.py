@@ -5,13 +5,13 @@ import triton
 import triton.language as tl
 
 from ..rowmath import RowMath
-from .arithmetic import INF, OUT_OF_VOCABULARY, fold, load_stats
+from .arithmetic import INF, OUT_OF_VOCABULARY, TARGET, fold, load_stats
 from .launch import VECTOR_BLOCK, Chip, Launch, vector_options
 
 
 @triton.jit(do_not_specialize=["rows", "ranks", "stride_rank", "stride_row"])
 def merge_kernel(
-    gathered,  # [ranks, N, COLUMNS] fp32 at rank * stride_rank + n * stride_row
+    gathered,  # [ranks, N, STATISTICS] fp32 at rank * stride_rank + n * stride_row
     target,  # [N] int64
     weight,  # [N] fp32; 0: the row's results are 0
     loss,  # [N] fp32: weight * loss, with METRICS just the loss
@@ -28,7 +28,7 @@ def merge_kernel(
     vocab_size,  # fp32
     label_smoothing,
     z_loss,
-    COLUMNS: tl.constexpr,
+    STATISTICS: tl.constexpr,
     METRICS: tl.constexpr,
     SMOOTHED: tl.constexpr,
     Z_LOSS: tl.constexpr,
@@ -47,11 +47,11 @@ def merge_kernel(
     moment = tl.zeros([BLOCK], tl.float32)
     gathered += row.to(tl.int64) * stride_row
     for _rank in range(0, ranks):
-        s_top, s_total, s_sum, s_id, s_moment = load_stats(gathered, inside, COLUMNS)
+        s_top, s_total, s_sum, s_id, s_moment = load_stats(gathered, inside, STATISTICS)
         top, total, x_sum, top_id, moment = fold(
             top, total, x_sum, top_id, moment, s_top, s_total, s_sum, s_id, s_moment, unit
         )
-        x_target += tl.load(gathered + 2, mask=inside, other=0.0)
+        x_target += tl.load(gathered + TARGET, mask=inside, other=0.0)
         gathered += stride_rank
     log_total = tl.log(total)
     row_lse = tl.fma(top, unit, log_total)
@@ -82,7 +82,7 @@ def merge_kernel(
 def plan(
     chip: Chip,
     math: RowMath,
-    gathered: torch.Tensor,  # [ranks, N, columns] fp32
+    gathered: torch.Tensor,  # [ranks, N, statistics] fp32
     target: torch.Tensor,  # [N] int64
     weight: torch.Tensor,  # [N] fp32
     loss: torch.Tensor,  # [N] fp32, written, as what follows
@@ -93,7 +93,7 @@ def plan(
     entropy: torch.Tensor | None = None,  # [N] fp32
 ) -> list[Launch]:
     """The one launch."""
-    ranks, rows, columns = gathered.shape
+    ranks, rows, statistics = gathered.shape
     arguments = {
         "gathered": gathered,
         "target": target,
@@ -112,7 +112,7 @@ def plan(
         "vocab_size": float(math.vocab_size),
         "label_smoothing": math.label_smoothing,
         "z_loss": math.z_loss,
-        "COLUMNS": columns,
+        "STATISTICS": statistics,
         "METRICS": log_prob is not None,
         "SMOOTHED": math.label_smoothing > 0,
         "Z_LOSS": math.z_loss > 0,

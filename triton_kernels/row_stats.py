@@ -13,9 +13,12 @@ import triton.language as tl
 
 from ..rowmath import RowMath
 from .arithmetic import (
+    ARGMAX,
     INF,
     LN2,
     LOG2E,
+    SUM,
+    TARGET,
     cap_and_slope,
     far_from_0,
     fold,
@@ -50,7 +53,7 @@ def accumulate(
     far,
     inward,
     cap,
-    COLUMNS: tl.constexpr,
+    STATISTICS: tl.constexpr,
     SOFTCAP: tl.constexpr,
     RUNS: tl.constexpr,
     THREADS: tl.constexpr,
@@ -60,7 +63,7 @@ def accumulate(
     if SOFTCAP:
         x, _slope = cap_and_slope(x, inward, cap)
     tile_top = max_tile(x)
-    if COLUMNS > 4:
+    if STATISTICS > ARGMAX:
         at = tl.where(x == tile_top[None, :, None], first + columns, LAST)
         top_at = tl.where(tile_top > top, tl.min(tl.min(at, 2), 0), top_at)
     new_top = tl.maximum(top, tile_top)
@@ -69,11 +72,11 @@ def accumulate(
     shrink = tl.exp2(delta)
     u = tl.fma(x, scale[None, :, None], -reference[None, :, None])
     e = tl.exp2(u)
-    if COLUMNS > 4:
+    if STATISTICS > ARGMAX:
         moment = tl.fma(tl.where(shrink == 0.0, 0.0, delta), total, moment) * shrink
         moment += sum_tile(tl.where(e == 0.0, 0.0, u * e), RUNS, THREADS)
     total = tl.fma(total, shrink, sum_tile(e, RUNS, THREADS))
-    if COLUMNS > 3:
+    if STATISTICS > SUM:
         if MASKED:
             x = tl.where(columns < end - first, x, 0.0)
         x_sum += sum_tile(x, RUNS, THREADS)
@@ -88,7 +91,7 @@ def segment_stats(
     scale,
     inward,
     cap,
-    COLUMNS: tl.constexpr,
+    STATISTICS: tl.constexpr,
     SOFTCAP: tl.constexpr,
     ALIGNED: tl.constexpr,
     RUNS: tl.constexpr,
@@ -110,13 +113,13 @@ def segment_stats(
         x = load_tile(row + first, TILE, RUNS, THREADS, ALIGNED, False)
         top, total, x_sum, top_at, moment = accumulate(
             x, columns, first, end, top, total, x_sum, top_at, moment,
-            scale2, far, inward, cap, COLUMNS, SOFTCAP, RUNS, THREADS, False,
+            scale2, far, inward, cap, STATISTICS, SOFTCAP, RUNS, THREADS, False,
         )  # fmt: skip
     if whole < end:
         x = load_tile(row + whole, end - whole, RUNS, THREADS, ALIGNED, True)
         top, total, x_sum, top_at, moment = accumulate(
             x, columns, whole, end, top, total, x_sum, top_at, moment,
-            scale2, far, inward, cap, COLUMNS, SOFTCAP, RUNS, THREADS, True,
+            scale2, far, inward, cap, STATISTICS, SOFTCAP, RUNS, THREADS, True,
         )  # fmt: skip
     row_top = tl.max(top, 0)
     scale2, reference, rest = reference_of(not_minus_infinity(row_top), scale2, far)
@@ -125,7 +128,7 @@ def segment_stats(
     row_total = tl.sum(total * shrink, 0)
     # The maximum's own term is 1, but for the rounding of two exponentials: no loss is negative.
     row_total = tl.where((row_top > -INF) & (row_total < 1.0), 1.0, row_total)
-    if COLUMNS > 4:
+    if STATISTICS > ARGMAX:
         top_at = tl.where(top == row_top, top_at, LAST)
         moment = tl.fma(tl.where(shrink == 0.0, 0.0, delta), total, moment) * shrink
     return (
@@ -142,8 +145,8 @@ def row_stats_kernel(
     logits,  # row n at (n // seq) * stride_b + (n % seq) * stride_s, `valid` columns of it
     target,  # [N] int64
     weight,  # [N] fp32; 0: the row is not read
-    stats,  # [N, COLUMNS] fp32; when SPLIT only the target's x
-    parts,  # [N, segments, COLUMNS] fp32, when SPLIT; their column 2 is unused
+    stats,  # [N, STATISTICS] fp32; when SPLIT only the target's x
+    parts,  # [N, segments, STATISTICS] fp32, when SPLIT; their TARGET is unused
     seq,
     stride_b: tl.int64,
     stride_s: tl.int64,
@@ -153,7 +156,7 @@ def row_stats_kernel(
     scale,  # z = x * scale, x capped first when SOFTCAP
     inward,
     cap,
-    COLUMNS: tl.constexpr,
+    STATISTICS: tl.constexpr,
     SOFTCAP: tl.constexpr,
     ALIGNED: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -164,11 +167,11 @@ def row_stats_kernel(
     row = tl.program_id(0) // splits
     part = tl.program_id(0) % splits
     segments = tl.cdiv(valid, SEGMENT)
-    stats += row.to(tl.int64) * COLUMNS
+    stats += row.to(tl.int64) * STATISTICS
     if tl.load(weight + row) == 0.0:
         if not SPLIT:
-            store_stats(stats, 0.0, 0.0, 0.0, 0.0, 0.0, None, COLUMNS)
-            tl.store(stats + 2, 0.0)
+            store_stats(stats, 0.0, 0.0, 0.0, 0.0, 0.0, None, STATISTICS)
+            tl.store(stats + TARGET, 0.0)
         return
     logits = row_pointer(logits, row, seq, stride_b, stride_s, ALIGNED)
     top = -INF
@@ -181,18 +184,18 @@ def row_stats_kernel(
         begin = segment * SEGMENT
         end = tl.minimum(begin + SEGMENT, valid)
         s_top, s_total, s_sum, s_at, s_moment = segment_stats(
-            logits, begin, end, scale, inward, cap, COLUMNS, SOFTCAP, ALIGNED, RUNS, THREADS
+            logits, begin, end, scale, inward, cap, STATISTICS, SOFTCAP, ALIGNED, RUNS, THREADS
         )
         s_id = (vocab_start + s_at).to(tl.float32)
         if SPLIT:
-            at = parts + (row.to(tl.int64) * segments + segment) * COLUMNS
-            store_stats(at, s_top, s_total, s_sum, s_id, s_moment, None, COLUMNS)
+            at = parts + (row.to(tl.int64) * segments + segment) * STATISTICS
+            store_stats(at, s_top, s_total, s_sum, s_id, s_moment, None, STATISTICS)
         else:
             top, total, x_sum, top_id, moment = fold(
                 top, total, x_sum, top_id, moment, s_top, s_total, s_sum, s_id, s_moment, scale
             )
     if not SPLIT:
-        store_stats(stats, top, total, x_sum, top_id, moment, None, COLUMNS)
+        store_stats(stats, top, total, x_sum, top_id, moment, None, STATISTICS)
     if part == 0:
         label = tl.load(target + row)
         own = label - vocab_start
@@ -200,18 +203,18 @@ def row_stats_kernel(
         x_target = widen(tl.load(logits + own, mask=owned, other=0.0))
         if SOFTCAP:
             x_target, _slope = cap_and_slope(x_target, inward, cap)
-        tl.store(stats + 2, tl.where(owned, x_target, 0.0))
+        tl.store(stats + TARGET, tl.where(owned, x_target, 0.0))
 
 
 @triton.jit(do_not_specialize=["rows", "segments"])
 def fold_segments_kernel(
-    parts,  # [N, segments, COLUMNS] fp32
+    parts,  # [N, segments, STATISTICS] fp32
     weight,  # [N] fp32; 0: the row's parts were not written
-    stats,  # [N, COLUMNS] fp32, all of it but the target's x of scored rows
+    stats,  # [N, STATISTICS] fp32, all of it but the target's x of scored rows
     rows,
     segments,
     unit,  # z = unit * x
-    COLUMNS: tl.constexpr,
+    STATISTICS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -225,27 +228,29 @@ def fold_segments_kernel(
     moment = tl.zeros([BLOCK], tl.float32)
     for segment in range(0, segments):
         s_top, s_total, s_sum, s_id, s_moment = load_stats(
-            parts + (row * segments + segment) * COLUMNS, scored, COLUMNS
+            parts + (row * segments + segment) * STATISTICS, scored, STATISTICS
         )
         top, total, x_sum, top_id, moment = fold(
             top, total, x_sum, top_id, moment, s_top, s_total, s_sum, s_id, s_moment, unit
         )
     store_stats(
-        stats + row * COLUMNS,
+        stats + row * STATISTICS,
         tl.where(scored, top, 0.0),
         tl.where(scored, total, 0.0),
         tl.where(scored, x_sum, 0.0),
         tl.where(scored, top_id, 0.0),
         tl.where(scored, moment, 0.0),
         inside,
-        COLUMNS,
+        STATISTICS,
     )
-    tl.store(stats + row * COLUMNS + 2, 0.0, mask=inside & ~scored)
+    tl.store(stats + row * STATISTICS + TARGET, 0.0, mask=inside & ~scored)
 
 
-def table_name(columns: int, softcap: float) -> str:
+def table_name(statistics: int, softcap: float) -> str:
     """What the launch table calls this use of the kernel."""
-    return "row_stats" + (" metrics" if columns == 6 else " softcap" if softcap else "")
+    return "row_stats" + (
+        " metrics" if statistics > ARGMAX.value else " softcap" if softcap else ""
+    )
 
 
 def plan(
@@ -258,12 +263,12 @@ def plan(
     stats: torch.Tensor,  # [N, columns] fp32, written
 ) -> list[Launch]:
     """The launches that fill `stats`: one, or two where rows are few."""
-    columns, softcap = stats.shape[1], math.softcap
+    statistics, softcap = stats.shape[1], math.softcap
     valid = math.valid_columns(logits.shape[-1])
     rows, segments = weight.numel(), triton.cdiv(valid, shape.segment)
     parts_per_row = splits(chip, rows, segments)
     split = parts_per_row > 1
-    parts = stats.new_empty((rows, segments, columns)) if split else None
+    parts = stats.new_empty((rows, segments, statistics)) if split else None
     launches = [
         Launch(
             row_stats_kernel,
@@ -283,7 +288,7 @@ def plan(
                 "scale": math.unit,
                 "inward": math.logit_scale / softcap if softcap else 0.0,
                 "cap": softcap,
-                "COLUMNS": columns,
+                "STATISTICS": statistics,
                 "SOFTCAP": softcap > 0,
                 "ALIGNED": aligned(logits),
                 "SPLIT": split,
@@ -306,7 +311,7 @@ def plan(
                     "rows": rows,
                     "segments": segments,
                     "unit": math.unit,
-                    "COLUMNS": columns,
+                    "STATISTICS": statistics,
                     "BLOCK": VECTOR_BLOCK,
                 },
                 vector_options(chip),

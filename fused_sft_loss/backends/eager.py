@@ -17,7 +17,7 @@ from ..shards import merge, merge_metrics
 from ..targets import Targets
 from ..targets import row_targets as targets_of
 from . import composed
-from .contract import Losses, RowScale
+from .contract import ARGMAX, MAXIMUM, MOMENT, SUM, SUM_EXP, TARGET, Losses, RowScale
 
 __all__ = [
     "loss",
@@ -142,44 +142,45 @@ def scaled(z: Tensor, unit: float) -> Tensor:
     return z if unit == 1 else z.mul_(unit)
 
 
-def tile_stats(x: Tensor, first: int, columns: int, unit: float) -> Tensor:
-    """Statistics `[rows, columns]` of one tile whose first column has global id `first`; all but
+def tile_stats(x: Tensor, first: int, statistics: int, unit: float) -> Tensor:
+    """Statistics `[rows, statistics]` of one tile whose first column has global id `first`; all but
     that of the target. Writes over `x`."""
     maximum = x.amax(-1, keepdim=True)
-    sums = [x.sum(-1, keepdim=True)] if columns > 3 else []
-    if columns > 4:
+    sums = [x.sum(-1, keepdim=True)] if statistics > SUM else []
+    if statistics > ARGMAX:
         sums.append((x.argmax(-1, keepdim=True) + first).float())
     # Where all are -inf, differences to the lowest number are, and not NaN.
     shifted = scaled(x.sub_(maximum.clamp(min=torch.finfo(x.dtype).min)), unit)
-    exponentials = shifted.exp() if columns > 4 else shifted.exp_()
+    exponentials = shifted.exp() if statistics > ARGMAX else shifted.exp_()
     denominator = exponentials.sum(-1, keepdim=True)
-    if columns > 4:
+    if statistics > ARGMAX:
         weighted = torch.where(exponentials == 0, 0.0, shifted.mul_(exponentials))
         sums.append(weighted.sum(-1, keepdim=True))
     return torch.cat([maximum, denominator, torch.zeros_like(maximum), *sums], -1)
 
 
 def merge_tiles(left: Tensor, right: Tensor, unit: float) -> Tensor:
-    """Statistics of two neighbouring column ranges of the same rows, `[rows, columns]` each."""
+    """Statistics of two neighbouring column ranges of the same rows, `[rows, statistics]` each."""
     both = torch.stack([left, right])
-    maximum = both[..., 0].amax(0)
-    delta = (both[..., 0] - maximum) * unit
-    delta = torch.where(both[..., 0] == -torch.inf, -torch.inf, delta)
+    maximum = both[..., MAXIMUM].amax(0)
+    delta = (both[..., MAXIMUM] - maximum) * unit
+    delta = torch.where(both[..., MAXIMUM] == -torch.inf, -torch.inf, delta)
     shrink = delta.exp()
     merged = both.sum(0)
-    merged[:, 0] = maximum
-    merged[:, 1] = (both[..., 1] * shrink).sum(0)
-    if merged.shape[-1] > 4:
-        merged[:, 4] = torch.where(right[:, 0] > left[:, 0], right[:, 4], left[:, 4])
-        moved = both[..., 5] + torch.where(shrink == 0, 0.0, delta) * both[..., 1]
-        merged[:, 5] = (moved * shrink).sum(0)
+    merged[:, MAXIMUM] = maximum
+    merged[:, SUM_EXP] = (both[..., SUM_EXP] * shrink).sum(0)
+    if merged.shape[-1] > ARGMAX:
+        higher = right[:, MAXIMUM] > left[:, MAXIMUM]
+        merged[:, ARGMAX] = torch.where(higher, right[:, ARGMAX], left[:, ARGMAX])
+        moved = both[..., MOMENT] + torch.where(shrink == 0, 0.0, delta) * both[..., SUM_EXP]
+        merged[:, MOMENT] = (moved * shrink).sum(0)
     return merged
 
 
-def empty_stats(rows: int, columns: int, like: Tensor) -> Tensor:
+def empty_stats(rows: int, statistics: int, like: Tensor) -> Tensor:
     """What a range without columns amounts to: maximum -inf, every sum 0."""
-    stats = torch.zeros(rows, columns, dtype=torch.float32, device=like.device)
-    stats[:, 0] = -torch.inf
+    stats = torch.zeros(rows, statistics, dtype=torch.float32, device=like.device)
+    stats[:, MAXIMUM] = -torch.inf
     return stats
 
 
@@ -197,20 +198,20 @@ def loss(scoring: Scoring, logits: Tensor, math: RowMath, reduction: str) -> Los
 
 
 def row_stats(
-    logits: Tensor, target: Tensor, weight: Tensor, math: RowMath, columns: int
+    logits: Tensor, target: Tensor, weight: Tensor, math: RowMath, statistics: int
 ) -> Tensor:
     batch, seq, width = logits.shape
     valid, scored = math.valid_columns(width), weight != 0
-    stats = empty_stats(weight.numel(), columns, like=logits)
+    stats = empty_stats(weight.numel(), statistics, like=logits)
     memory = scratch(valid, logits.device)
     for index, rows in tiles(scored, batch, seq, valid):
         x, _ = transform(*load(logits[index], memory), math)
-        part = tile_stats(x, math.vocab_start + index[-1].start, columns, math.unit)
+        part = tile_stats(x, math.vocab_start + index[-1].start, statistics, math.unit)
         first = index[-1].start == 0
         stats[rows] = part if first else merge_tiles(stats[rows], part, math.unit)
     rows, targets, here = at_targets(logits, target, scored, math)
     x, _ = transform(*load(logits[targets]), math)
-    stats[rows, 2] = torch.where(here, x, 0.0)
+    stats[rows, TARGET] = torch.where(here, x, 0.0)
     return torch.where(scored.unsqueeze(-1), stats, 0.0)
 
 
