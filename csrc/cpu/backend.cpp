@@ -103,7 +103,7 @@ void whole_row_stats(const StatsArgs& a, const RowKernels& kernels, int64_t row)
 
 float quiet(float x) { return std::isnan(x) ? std::nanf("") : x; }  // payloads would upset bf16 rounding
 
-RowGrad row_constants(const GradArgs& a, int64_t row) {
+RowConstants row_constants(const GradArgs& a, int64_t row) {
   const float* normalizer = a.normalizer + row * kNormalizer;
   const float scale = quiet(a.scale[row]), max = quiet(normalizer[kRowMax]), sum = quiet(normalizer[kRowSum]);
   const float eps = a.label_smoothing;

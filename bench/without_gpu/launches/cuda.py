@@ -14,8 +14,8 @@ from .cuda_structs import (
     MergeArgs,
     Metrics,
     Rows,
+    RowSplit,
     Scales,
-    Share,
     StatsArgs,
     StatsGradArgs,
     TargetsArgs,
@@ -102,8 +102,8 @@ class Run(Passes):
             **self._named("target weight stats"),
         )  # fmt: skip
         code = kernel("row_stats", columns=columns, shifted=skew(self.logits) != 0, **self.options)
-        share = Share(splits, chosen.segment, self.parts.data_ptr() if splits > 1 else 0)
-        self._run("statistics", code, rows * splits, chosen.threads, args, self._scales(), share)
+        split = RowSplit(splits, chosen.segment, self.parts.data_ptr() if splits > 1 else 0)
+        self._run("statistics", code, rows * splits, chosen.threads, args, self._scales(), split)
         if splits > 1:
             pointers = (t.data_ptr() for t in (self.parts, self.weight, self.stats))
             fold = kernel("fold_segments", columns=columns)
