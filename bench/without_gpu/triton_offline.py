@@ -11,22 +11,23 @@ from itertools import product
 import torch
 import triton
 from fused_sft_loss.triton_kernels import merge, row_grad, row_stats, row_targets
-from fused_sft_loss.triton_kernels.launch import SHAPES, Chip, Launch, Shape, shape_for
+from fused_sft_loss.triton_kernels.launch import (
+    Chip,
+    Launch,
+    Shape,
+    lines,
+    shape_for,
+)
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-CHIPS = {
-    chip.name: chip
-    for chip in (
-        Chip("sm_80", 32, 108),  # A100
-        Chip("sm_90", 32, 132),  # H100 SXM
-        Chip("sm_100", 32, 148),  # B200
-        Chip("gfx90a", 64, 104),  # one die of MI250X
-        Chip("gfx942", 64, 304),  # MI300X
-        Chip("gfx950", 64, 256),  # MI355X
-    )
-}
+from .chips import CHIPS as LIMITS
+
+CHIPS = {name: Chip(name, limits.warp, limits.units) for name, limits in LIMITS.items()}
+
+#: Of the logits.
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 #: V_local where a line of the table has no limit: a 128k vocabulary, unsharded.
 WIDEST = 128256
@@ -38,6 +39,7 @@ class Variant:
 
     chip: Chip
     shape: Shape | None  # None: a kernel over vectors of N rows
+    use: str | None  # of the shape
     name: str  # kernel, dtype and options
     launch: Launch
 
@@ -45,10 +47,8 @@ class Variant:
 def variants(chip: Chip, options: bool = True) -> Iterator[Variant]:
     """Every launch of a chip's lines; with `options` also softcap, smoothing, metrics, unaligned
     rows and masks, without only what plain training launches."""
-    for shape in SHAPES[chip.name]:
-        make = _grad if shape.kernel == "row_grad" else _stats
-        for dtype in shape.dtypes:
-            yield from make(chip, shape, dtype, options)
+    for shape, make, dtype in product(lines(chip), (_stats, _grad), DTYPES):
+        yield from make(chip, shape, dtype, options)
     yield from _merge(chip, options)
     yield from _targets(chip, options)
 
@@ -92,7 +92,8 @@ def _stats(chip, shape, dtype, options) -> Iterator[Variant]:
     flags = product((3, 4, 6), (0.0, 30.0), (False, True), (many, few)) if options else ()
     columns = shape.columns or WIDEST
     for wanted, softcap, unaligned, rows in flags or [(3, 0.0, False, many), (3, 0.0, False, few)]:
-        if shape_for(chip, row_stats.table_name(wanted, softcap), dtype, columns) != shape:
+        use = row_stats.table_name(wanted, softcap)
+        if shape_for(chip, use, columns) != shape:
             continue
         plan = row_stats.plan(
             chip,
@@ -107,16 +108,18 @@ def _stats(chip, shape, dtype, options) -> Iterator[Variant]:
         )
         name = f"{dtype} x{wanted}{' softcap' * bool(softcap)}{' unaligned' * unaligned}"
         split = " split" * (len(plan) > 1)
-        yield Variant(chip, shape, f"row_stats {name}{split}", plan[0])
+        yield Variant(chip, shape, use, f"row_stats {name}{split}", plan[0])
         for launch in plan[1:]:
-            yield Variant(chip, None, f"fold_segments x{wanted}", launch)
+            yield Variant(chip, None, None, f"fold_segments x{wanted}", launch)
 
 
 def _grad(chip, shape, dtype, options) -> Iterator[Variant]:
+    columns = shape.columns or WIDEST
+    if shape_for(chip, "row_grad", columns) != shape:
+        return
     few, many = 64, 64 * chip.multiprocessors  # rows: less and more than 2 GiB of logits
     flags = product((0.0, 30.0), (False, True), (many, few)) if options else ()
     for softcap, unaligned, rows in flags or [(0.0, False, many), (0.0, False, few)]:
-        columns = shape.columns or WIDEST
         logits = _logits(dtype, columns, rows, unaligned)
         (launch,) = row_grad.plan(
             chip,
@@ -134,7 +137,7 @@ def _grad(chip, shape, dtype, options) -> Iterator[Variant]:
             logit_scale=1.0,
         )
         name = f"row_grad {dtype}{' softcap' * bool(softcap)}{' unaligned' * unaligned}"
-        yield Variant(chip, shape, name + " few rows" * (rows == few), launch)
+        yield Variant(chip, shape, "row_grad", name + " few rows" * (rows == few), launch)
 
 
 def _merge(chip, options) -> Iterator[Variant]:
@@ -152,7 +155,7 @@ def _merge(chip, options) -> Iterator[Variant]:
             label_smoothing=0.1 if columns > 3 else 0.0,
             z_loss=1e-4 if columns > 3 else 0.0,
         )
-        yield Variant(chip, None, f"merge x{columns}", launch)
+        yield Variant(chip, None, None, f"merge x{columns}", launch)
 
 
 def _targets(chip, options) -> Iterator[Variant]:
@@ -171,4 +174,4 @@ def _targets(chip, options) -> Iterator[Variant]:
             vocab_size=WIDEST,
         )
         name = f"row_targets mask {mask}{' documents' * bool(documents)}"
-        yield Variant(chip, None, name, launch)
+        yield Variant(chip, None, None, name, launch)

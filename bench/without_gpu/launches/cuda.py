@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..codegen import csrc, toolchains
+from ..codegen import csrc, launch_table, toolchains
 from ..ptx import Kernel, Machine, entries
 from .cuda_structs import (
     GradArgs,
@@ -44,13 +44,10 @@ def kernel(name: str, dtype=None, columns=None, softcap=False, shifted=False) ->
     return Kernel(modules()[mangled], mangled)
 
 
-def line(kernel: str, columns: int) -> csrc.Line:
+def line(kernel: str, columns: int) -> launch_table.Line:
     """As line_for in launch_table.h."""
-    return next(
-        one
-        for one in csrc.launch_table()
-        if (one.target, one.kernel) == (TARGET, kernel) and columns <= (one.columns or columns)
-    )
+    lines = launch_table.lines(TARGET, kernel)
+    return next(one for one in lines if columns <= (one.columns or columns))
 
 
 class Run(Passes):
