@@ -71,7 +71,8 @@ class Shape:
         return self.runs * self.threads * 8
 
     def is_for(self, chip: Chip) -> bool:
-        return chip.name.startswith(self.chips) and chip.capability >= self.capability
+        newer = not self.capability or chip.capability >= self.capability
+        return newer and chip.name.startswith(self.chips)
 
     def options(self, chip: Chip) -> dict[str, Any]:
         return options(chip, self.threads)
@@ -145,8 +146,10 @@ def shape_for(chip: Chip, use: str, columns: int) -> Shape:
     """The first line for a chip that serves `use` at `columns` logits."""
     return next(
         shape
-        for shape in lines(chip)
-        if use in shape.uses and (shape.columns is None or columns <= shape.columns)
+        for shape in SHAPES
+        if (shape.columns is None or columns <= shape.columns)
+        and use in shape.uses
+        and shape.is_for(chip)
     )
 
 
@@ -177,8 +180,8 @@ INTERPRETER = Chip("interpreter", 1, 1)
 # at fewer. On AMD four waves were measured best for a cross-entropy on MI308X (ROCm/aiter).
 SHAPES: tuple[Shape, ...] = (
     Shape("sm_", USES, 2048, 128, 1, 2048, "two tiles at most, few columns idle"),
-    Shape("sm_", ("row_stats",), None, 128, 4, 16384, "still fits; 7 % fewer instructions", 100),
-    Shape("sm_", ("row_stats metrics",), None, 128, 1, 16384, "2 runs spill there", 100),
+    Shape("sm_", ("row_stats",), None, 128, 4, 16384, "7 % fewer instructions", capability=100),
+    Shape("sm_", ("row_stats metrics",), None, 128, 1, 16384, "2 runs spill", capability=100),
     Shape("sm_", USES, None, 128, 2, 16384, "enough in flight; 4 runs cost occupancy"),
     Shape("gfx", USES, 2048, 256, 1, 2048, "a tile at most"),
     Shape("gfx", USES, None, 256, 2, 32768, "all 8 waves; with 4 runs row_grad gets 5"),

@@ -18,7 +18,7 @@ def choose(chip: Chip, kernel: str, logits: torch.Tensor, launch: Callable[[Shap
 
     A search times `launch` for each candidate, once per kernel, dtype and V_local. It
     synchronises, and another run may find another shape, and with it other last bits: to keep a
-    result, put the line it prints first into SHAPES and leave the variable out.
+    result, put the line that it prints at the head of SHAPES and leave the variable out.
     """
     if not enabled(VARIABLE):
         return shape_for(chip, kernel, logits.shape[-1])
@@ -47,7 +47,7 @@ def search(
     table = shape_for(chip, kernel, columns)
     report(
         f"{VARIABLE}: {chip.name} {kernel}, {columns} columns of {dtype}: {times[best]:.4f} ms, "
-        f"the table's line {times[table]:.4f} ms. First in SHAPES, for all dtypes:\n"
+        f"the table's line {times[table]:.4f} ms. At the head of SHAPES, for all dtypes:\n"
         f"    Shape({chip.name!r}, ({kernel!r},), {columns}, {best.threads}, {best.runs}, "
         f'{best.segment}, "{times[best]:.4f} ms measured"),'
     )

@@ -112,7 +112,7 @@ def test_search_returns_the_fastest_and_prints_its_line():
     assert launched[0] == launch.shape_for(H100, "row_stats", 128256)  # the table competes
     assert len(set(launched)) == len(launched) > 10
     (line,) = printed
-    assert "1.5000 ms, the table's line 2.0000 ms. First in SHAPES, for all dtypes:" in line
+    assert "1.5000 ms, the table's line 2.0000 ms. At the head of SHAPES, for all dtypes:" in line
     written = eval(line.splitlines()[-1].strip().rstrip(","), {"Shape": Shape})
     assert (written.threads, written.runs, written.segment) == (256, 4, best.segment)
     assert written.columns == 128256 and written.uses == ("row_stats",)
