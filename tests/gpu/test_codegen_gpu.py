@@ -79,10 +79,20 @@ def test_the_chips_are_those_of_the_build():
     """csrc/toolchains keeps its own list, because it runs where nothing is installed."""
     assert ";".join(CHIPS[name].build for name in NVIDIA) == build.CUDA_TARGETS
     assert ";".join(CHIPS[name].build for name in AMD) == build.ROCM_TARGETS
-    install = (codegen_runs.ROOT / "docs/install.md").read_text()
+    install = _text("docs/install.md")
     assert f"`{build.CUDA_TARGETS}`" in install and f"`{build.ROCM_TARGETS}`" in install
-    words = (codegen_runs.ROOT / "docs/verification.md").read_text().replace(",", " ").split()
-    assert {*toolchains.TARGETS["cuda"].values(), *AMD} <= set(words)
+
+
+@pytest.mark.parametrize(
+    ("page", "chips"), [("docs/verification.md", CHIPS), ("README.md", BACKENDS)]
+)
+def test_the_pages_name_the_chips_that_kernels_are_compiled_for(page, chips):
+    targets = {**toolchains.TARGETS["cuda"], **toolchains.TARGETS["hip"]}
+    assert {targets[name] for name in chips} <= set(_text(page).replace(",", " ").split())
+
+
+def _text(page):
+    return (codegen_runs.ROOT / page).read_text(encoding="utf-8")
 
 
 def test_every_kernel_and_line_was_compiled(compiled):
