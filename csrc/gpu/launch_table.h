@@ -30,19 +30,18 @@ struct Line {
 constexpr int64_t kAny = INT64_MAX;
 constexpr int kWholeRow = 1 << 30;
 
-// The first line that serves is taken. Timed on a GPU were the lines that say "measured", on an H100; all
-// others follow from registers and bytes in flight as nvcc 13 and clang 19 compile the kernels, which
-// bench/without_gpu/codegen/budgets.py lists and tests compare. Lines serve all dtypes alike, or a bf16 loss
-// would differ in its last bits from that of the same numbers in fp32.
+// The first line that serves is taken. An H100 alone was timed. For other chips the choices rest on registers
+// and bytes in flight, as nvcc 13 and clang 19 compile the kernels: bench/without_gpu/codegen/budgets.py
+// lists them, and tests compare. Lines serve all dtypes alike, or a bf16 loss would differ in its last bits
+// from that of the same numbers in fp32.
 constexpr Line kTable[] = {
     {80, kTwoReads, 4096, 64, 4096, "two tiles at most, few columns idle"},
     {80, kTwoReads, kAny, 128, 16384,
-     "measured: row_stats 91 to 95 % of a copy, other sizes within 3 %; row_grad 93 to 95 %, with 512 "
-     "threads "
-     "97 from 50000 columns on, 80 at 16000, worse softcapped"},
+     "H100, measured: row_stats 91 to 95 % of a copy, other sizes within 3 %; row_grad 93 to 95 %, and with "
+     "512 threads 97 from 50000 columns on, 80 at 16000, worse softcapped"},
     {80, kOneRead, 8192, 128, kWholeRow, "two tiles at most, 16 KiB of bf16"},
     {90, kOneRead, kAny, 128, 32768,
-     "measured: 80 to 93 % of a copy, 67 to 90 in fp32; with 256 threads 72 to 90 and 52 to 87"},
+     "H100, measured: 80 to 93 % of a copy, 67 to 90 in fp32; with 256 threads 72 to 90 and 52 to 87"},
     {80, kOneRead, kAny, 512, kWholeRow,
      "no clusters: 81920 logits of bf16 fit, the rest is left to the L2 cache"},
     {0x90a, kTwoReads, 4096, 128, 4096, "a tile at most"},
@@ -53,7 +52,7 @@ constexpr Line kTable[] = {
     {0x90a, kOneRead, kAny, 1024, kWholeRow, "64 registers of a lane hold logits: 131072 of bf16"},
 };
 
-// Whether a line is for a chip and a kernel, at some width.
+// Whether a line is for a generation and a kernel; its width is another question.
 inline bool is_for(const Line& line, int generation, Kernel kernel) {
   const auto vendor = [](int any) { return any >= 0x900; };
   return (line.kernels & static_cast<unsigned>(kernel)) && vendor(line.generation) == vendor(generation) &&
