@@ -33,7 +33,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*) setup.py pyproject.toml
-CXX_FILES := $(wildcard $(foreach ending,h cpp cu cuh,csrc/*.$(ending) csrc/*/*.$(ending) bench/without_gpu/simt/*.$(ending)))
+CXX_FILES := $(wildcard $(foreach ending,h cpp cu cuh,csrc/*.$(ending) csrc/*/*.$(ending) bench/without_gpu/*/*.$(ending)))
 
 .PHONY: help demo test check long lint format bench docs wheel wheel-check audit megatron megatron-docs
 .PHONY: sanitize compute-sanitizer clean system

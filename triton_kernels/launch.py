@@ -15,7 +15,10 @@ PROGRAMS = 32
 #: Rows per program of the kernels over vectors of N rows: a row a thread.
 VECTOR_BLOCK = 256
 
-ANY = (torch.bfloat16, torch.float16, torch.float32)
+#: What the launch table tells apart: the row kernels, and options that take more registers.
+STATS = ("row_stats", "row_stats softcap", "row_stats metrics")
+GRAD = ("row_grad",)
+USES = STATS + GRAD
 
 
 @dataclass(frozen=True)
@@ -30,23 +33,29 @@ class Chip:
     def amd(self) -> bool:
         return self.name.startswith("gfx")
 
+    @property
+    def capability(self) -> int:
+        """NVIDIA's compute capability, 90 for 9.0; 0 for others."""
+        return int(self.name.removeprefix("sm_")) if self.name.startswith("sm_") else 0
+
 
 @dataclass(frozen=True)
 class Shape:
-    """A line of the table: how the programs of one kernel look for some rows.
+    """A line of the table: how the programs of a kernel look on some chips, for some rows.
 
     Threads, not warps: the 32 warps that fill an NVIDIA block would be 2048 threads on AMD, which
-    no launch can have, and which this class cannot express.
+    no launch can have, and which this class cannot express. All dtypes of logits alike: otherwise a
+    bf16 loss would differ in its last bits from that of the same numbers in fp32.
     """
 
-    kernel: str  # "row_stats", "row_stats metrics", "row_stats softcap" or "row_grad"
-    dtypes: tuple[torch.dtype, ...]  # of the logits
+    chips: str  # what their names begin with: "sm_", "gfx", or a whole name
+    uses: tuple[str, ...]  # among USES
     columns: int | None  # for V_local up to this; None: any
     threads: int
     runs: int  # of 8 neighbouring columns, that a thread takes in at once
     segment: int  # columns; the unit in which a row is shared out
     why: str
-    waves_per_eu: int = 0  # AMD: occupancy the register allocator must reach; 0: its own choice
+    capability: int = 0  # NVIDIA: compute capability, 90 for 9.0, from which on the line serves
 
     def __post_init__(self):
         powers = all(n & (n - 1) == 0 for n in (self.threads, self.runs, self.segment))
@@ -61,8 +70,12 @@ class Shape:
         """Columns that a program takes in at once."""
         return self.runs * self.threads * 8
 
+    def is_for(self, chip: Chip) -> bool:
+        newer = not self.capability or chip.capability >= self.capability
+        return newer and chip.name.startswith(self.chips)
+
     def options(self, chip: Chip) -> dict[str, Any]:
-        return options(chip, self.threads, self.waves_per_eu)
+        return options(chip, self.threads)
 
 
 @dataclass(frozen=True)
@@ -79,7 +92,7 @@ class Launch:
             self.kernel[(self.programs,)](**self.arguments, **self.options)
 
 
-def options(chip: Chip, threads: int, waves_per_eu: int = 0) -> dict[str, Any]:
+def options(chip: Chip, threads: int) -> dict[str, Any]:
     """Triton's launch options.
 
     One stage: loads go to registers, not through shared memory. No contraction: a formula has the
@@ -88,9 +101,9 @@ def options(chip: Chip, threads: int, waves_per_eu: int = 0) -> dict[str, Any]:
     common = {"num_warps": threads // chip.warp, "num_stages": 1, "enable_fp_fusion": False}
     if not chip.amd:
         return common
-    # Denormals flushed: exp2 is then the bare instruction, without three more to rescue results
-    # under 2^-126.
-    return {**common, "waves_per_eu": waves_per_eu, "allow_flush_denorm": True}
+    # No occupancy asked of the register allocator. Denormals flushed: exp2 is then the bare
+    # instruction, without three more to rescue results under 2^-126.
+    return {**common, "waves_per_eu": 0, "allow_flush_denorm": True}
 
 
 def vector_options(chip: Chip) -> dict[str, Any]:
@@ -124,25 +137,19 @@ def chip_of(device: torch.device) -> Chip:
     return Chip(name, properties.warp_size, properties.multi_processor_count)
 
 
-def generation(chip: Chip) -> str:
-    """The key of SHAPES that serves a chip: its own, or that of the nearest older one."""
-    if chip.name in SHAPES:
-        return chip.name
-    if chip.amd:
-        known = ("gfx950", "gfx942") if chip.warp == 64 else ()
-        return next((name for name in known if chip.name >= name), "gfx90a")
-    number = int(chip.name.removeprefix("sm_"))
-    return "sm_100" if number >= 100 else "sm_90" if number >= 90 else "sm_80"
+def lines(chip: Chip) -> list[Shape]:
+    """The lines of the table for a chip."""
+    return [shape for shape in SHAPES if shape.is_for(chip)]
 
 
-def shape_for(chip: Chip, kernel: str, dtype: torch.dtype, columns: int) -> Shape:
-    """The first line that serves `kernel`, as a whole or by its first word, at `columns` logits."""
+def shape_for(chip: Chip, use: str, columns: int) -> Shape:
+    """The first line for a chip that serves `use` at `columns` logits."""
     return next(
         shape
-        for shape in SHAPES[generation(chip)]
-        if kernel.startswith(shape.kernel)
-        and dtype in shape.dtypes
-        and (shape.columns is None or columns <= shape.columns)
+        for shape in SHAPES
+        if (shape.columns is None or columns <= shape.columns)
+        and use in shape.uses
+        and shape.is_for(chip)
     )
 
 
@@ -166,58 +173,21 @@ def aligned(tensor: torch.Tensor) -> bool:
 
 INTERPRETER = Chip("interpreter", 1, 1)
 
-# Registers are those of the plain kernels as compiled (Triton 3.9, ptxas 13): bf16, and fp32 where
-# it differs. "In flight" is what the resident threads of a multiprocessor load at once; bandwidth
-# times 800 ns asks for 15 KiB (A100), 20 (H100), 42 (B200), 12 (MI250X die), 14 (MI300X), 24
-# (MI355X). Timed were those of sm_90 alone, on an H100: 94 to 97 % of a copy at 131072 columns in
-# bf16 and fp32, 72 to 95 at fewer. row_stats takes all dtypes alike, or a bf16 loss would differ in
-# its last bits from that of the same numbers in fp32.
-SHAPES: dict[str, tuple[Shape, ...]] = {
-    "sm_80": (
-        Shape("row_stats", ANY, 2048, 128, 1, 2048, "two tiles at most, few columns idle"),
-        Shape("row_stats", ANY, None, 128, 2, 16384, "37 (39) registers, 48 KiB; 4 runs take 60"),
-        Shape("row_grad", ANY, 2048, 128, 1, 2048, "two tiles at most, few columns idle"),
-        Shape("row_grad", ANY, None, 128, 2, 16384, "40 (52) registers, 48 KiB; 4 runs take 70"),
-    ),
-    "sm_90": (
-        Shape("row_stats", ANY, 2048, 128, 1, 2048, "two tiles at most, few columns idle"),
-        Shape("row_stats", ANY, None, 128, 2, 16384, "48 (45) registers, 40 KiB in flight"),
-        Shape("row_grad", ANY, 2048, 128, 1, 2048, "two tiles at most, few columns idle"),
-        Shape("row_grad", ANY, None, 128, 2, 16384, "40 (56) registers, 48 KiB; 4 runs take 71"),
-    ),
-    "sm_100": (
-        Shape("row_stats", ANY, 2048, 128, 1, 2048, "two tiles at most, few columns idle"),
-        Shape("row_stats metrics", ANY, None, 128, 1, 16384, "50 (40) registers; 2 runs spill"),
-        Shape("row_stats softcap", ANY, None, 128, 2, 16384, "50 (77) registers; 4 runs take 85"),
-        Shape("row_stats", ANY, None, 128, 4, 16384, "53 registers, 72 KiB, 7% fewer instr."),
-        Shape("row_grad", ANY, 2048, 128, 1, 2048, "two tiles at most, few columns idle"),
-        Shape("row_grad", ANY, None, 128, 2, 16384, "40 (56) registers, 48 KiB; 4 runs take 79"),
-    ),
-    "gfx90a": (
-        Shape("row_stats", ANY, 2048, 256, 1, 2048, "a tile at most"),
-        Shape("row_stats", ANY, None, 256, 2, 32768, "41 (43) registers: all 8 waves, 64 KiB"),
-        Shape("row_grad", ANY, 2048, 256, 1, 2048, "a tile at most"),
-        Shape("row_grad", ANY, None, 256, 2, 32768, "61 (62) registers: all 8 waves; 4 runs get 5"),
-    ),
-    # Four waves were measured best for a cross-entropy on MI308X (ROCm/aiter).
-    "gfx942": (
-        Shape("row_stats", ANY, 2048, 256, 1, 2048, "a tile at most"),
-        Shape("row_stats", ANY, None, 256, 2, 32768, "44 (51) registers: all 8 waves, 64 KiB"),
-        Shape("row_grad", ANY, 2048, 256, 1, 2048, "a tile at most"),
-        Shape("row_grad", ANY, None, 256, 2, 32768, "63 (61) registers: all 8 waves; 4 runs get 5"),
-    ),
-    "gfx950": (
-        Shape("row_stats", ANY, 2048, 256, 1, 2048, "a tile at most"),
-        Shape("row_stats", ANY, None, 256, 2, 32768, "44 (51) registers: all 8 waves, 64 KiB"),
-        Shape("row_grad", ANY, 2048, 256, 1, 2048, "a tile at most"),
-        Shape("row_grad", ANY, None, 256, 2, 32768, "60 (61) registers: all 8 waves; 4 runs get 5"),
-    ),
-    INTERPRETER.name: (
-        Shape("row_stats", ANY, 2048, 64, 2, 1024, "small tiles for small rows, and segments"),
-        Shape("row_stats", ANY, 65536, 512, 2, 16384, "numpy's cost is per call; two tiles"),
-        Shape("row_stats", ANY, None, 1024, 4, 65536, "as above"),
-        Shape("row_grad", ANY, 2048, 64, 2, 1024, "as row_stats"),
-        Shape("row_grad", ANY, 65536, 512, 4, 16384, "as row_stats"),
-        Shape("row_grad", ANY, None, 1024, 8, 65536, "as row_stats"),
-    ),
-}
+# The first line that serves is taken; a chip newer than the table takes the lines of its vendor.
+# The choices rest on registers, spills and bytes in flight of compiled code (Triton 3.9, ptxas 13):
+# bench/without_gpu/codegen/budgets.py lists them, and tests compile the kernels and compare. Of all
+# chips an H100 alone was timed: 94 to 97 % of a copy at 131072 columns in bf16 and fp32, 72 to 95
+# at fewer. On AMD four waves were measured best for a cross-entropy on MI308X (ROCm/aiter).
+SHAPES: tuple[Shape, ...] = (
+    Shape("sm_", USES, 2048, 128, 1, 2048, "two tiles at most, few columns idle"),
+    Shape("sm_", ("row_stats",), None, 128, 4, 16384, "7 % fewer instructions", capability=100),
+    Shape("sm_", ("row_stats metrics",), None, 128, 1, 16384, "2 runs spill", capability=100),
+    Shape("sm_", USES, None, 128, 2, 16384, "enough in flight; 4 runs cost occupancy"),
+    Shape("gfx", USES, 2048, 256, 1, 2048, "a tile at most"),
+    Shape("gfx", USES, None, 256, 2, 32768, "all 8 waves; with 4 runs row_grad gets 5"),
+    Shape(INTERPRETER.name, USES, 2048, 64, 2, 1024, "small tiles for small rows, and segments"),
+    Shape(INTERPRETER.name, STATS, 65536, 512, 2, 16384, "numpy's cost is per call; two tiles"),
+    Shape(INTERPRETER.name, STATS, None, 1024, 4, 65536, "numpy's cost is per call"),
+    Shape(INTERPRETER.name, GRAD, 65536, 512, 4, 16384, "numpy's cost is per call"),
+    Shape(INTERPRETER.name, GRAD, None, 1024, 8, 65536, "numpy's cost is per call"),
+)

@@ -22,11 +22,6 @@ from .arithmetic import (
 )
 from .launch import Chip, Launch, Shape, aligned, splits
 
-#: Backward walks the rows from the last one, which forward read last and may have left in the L2
-#: or Infinity Cache, as was measured of the CUDA kernels (csrc/gpu/row_grad.cuh). False walks them
-#: from the first.
-LAST_ROW_FIRST = True
-
 
 @triton.jit
 def grad_tile(
@@ -95,16 +90,15 @@ def row_grad_kernel(
     cap,
     SOFTCAP: tl.constexpr,
     ALIGNED: tl.constexpr,
-    REVERSED: tl.constexpr,
     Z_LOSS: tl.constexpr,
     SEGMENT: tl.constexpr,
     RUNS: tl.constexpr,
     THREADS: tl.constexpr,
 ):
     TILE: tl.constexpr = RUNS * THREADS * 8
-    program = tl.program_id(0)
-    if REVERSED:
-        program = tl.num_programs(0) - 1 - program
+    # From the last row, which forward read last and may have left in the L2 or Infinity Cache: the
+    # CUDA kernels measured that (csrc/gpu/row_grad.cuh).
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
     row = program // splits
     per_part = tl.cdiv(tl.cdiv(width, SEGMENT), splits) * SEGMENT
     # Not clamped, or Triton would no longer see that it is a multiple of 16 bytes.
@@ -201,7 +195,6 @@ def plan(
         "cap": softcap,
         "SOFTCAP": softcap > 0,
         "ALIGNED": aligned(logits) and aligned(out),
-        "REVERSED": LAST_ROW_FIRST,
         "Z_LOSS": math.z_loss > 0,
         "SEGMENT": shape.segment,
         "RUNS": shape.runs,

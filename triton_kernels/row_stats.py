@@ -248,9 +248,9 @@ def fold_segments_kernel(
 
 def table_name(statistics: int, softcap: float) -> str:
     """What the launch table calls this use of the kernel."""
-    return "row_stats" + (
-        " metrics" if statistics > ARGMAX.value else " softcap" if softcap else ""
-    )
+    if statistics > ARGMAX.value:
+        return "row_stats metrics"
+    return "row_stats softcap" if softcap else "row_stats"
 
 
 def plan(

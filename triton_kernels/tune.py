@@ -18,10 +18,10 @@ def choose(chip: Chip, kernel: str, logits: torch.Tensor, launch: Callable[[Shap
 
     A search times `launch` for each candidate, once per kernel, dtype and V_local. It
     synchronises, and another run may find another shape, and with it other last bits: to keep a
-    result, put the line it prints into SHAPES and leave the variable out.
+    result, put the line that it prints at the head of SHAPES and leave the variable out.
     """
     if not enabled(VARIABLE):
-        return shape_for(chip, kernel, logits.dtype, logits.shape[-1])
+        return shape_for(chip, kernel, logits.shape[-1])
     key = (chip, kernel, logits.dtype, logits.shape[-1])
     if key not in _found:
         _found[key] = search(*key, launch)
@@ -41,24 +41,23 @@ def search(
     if timer is None:
         from triton.testing import do_bench as timer
     times = {}
-    for shape in candidates(chip, kernel, dtype, columns):
+    for shape in candidates(chip, kernel, columns):
         times[shape] = timer(lambda shape=shape: launch(shape))
     best = min(times, key=times.get)
-    table = shape_for(chip, kernel, dtype, columns)
+    table = shape_for(chip, kernel, columns)
     report(
         f"{VARIABLE}: {chip.name} {kernel}, {columns} columns of {dtype}: {times[best]:.4f} ms, "
-        f"the table's line {times[table]:.4f} ms. For SHAPES[{chip.name!r}]:\n"
-        f"    Shape({kernel!r}, ({dtype},), {columns}, {best.threads}, {best.runs}, "
-        f'{best.segment}, "{times[best]:.4f} ms measured", {best.waves_per_eu}),'
+        f"the table's line {times[table]:.4f} ms. At the head of SHAPES, for all dtypes:\n"
+        f"    Shape({chip.name!r}, ({kernel!r},), {columns}, {best.threads}, {best.runs}, "
+        f'{best.segment}, "{times[best]:.4f} ms measured"),'
     )
     return best
 
 
-def candidates(chip: Chip, kernel: str, dtype: torch.dtype, columns: int) -> Iterator[Shape]:
+def candidates(chip: Chip, kernel: str, columns: int) -> Iterator[Shape]:
     """The table's own line, then every launch around it that can be made."""
-    table = shape_for(chip, kernel, dtype, columns)
+    table = shape_for(chip, kernel, columns)
     yield table
-    sizes = product((64, 128, 256, 512, 1024), (1, 2, 4, 8), (0, 2, 4, 8) if chip.amd else (0,))
-    for threads, runs, waves in sizes:
+    for threads, runs in product((64, 128, 256, 512, 1024), (1, 2, 4, 8)):
         if threads * runs * 8 <= table.segment:
-            yield Shape(kernel, (dtype,), columns, threads, runs, table.segment, "searched", waves)
+            yield Shape(chip.name, (kernel,), columns, threads, runs, table.segment, "searched")

@@ -11,7 +11,13 @@ from itertools import product
 import torch
 import triton
 from fused_sft_loss.triton_kernels import merge, reduce, row_grad, row_stats, row_targets
-from fused_sft_loss.triton_kernels.launch import SHAPES, Chip, Launch, Shape, shape_for
+from fused_sft_loss.triton_kernels.launch import (
+    Chip,
+    Launch,
+    Shape,
+    lines,
+    shape_for,
+)
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
@@ -21,17 +27,12 @@ from fused_sft_loss.rowmath import RowMath
 from fused_sft_loss.scoring import Scoring
 from fused_sft_loss.targets import Targets
 
-CHIPS = {
-    chip.name: chip
-    for chip in (
-        Chip("sm_80", 32, 108),  # A100
-        Chip("sm_90", 32, 132),  # H100 SXM
-        Chip("sm_100", 32, 148),  # B200
-        Chip("gfx90a", 64, 104),  # one die of MI250X
-        Chip("gfx942", 64, 304),  # MI300X
-        Chip("gfx950", 64, 256),  # MI355X
-    )
-}
+from .chips import CHIPS as LIMITS
+
+CHIPS = {name: Chip(name, limits.warp, limits.units) for name, limits in LIMITS.items()}
+
+#: Of the logits.
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 #: V_local where a line of the table has no limit: a 128k vocabulary, unsharded.
 WIDEST = 128256
@@ -43,6 +44,7 @@ class Variant:
 
     chip: Chip
     shape: Shape | None  # None: a kernel over vectors of N rows
+    use: str | None  # of the shape
     name: str  # kernel, dtype and options
     launch: Launch
 
@@ -50,10 +52,8 @@ class Variant:
 def variants(chip: Chip, options: bool = True) -> Iterator[Variant]:
     """Every launch of a chip's lines; with `options` also softcap, smoothing, metrics, unaligned
     rows and masks, without only what plain training launches."""
-    for shape in SHAPES[chip.name]:
-        make = _grad if shape.kernel == "row_grad" else _stats
-        for dtype in shape.dtypes:
-            yield from make(chip, shape, dtype, options)
+    for shape, make, dtype in product(lines(chip), (_stats, _grad), DTYPES):
+        yield from make(chip, shape, dtype, options)
     yield from _merge(chip, options)
     yield from _reduce(chip)
     yield from _targets(chip, options)
@@ -102,7 +102,8 @@ def _stats(chip, shape, dtype, options) -> Iterator[Variant]:
     flags = product((3, 4, 6), (0.0, 30.0), (False, True), (many, few)) if options else ()
     columns = shape.columns or WIDEST
     for wanted, softcap, unaligned, rows in flags or [(3, 0.0, False, many), (3, 0.0, False, few)]:
-        if shape_for(chip, row_stats.table_name(wanted, softcap), dtype, columns) != shape:
+        use = row_stats.table_name(wanted, softcap)
+        if shape_for(chip, use, columns) != shape:
             continue
         plan = row_stats.plan(
             chip,
@@ -114,16 +115,18 @@ def _stats(chip, shape, dtype, options) -> Iterator[Variant]:
         )
         name = f"{dtype} x{wanted}{' softcap' * bool(softcap)}{' unaligned' * unaligned}"
         split = " split" * (len(plan) > 1)
-        yield Variant(chip, shape, f"row_stats {name}{split}", plan[0])
+        yield Variant(chip, shape, use, f"row_stats {name}{split}", plan[0])
         for launch in plan[1:]:
-            yield Variant(chip, None, f"fold_segments x{wanted}", launch)
+            yield Variant(chip, None, None, f"fold_segments x{wanted}", launch)
 
 
 def _grad(chip, shape, dtype, options) -> Iterator[Variant]:
+    columns = shape.columns or WIDEST
+    if shape_for(chip, "row_grad", columns) != shape:
+        return
     few, many = 64, 64 * chip.multiprocessors  # rows: less and more than 2 GiB of logits
     flags = product((0.0, 30.0), (False, True), (many, few)) if options else ()
     for softcap, unaligned, rows in flags or [(0.0, False, many), (0.0, False, few)]:
-        columns = shape.columns or WIDEST
         logits = _logits(dtype, columns, rows, unaligned)
         (launch,) = row_grad.plan(
             chip,
@@ -136,7 +139,7 @@ def _grad(chip, shape, dtype, options) -> Iterator[Variant]:
             logits,
         )
         name = f"row_grad {dtype}{' softcap' * bool(softcap)}{' unaligned' * unaligned}"
-        yield Variant(chip, shape, name + " few rows" * (rows == few), launch)
+        yield Variant(chip, shape, "row_grad", name + " few rows" * (rows == few), launch)
 
 
 def _merge(chip, options) -> Iterator[Variant]:
@@ -152,16 +155,15 @@ def _merge(chip, options) -> Iterator[Variant]:
             torch.empty(rows, 2, dtype=torch.float32, device="meta"),
             *_vectors(rows, *extra),
         )
-        yield Variant(chip, None, f"merge x{columns}", launch)
+        yield Variant(chip, None, None, f"merge x{columns}", launch)
 
 
 def _reduce(chip) -> Iterator[Variant]:
     (losses,) = _vectors(4096, torch.float32)
     for weight_sum in (None, _number()):
         (launch,) = reduce.plan(chip, losses, weight_sum, _number())
-        yield Variant(
-            chip, None, f"reduce {'to a sum' if weight_sum is None else 'to a mean'}", launch
-        )
+        name = "reduce to a sum" if weight_sum is None else "reduce to a mean"
+        yield Variant(chip, None, None, name, launch)
 
 
 def _targets(chip, options) -> Iterator[Variant]:
@@ -173,4 +175,4 @@ def _targets(chip, options) -> Iterator[Variant]:
         scoring = Scoring(labels, loss_mask, bounds, shift=True, ignore_index=-100)
         (launch,) = row_targets.plan(chip, scoring, WIDEST, Targets.empty(labels))
         name = f"row_targets mask {mask}{' documents' * bool(documents)}"
-        yield Variant(chip, None, name, launch)
+        yield Variant(chip, None, None, name, launch)

@@ -111,7 +111,7 @@ float scale_of(const RowScale& s, int64_t row) {
   return s.weight ? grad * s.weight[row] : grad;
 }
 
-RowGrad row_constants(const GradArgs& a, int64_t row, float any_scale) {
+RowConstants row_constants(const GradArgs& a, int64_t row, float any_scale) {
   const RowMath& math = a.math;
   const float* normalizer = a.normalizer + row * kNormalizer;
   const float scale = quiet(any_scale), max = quiet(normalizer[kRowMax]), sum = quiet(normalizer[kRowSum]);

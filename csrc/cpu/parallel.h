@@ -16,23 +16,23 @@ GompParallel loaded_openmp();
 
 template <class Fn>
 void parallel_for(int64_t items, int threads, const Fn& fn) {
-  struct Share {
+  struct WorkQueue {
     const Fn& fn;
     int64_t items;
     std::atomic<int64_t> next{0};
     void drain() {
       for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < items;) fn(i);
     }
-  } share{fn, items};
+  } queue{fn, items};
   if (threads > items) threads = static_cast<int>(items);
-  if (threads <= 1) return share.drain();
+  if (threads <= 1) return queue.drain();
   if (GompParallel gomp = loaded_openmp()) {
-    gomp([](void* s) { static_cast<Share*>(s)->drain(); }, &share, static_cast<unsigned>(threads), 0);
+    gomp([](void* q) { static_cast<WorkQueue*>(q)->drain(); }, &queue, static_cast<unsigned>(threads), 0);
     return;
   }
   std::vector<std::thread> helpers;
-  for (int i = 1; i < threads; ++i) helpers.emplace_back([&share] { share.drain(); });
-  share.drain();
+  for (int i = 1; i < threads; ++i) helpers.emplace_back([&queue] { queue.drain(); });
+  queue.drain();
   for (std::thread& helper : helpers) helper.join();
 }
 

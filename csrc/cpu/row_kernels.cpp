@@ -193,7 +193,7 @@ void stats_range(const Z& z, const void* row, int64_t begin, int64_t end, Partia
 }
 
 template <class T, class Z>
-FSL_INLINE float grad_of(const Z& z, const RowGrad& g, float x) {
+FSL_INLINE float grad_of(const Z& z, const RowConstants& g, float x) {
   if constexpr (__is_same(Z, Plain)) {
     return exp_nonpositive(x - g.reference, z.unit2) * g.softmax_factor - g.smoothing;
   } else {
@@ -205,21 +205,21 @@ FSL_INLINE float grad_of(const Z& z, const RowGrad& g, float x) {
 }
 
 template <class T, class Z>
-float grad_at_target(const Z& z, const RowGrad& g, float x) {
-  RowGrad at = g;
+float grad_at_target(const Z& z, const RowConstants& g, float x) {
+  RowConstants at = g;
   at.smoothing += g.target_factor;
   return grad_of<T>(z, at, x);
 }
 
 template <class T, class Z>
-void grad_range(const Z& z, const RowGrad& g, const void* row, void* out, int64_t begin, int64_t end) {
+void grad_range(const Z& z, const RowConstants& g, const void* row, void* out, int64_t begin, int64_t end) {
   const bool owns = g.target_column >= begin && g.target_column < end;
   // In place the target's logit is gone after the loop: its gradient is computed before.
   const float at_target = owns ? grad_at_target<T>(z, g, element<T>(row, g.target_column)) : 0.0f;
   const Word<T>* w = words<T>(row, begin);
   Word<T>* o = const_cast<Word<T>*>(words<T>(out, begin));
   const int64_t n = (end - begin) / 2;
-  const RowGrad local = g;
+  const RowConstants local = g;
   const Z transform = z;
   // Word i is written after word i was read, and out is row or does not overlap it.
   int64_t i = 0;
@@ -261,10 +261,10 @@ void stats(const StatsArgs& a, const void* row, int64_t begin, int64_t end, Part
   });
 }
 
-void grad(const GradArgs& a, const RowGrad& g, const void* row, void* out, int64_t begin, int64_t end) {
+void grad(const GradArgs& a, const RowConstants& g, const void* row, void* out, int64_t begin, int64_t end) {
   with_types(a.logits.dtype, a.math, [&](auto tag, auto z) {
     if constexpr (__is_same(decltype(z), Plain)) {
-      RowGrad scaled = g;  // dz/dx is one number for the whole row
+      RowConstants scaled = g;  // dz/dx is one number for the whole row
       scaled.softmax_factor *= z.unit;
       scaled.smoothing *= z.unit;
       scaled.target_factor *= z.unit;

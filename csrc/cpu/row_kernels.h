@@ -23,7 +23,7 @@ struct Partial {
 // What the gradient of one row needs besides its logits:
 // dz/dx * (p * softmax_factor - smoothing), and target_factor less at the target.
 // p = exp(unit * (x - reference)), whose sum the factor holds.
-struct RowGrad {
+struct RowConstants {
   float reference, softmax_factor, smoothing, target_factor;
   int64_t target_column;  // outside the row: none
 };
@@ -32,7 +32,7 @@ struct RowKernels {
   const char* isa;
   // Columns [begin, end) of a row, begin a multiple of kChunk, merged in order into `partial`.
   void (*stats)(const StatsArgs&, const void* row, int64_t begin, int64_t end, Partial* partial);
-  void (*grad)(const GradArgs&, const RowGrad&, const void* row, void* out, int64_t begin, int64_t end);
+  void (*grad)(const GradArgs&, const RowConstants&, const void* row, void* out, int64_t begin, int64_t end);
   void (*rescale)(Dtype dtype, void* row, int64_t columns, float factor);
   void (*merge)(Partial* into, const Partial& next, float unit);
   float (*target_logit)(const StatsArgs&, const void* row, int64_t column);

@@ -51,11 +51,11 @@ FSL_DEVICE void store_stats(float* at, const Stats& s) {
 
 template <class T, class Op>
 FSL_DEVICE T warp_reduce(T value, Op op) {
-  FSL_UNROLL for (int mask = kWarp / 2; mask; mask /= 2) value = op(value, lane_xor(value, mask));
+  FSL_UNROLL for (int mask = kWarp / 2; mask; mask /= 2) value = op(value, shuffle_xor(value, mask));
   return value;
 }
 
-// `value` of all threads, for every thread: within a warp by a butterfly, which gives all lanes the same
+// Block reduce; every thread gets the result. Within a warp by a butterfly, which gives all lanes the same
 // bits, then warp by warp. `scratch` holds kMaxWarps; a barrier must pass before it is written again.
 template <class T, class Op>
 FSL_DEVICE T block_reduce(T value, Op op, T* scratch) {

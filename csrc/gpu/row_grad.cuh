@@ -10,14 +10,9 @@
 
 namespace fsl::gpu {
 
-// Backward walks the rows from the last one, which forward read last and may have left in the L2 or Infinity
-// Cache. Measured on an H100: no difference at 1 GiB of logits, up to a quarter of both passes' time at 250
-// to 800 MB. False walks them from the first.
-constexpr bool kLastRowFirst = true;
-
-// A row's constants. gradient = dz/dx * (p * softmax_factor - smoothing - [target] * target_factor), where p
-// but for its normalizer and what rounding left out is 2^(x * scale - reference).
-struct GradRow {
+// The constants of a row's gradient. gradient = dz/dx * (p * softmax_factor - smoothing - [target] *
+// target_factor), where p but for its normalizer and what rounding left out is 2^(x * scale - reference).
+struct GradConstants {
   float scale, reference, softmax_factor, smoothing, target_factor;
   int own;  // the target's column, -1 when it is not here
 };
@@ -30,14 +25,14 @@ FSL_DEVICE float scale_of(const RowScale& s, uint32_t n) {
 }
 
 template <bool kSoftcap>
-FSL_DEVICE GradRow grad_row(const GradArgs& a, const Scales& z, uint32_t n, float any_scale, float any_top,
-                            float any_total) {
+FSL_DEVICE GradConstants grad_constants(const GradArgs& a, const Scales& z, uint32_t n, float any_scale,
+                                        float any_top, float any_total) {
   const RowMath& math = a.math;
   const float top = quiet(any_top), total = quiet(any_total);
   const float factor = quiet(any_scale), slope = kSoftcap ? 1.0f : z.slope;
   const float of_z_loss = math.z_loss > 0 ? 2.0f * math.z_loss * fma(top, z.unit, log(total)) : 0.0f;
   const Reference reference = reference_of(top, z);
-  return {common(reference.scale),
+  return {broadcast_first_lane(reference.scale),
           reference.rounded,
           factor * (1.0f + of_z_loss) * exp2(-reference.rest) * reciprocal(total) * slope,
           factor * (math.label_smoothing * reciprocal(static_cast<float>(math.vocab_size))) * slope,
@@ -46,7 +41,7 @@ FSL_DEVICE GradRow grad_row(const GradArgs& a, const Scales& z, uint32_t n, floa
 }
 
 template <bool kSoftcap>
-FSL_DEVICE float gradient(float x, const GradRow& g, const Scales& z, bool target) {
+FSL_DEVICE float gradient(float x, const GradConstants& g, const Scales& z, bool target) {
   Capped c{x, 1.0f};
   if (kSoftcap) c = softcapped(x, z.inward, z.cap);
   const float p = exp2(fma(c.value, g.scale, -g.reference));
@@ -57,7 +52,7 @@ FSL_DEVICE float gradient(float x, const GradRow& g, const Scales& z, bool targe
 // Writes columns [begin, end) of one row, of which those from `valid` on are padding. `begin` is where the
 // output is a multiple of 16 bytes; there the logits lie `skew` bytes past one.
 template <class T, bool kSoftcap, bool kShifted>
-struct RowGrad {
+struct GradWriter {
   static FSL_DEVICE void zeros(const Row& out, int begin, int end) {
     const uint32_t words[T::kWords] = {};
     int column = begin + 8 * thread_id();
@@ -66,23 +61,24 @@ struct RowGrad {
     FSL_UNROLL_BY(1) for (; column < end; ++column) T::put(out.start + int64_t{column} * T::kBytes, 0.0f);
   }
 
-  static FSL_DEVICE void each(const Row& in, const Row& out, const GradRow& g, const Scales& z, int column,
-                              int end, int valid) {
+  static FSL_DEVICE void each(const Row& in, const Row& out, const GradConstants& g, const Scales& z,
+                              int column, int end, int valid) {
     FSL_UNROLL_BY(1) for (; column < end; ++column) {
       const float grad = column < valid ? gradient<kSoftcap>(load_one<T>(in, column), g, z, false) : 0.0f;
       T::put(out.start + int64_t{column} * T::kBytes, grad);
     }
   }
 
-  static FSL_DEVICE void in_place_of_logits(uint32_t (&words)[T::kWords], const GradRow& g, const Scales& z) {
+  static FSL_DEVICE void in_place_of_logits(uint32_t (&words)[T::kWords], const GradConstants& g,
+                                            const Scales& z) {
     float x[8];
-    keep_order();
+    scheduling_barrier();
     FSL_UNROLL for (int i = 0; i < 8; ++i) x[i] = gradient<kSoftcap>(T::element(words, i), g, z, false);
     T::put(words, x);
   }
 
   // kRuns independent loads, then the arithmetic and the stores. `first` is the thread's own column.
-  static FSL_DEVICE void whole_tile(const Row& in, const Row& out, const GradRow& g, const Scales& z,
+  static FSL_DEVICE void whole_tile(const Row& in, const Row& out, const GradConstants& g, const Scales& z,
                                     int first, int skew) {
     const int stride = 8 * block_threads();
     uint32_t words[kRuns][T::kWords];
@@ -96,7 +92,7 @@ struct RowGrad {
 
   // A tile at either end of the row, vector by vector: more of them at once would cost all tiles registers.
   // Those that reach beyond `last`, or whose chunks reach out of the row, logit by logit up to `end`.
-  static FSL_DEVICE void edge_tile(const Row& in, const Row& out, const GradRow& g, const Scales& z,
+  static FSL_DEVICE void edge_tile(const Row& in, const Row& out, const GradConstants& g, const Scales& z,
                                    int first, int skew, int last, int padding, int end) {
     const int stride = 8 * block_threads();
     FSL_UNROLL_BY(1) for (int r = 0; r < kRuns; ++r) {
@@ -118,8 +114,8 @@ struct RowGrad {
     return valid < begin ? begin : valid < end ? valid : end;
   }
 
-  static FSL_DEVICE void columns(const Row& in, const Row& out, const GradRow& g, const Scales& z, int begin,
-                                 int end, int valid, int skew) {
+  static FSL_DEVICE void columns(const Row& in, const Row& out, const GradConstants& g, const Scales& z,
+                                 int begin, int end, int valid, int skew) {
     const int mine = 8 * thread_id(), tile = 8 * kRuns * block_threads(), last = last_of(begin, end, valid);
     const int padding =
         last == end ? end : begin + (last - begin + 7) / 8 * 8;  // from there on whole vectors
@@ -149,7 +145,7 @@ struct RowGrad {
     zeros(out, first, end);
   }
 
-  static FSL_DEVICE void any_columns(const Row& in, const Row& out, const GradRow& g, const Scales& z,
+  static FSL_DEVICE void any_columns(const Row& in, const Row& out, const GradConstants& g, const Scales& z,
                                      int begin, int end) {
     const int first = aligned_column<T>(out, begin), odd = begin + thread_id();
     if (odd < first && odd < end) each(in, out, g, z, odd, odd + 1, end);
@@ -160,8 +156,10 @@ struct RowGrad {
 template <class T, bool kSoftcap, bool kShifted>
 FSL_KERNEL(512, kSoftcap ? 4 : 8)
 row_grad_kernel(GradArgs a, Scales z, int splits, int segment) {
-  using Kernel = RowGrad<T, kSoftcap, kShifted>;
-  const uint32_t program = kLastRowFirst ? grid_blocks() - 1 - block_id() : block_id();
+  using Kernel = GradWriter<T, kSoftcap, kShifted>;
+  // From the last row, which forward read last and may have left in the L2 or Infinity Cache. Measured on an
+  // H100: no difference at 1 GiB of logits, up to a quarter of both passes' time at 250 to 800 MB.
+  const uint32_t program = grid_blocks() - 1 - block_id();
   const uint32_t n = program / splits, part = program % splits;
   const float scale = scale_of(a.scale, n);
   if (a.stored && a.stored[n] == scale) return;
@@ -177,7 +175,7 @@ row_grad_kernel(GradArgs a, Scales z, int splits, int segment) {
     return;
   }
   const float* normalizer = a.normalizer + int64_t{n} * kNormalizer;
-  const GradRow g = grad_row<kSoftcap>(a, z, n, scale, normalizer[kRowMax], normalizer[kRowSum]);
+  const GradConstants g = grad_constants<kSoftcap>(a, z, n, scale, normalizer[kRowMax], normalizer[kRowSum]);
   // The target's own logit is done again by the thread that writes it, which spares all others a comparison.
   // In place, it must be read before it is written.
   const bool owner =

@@ -17,7 +17,7 @@ row_rescale_kernel(RescaleArgs a, int splits, int segment) {
   const Row row = row_at<T>(a.grad, n);
   const int head = part == 0 ? 0 : aligned_column<T>(row, 0), begin = head + part * per_part;
   const int next = aligned_column<T>(row, 0) + (part + 1) * per_part, end = next < valid ? next : valid;
-  if (scale == 0) return RowGrad<T, false, false>::zero_columns(row, begin, end);
+  if (scale == 0) return GradWriter<T, false, false>::zero_columns(row, begin, end);
   const float ratio = quiet(scale / stored);
   const auto one = [&](int column) {
     T::put(row.start + int64_t{column} * T::kBytes, load_one<T>(row, column) * ratio);

@@ -16,14 +16,14 @@ void row_stats(const StatsArgs& a, float* parts, const Chip& chip, void* stream)
   check_rows(a.logits);
   const Line& line = line_for(chip, Kernel::row_stats, a.logits.columns);
   const Shares shares = row_stats_shares(a, chip);
-  const Share share{shares.splits, line.segment, parts};
+  const RowSplit split{shares.splits, line.segment, parts};
   const Grid grid{a.logits.count() * shares.splits, line.threads};
   with_dtype(a.logits.dtype, [&](auto dtype) {
     with_columns(a.want, [&](auto columns) {
       with_bool(a.math.softcap > 0, [&](auto softcap) {
         with_bool(common_skew(a.logits) != 0, [&](auto shifted) {
           launch("row_stats", row_stats_kernel<decltype(dtype), columns(), softcap(), shifted()>, grid,
-                 stream, a, scales_of(a.math), share);
+                 stream, a, scales_of(a.math), split);
         });
       });
     });

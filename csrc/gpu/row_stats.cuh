@@ -13,11 +13,11 @@
 
 namespace fsl::gpu {
 
-// How a row is shared out.
-struct Share {
-  int splits;    // blocks per row
+// How the blocks of row_stats divide a row.
+struct RowSplit {
+  int blocks;    // per row
   int segment;   // columns
-  float* parts;  // [N, segments, columns of stats], when splits > 1; their column kTarget is unused
+  float* parts;  // [N, segments, columns of stats], when blocks > 1; their column kTarget is unused
 };
 
 // One thread's statistics of its own columns, in units of x.
@@ -44,7 +44,7 @@ FSL_DEVICE void accumulate(Running& s, const Eight& eight, const Sum& sum, int f
   FSL_UNROLL for (int r = 0; r < kRuns; ++r) {
     eight(x, r);
     FSL_UNROLL for (int i = 0; i < 8; ++i) top = max(top, x[i]);
-    settle(top);
+    optimisation_barrier(top);
   }
   if (kColumns > kArgmax && top > s.top) {
     FSL_UNROLL for (int r = kRuns - 1; r >= 0; --r) {
@@ -57,7 +57,7 @@ FSL_DEVICE void accumulate(Running& s, const Eight& eight, const Sum& sum, int f
   float total = 0, x_sum = 0, moment = 0;
   FSL_UNROLL for (int r = 0; r < kRuns; ++r) {
     float e[8], u[8];
-    keep_order();
+    scheduling_barrier();
     eight(x, r);
     FSL_UNROLL for (int i = 0; i < 8; ++i) u[i] = fma(x[i], reference.scale, -reference.rounded);
     FSL_UNROLL for (int i = 0; i < 8; ++i) e[i] = exp2(u[i]);
@@ -68,9 +68,9 @@ FSL_DEVICE void accumulate(Running& s, const Eight& eight, const Sum& sum, int f
     }
     if (kColumns > kSum) {
       x_sum += sum(x, r);
-      settle(x_sum);
+      optimisation_barrier(x_sum);
     }
-    settle(total);
+    optimisation_barrier(total);
   }
   if (kColumns > kArgmax) s.moment = fma(shrink == 0 ? 0.0f : delta, s.total, s.moment) * shrink + moment;
   if (kColumns > kSum) s.x_sum += x_sum;
@@ -125,14 +125,14 @@ struct RowStats {
       for (; first + tile <= end && chunks_inside<T, kShifted>(row, first, tile, row.skew); first += tile)
         whole_tile(s, row, first + mine, z);
       if (first < end) edge_tile(s, row, first + mine, end, z);
-      if (!kShifted || kLoadsAnywhere) break;  // only the last tile is not whole
+      if (!kShifted || kUnalignedAccess) break;  // only the last tile is not whole
     }
     return s;
   }
 
-  // Threads to one, for every thread. Their sums are relative to maxima of their own, rounded; the block's
-  // has its rounding taken out.
-  static FSL_DEVICE Stats met(const Running& s, const Scales& z, int64_t vocab_start) {
+  // Block reduce; every thread gets the result. A thread's sums are relative to its own maximum, rounded; the
+  // block's sum has that rounding taken out.
+  static FSL_DEVICE Stats reduce_block(const Running& s, const Scales& z, int64_t vocab_start) {
     FSL_SHARED(float, tops, kMaxWarps);
     FSL_SHARED(float, totals, kMaxWarps);
     const float top = block_reduce(s.top, Max{}, tops);
@@ -169,9 +169,9 @@ FSL_DEVICE float target_value(const StatsArgs& a, const Row& row, uint32_t n, co
 
 template <class T, int kColumns, bool kSoftcap, bool kShifted>
 FSL_KERNEL(512, kColumns > kSum || kSoftcap ? 4 : 8)
-row_stats_kernel(StatsArgs a, Scales z, Share share) {
-  const uint32_t n = block_id() / share.splits, part = block_id() % share.splits;
-  const int valid = static_cast<int>(a.logits.valid), segments = (valid + share.segment - 1) / share.segment;
+row_stats_kernel(StatsArgs a, Scales z, RowSplit split) {
+  const uint32_t n = block_id() / split.blocks, part = block_id() % split.blocks;
+  const int valid = static_cast<int>(a.logits.valid), segments = (valid + split.segment - 1) / split.segment;
   float* stats = a.stats + int64_t{n} * kColumns;
   if (a.weight[n] == 0) {
     if (part == 0 && thread_id() < kColumns) stats[thread_id()] = 0;
@@ -179,19 +179,19 @@ row_stats_kernel(StatsArgs a, Scales z, Share share) {
   }
   const Row row = row_at<T>(a.logits, n);
   Stats all;
-  const int per_part = (segments + share.splits - 1) / share.splits, from = part * per_part;
+  const int per_part = (segments + split.blocks - 1) / split.blocks, from = part * per_part;
   for (int segment = from; segment < segments && segment < from + per_part; ++segment) {
-    const int begin = segment * share.segment,
-              end = valid - begin < share.segment ? valid : begin + share.segment;
+    const int begin = segment * split.segment,
+              end = valid - begin < split.segment ? valid : begin + split.segment;
     using Kernel = RowStats<T, kColumns, kSoftcap, kShifted>;
-    const Stats s = Kernel::met(Kernel::columns(row, begin, end, z), z, a.math.vocab_start);
-    if (share.splits == 1) all = fold(all, s, z.unit);
+    const Stats s = Kernel::reduce_block(Kernel::columns(row, begin, end, z), z, a.math.vocab_start);
+    if (split.blocks == 1) all = fold(all, s, z.unit);
     else if (thread_id() == 0)
-      store_stats<kColumns>(share.parts + (int64_t{n} * segments + segment) * kColumns, s);
+      store_stats<kColumns>(split.parts + (int64_t{n} * segments + segment) * kColumns, s);
   }
   if (thread_id() != 0 || part != 0) return;
   stats[kTarget] = target_value<T, kSoftcap>(a, row, n, z);
-  if (share.splits == 1) store_stats<kColumns>(stats, all);
+  if (split.blocks == 1) store_stats<kColumns>(stats, all);
 }
 
 // The parts of each row that was shared out, folded; a row a thread. Its target's x is there already.

@@ -44,14 +44,14 @@ void row_stats_grad(const StatsGradArgs& a, const Chip& chip, void* stream) {
   with_dtype(logits.dtype, [&](auto dtype) {
     using T = decltype(dtype);
     Holding holding{cluster, 0};
-    if (!kLoadsAnywhere) {
+    if (!kUnalignedAccess) {
       const Room room = room_for(each, T::kBytes, line.threads);
       holding.columns = room.columns;
       grid.shared_bytes = room.bytes;
     }
     with_bool(a.grad.math.softcap > 0, [&](auto softcap) {
       with_bool(shifted, [&](auto moved) {
-        constexpr bool kShifted = decltype(moved)::value && !kLoadsAnywhere;
+        constexpr bool kShifted = decltype(moved)::value && !kUnalignedAccess;
         launch("row_stats_grad", row_stats_grad_kernel<T, softcap(), kShifted>, grid, stream, a,
                scales_of(a.grad.math), holding);
       });

@@ -29,7 +29,7 @@ template <bool kSoftcap, class T, class There>
 FSL_DEVICE void held_tile(Running& s, uint32_t (&words)[kRuns][T::kWords], T, const There& there,
                           const Scales& z) {
   const auto eight = [&](float* x, int r) {
-    FSL_UNROLL for (int i = 0; i < T::kWords; ++i) forget(words[r][i]);
+    FSL_UNROLL for (int i = 0; i < T::kWords; ++i) optimisation_barrier(words[r][i]);
     FSL_UNROLL for (int i = 0; i < 8; ++i) x[i] = capped<kSoftcap>(T::element(words[r], i), z);
   };
   const auto sum = [&](const float* x, int r) { return there(r) ? sum_eight(x) : 0.0f; };
@@ -62,7 +62,7 @@ struct HeldInShared {
       bring_by_ones(row, begin);
       if (this->end - begin > 8) bring_by_ones(row, this->end - 8);
     }
-    copies_done();
+    async_wait();
   }
 
   // The first or the last vector, by the thread whose it is, when a chunk of it reaches out of the row.
@@ -79,7 +79,7 @@ struct HeldInShared {
       load_eight<T, kShifted>(words, from, row.skew);
       store_eight<T>(at(column), words);
     } else {
-      FSL_UNROLL for (int c = 0; c < T::kWords / 4; ++c) copy_chunk(at(column) + 16 * c, from + 16 * c);
+      FSL_UNROLL for (int c = 0; c < T::kWords / 4; ++c) async_copy(at(column) + 16 * c, from + 16 * c);
     }
   }
 
@@ -108,7 +108,7 @@ struct HeldInShared {
 
   // The gradient's vectors begin where its memory is a multiple of 16 bytes, the logits' at `begin`: a thread
   // may need what others brought. It is there, since the block has met for its statistics.
-  FSL_DEVICE void gradient_to(const Row& out, const GradRow& g, const Scales& z) const {
+  FSL_DEVICE void gradient_to(const Row& out, const GradConstants& g, const Scales& z) const {
     const int aligned = kShifted ? aligned_column<T>(out, begin) : begin,
               first = aligned < end ? aligned : end;
     const int skew = (first - begin) * T::kBytes % 16, last = first + (end - first) / 8 * 8;
@@ -129,7 +129,8 @@ struct HeldInShared {
 };
 
 // Columns [begin, end) of a row, whole vectors, in the registers of the lanes that take statistics and
-// gradient of them. The compiler must be kept from holding on to what it can have again: see forget.
+// gradient of them. Optimisation barriers make the compiler compute addresses and fp32 logits again; kept,
+// they would need registers that hold logits.
 template <class T, bool kSoftcap>
 struct HeldInRegisters {
   static constexpr int kTiles = (kSoftcap ? kHeldWords / 2 : kHeldWords) / T::kWords / kRuns;
@@ -140,9 +141,9 @@ struct HeldInRegisters {
   // The column of thread 0's vector. The same for all, hence in scalar registers.
   FSL_DEVICE int first(int tile, int r) const { return begin + (tile * kRuns + r) * block_threads() * 8; }
 
-  FSL_DEVICE void forget_all() {
-    forget(lane);
-    forget_common(begin);
+  FSL_DEVICE void recompute_addresses() {
+    optimisation_barrier(lane);
+    optimisation_barrier_uniform(begin);
   }
 
   // The vectors of a tile that ends at `last` at the latest, of which there is at least one. Lanes load what
@@ -173,8 +174,8 @@ struct HeldInRegisters {
 
   FSL_DEVICE void statistics(Running& s, const Scales& z) {
     FSL_UNROLL for (int tile = 0; tile < kTiles; ++tile) {
-      keep_order();
-      forget_all();
+      scheduling_barrier();
+      recompute_addresses();
       tile_statistics(s, words[tile], tile, end, z);
     }
   }
@@ -188,12 +189,12 @@ struct HeldInRegisters {
     }
   }
 
-  FSL_DEVICE void gradient_to(const Row& out, const GradRow& g, const Scales& z) {
+  FSL_DEVICE void gradient_to(const Row& out, const GradConstants& g, const Scales& z) {
     FSL_UNROLL for (int tile = 0; tile < kTiles; ++tile) FSL_UNROLL for (int r = 0; r < kRuns; ++r) {
       float x[8];
-      keep_order();
-      forget_all();
-      FSL_UNROLL for (int i = 0; i < T::kWords; ++i) forget(words[tile][r][i]);
+      scheduling_barrier();
+      recompute_addresses();
+      FSL_UNROLL for (int i = 0; i < T::kWords; ++i) optimisation_barrier(words[tile][r][i]);
       FSL_UNROLL for (int i = 0; i < 8; ++i) x[i] =
           gradient<kSoftcap>(T::element(words[tile][r], i), g, z, false);
       T::put(words[tile][r], x);
@@ -214,7 +215,7 @@ FSL_DEVICE void add_one(Running& s, float x, bool there, const Scales& z) {
 }
 
 // Statistics of all blocks of the cluster, in the order of their parts.
-FSL_DEVICE Stats over_cluster(const Stats& mine, int cluster, float unit) {
+FSL_DEVICE Stats reduce_cluster(const Stats& mine, int cluster, float unit) {
   FSL_SHARED(float, part, 4);
   if (thread_id() == 0) store_stats<4>(part, mine);
   cluster_barrier();
@@ -231,11 +232,11 @@ template <class T, bool kSoftcap, bool kShifted>
 FSL_KERNEL(FSL_VENDOR(512, 1024), 4)
 row_stats_grad_kernel(StatsGradArgs a, Scales z, Holding holding) {
   using Held =
-      std::conditional_t<kLoadsAnywhere, HeldInRegisters<T, kSoftcap>, HeldInShared<T, kSoftcap, kShifted>>;
+      std::conditional_t<kUnalignedAccess, HeldInRegisters<T, kSoftcap>, HeldInShared<T, kSoftcap, kShifted>>;
   // Where any address will do, one kernel serves all rows.
-  constexpr bool kAnyAddress = kShifted || kLoadsAnywhere;
+  constexpr bool kAnyAddress = kShifted || kUnalignedAccess;
   using Statistics = RowStats<T, 4, kSoftcap, kAnyAddress>;
-  using Gradient = RowGrad<T, kSoftcap, kAnyAddress>;
+  using Gradient = GradWriter<T, kSoftcap, kAnyAddress>;
   const GradArgs& grad = a.grad;
   const uint32_t n = block_id() / holding.cluster;
   const int part = block_id() % holding.cluster, valid = static_cast<int>(grad.logits.valid);
@@ -257,15 +258,15 @@ row_stats_grad_kernel(StatsGradArgs a, Scales z, Holding holding) {
     return;
   }
   // In place, what is read here would be gone later.
-  const float x_own = common(target_column() < 0 ? 0.0f : load_one<T>(in, target_column()));
+  const float x_own = broadcast_first_lane(target_column() < 0 ? 0.0f : load_one<T>(in, target_column()));
   const int whole = begin + (end - begin) / 8 * 8, odd = whole + thread_id();
   Running running;
   add_one(running, odd < end ? capped<kSoftcap>(load_one<T>(in, odd), z) : -kInfinity, odd < end, z);
   Held held(in, begin, whole, holding.columns);
   held.statistics(running, z);
   held.rest(running, in, whole, z);
-  Stats all = Statistics::met(running, z, grad.math.vocab_start);
-  if (holding.cluster > 1) all = over_cluster(all, holding.cluster, z.unit);
+  Stats all = Statistics::reduce_block(running, z, grad.math.vocab_start);
+  if (holding.cluster > 1) all = reduce_cluster(all, holding.cluster, z.unit);
   const int own = target_column();
   const Row out = row_out();
   const float own_value = own < 0 ? 0.0f : capped<kSoftcap>(x_own, z);
@@ -278,7 +279,7 @@ row_stats_grad_kernel(StatsGradArgs a, Scales z, Holding holding) {
   if (scale == 0) {
     Gradient::zero_columns(out, begin, until());
   } else {
-    const GradRow g = grad_row<kSoftcap>(grad, z, n, scale, row.top, row.total);
+    const GradConstants g = grad_constants<kSoftcap>(grad, z, n, scale, row.top, row.total);
     Gradient::any_columns(in, out, g, z, held.end, end);
     held.gradient_to(out, g, z);
     Gradient::zero_columns(out, end, until());

@@ -40,25 +40,31 @@ FSL_DEVICE void load_shifted(uint32_t* words, const char* at, int skew, const Lo
       T::kBytes == 4 ? from[i] : funnel_right(from[i + 1], from[i], skew % 4 * 8);
 }
 
+template <bool kUnaligned>
+FSL_DEVICE Chunk load_chunk_at(const char* at) {
+  if constexpr (kUnaligned) return load_chunk_unaligned(at);
+  else return load_chunk(at);
+}
+
 // kShifted: the address may be anything, `skew` bytes past a multiple of 16. Otherwise it is a multiple.
 template <class T, bool kShifted>
 FSL_DEVICE void load_eight(uint32_t* words, const char* at, int skew) {
-  if constexpr (kShifted && !kLoadsAnywhere) {
-    load_shifted<T>(words, at, skew, load_chunk_whole);
+  if constexpr (kShifted && !kUnalignedAccess) {
+    load_shifted<T>(words, at, skew, load_chunk_volatile);
   } else {
     FSL_UNROLL for (int c = 0; c < T::kWords / 4; ++c) {
-      const Chunk chunk = kShifted ? load_chunk_anywhere(at + 16 * c) : load_chunk(at + 16 * c);
+      const Chunk chunk = load_chunk_at<kShifted>(at + 16 * c);
       FSL_UNROLL for (int i = 0; i < 4; ++i) words[4 * c + i] = chunk.word[i];
     }
   }
 }
 
-// kAnywhere: see kLoadsAnywhere.
-template <class T, bool kAnywhere = false>
+// kUnaligned: see kUnalignedAccess.
+template <class T, bool kUnaligned = false>
 FSL_DEVICE void store_eight(char* at, const uint32_t* words) {
   FSL_UNROLL for (int c = 0; c < T::kWords / 4; ++c) {
     const Chunk chunk{{words[4 * c], words[4 * c + 1], words[4 * c + 2], words[4 * c + 3]}};
-    if (kAnywhere) store_chunk_anywhere(at + 16 * c, chunk);
+    if constexpr (kUnaligned) store_chunk_unaligned(at + 16 * c, chunk);
     else store(at + 16 * c, chunk);
   }
 }
@@ -67,7 +73,7 @@ FSL_DEVICE void store_eight(char* at, const uint32_t* words) {
 // sectors: of fp32 each lane alone would store every other 16 bytes. Measured on an H100: the gradient of
 // fp32 logits takes 0.76 ms so and 0.93 ms otherwise, at 95 and 78 % of what a copy moves.
 template <class T, bool kShifted>
-constexpr bool kTrades = T::kBytes == 4 && !kShifted && !kLoadsAnywhere;
+constexpr bool kTrades = T::kBytes == 4 && !kShifted && !kUnalignedAccess;
 
 // store_eight by all lanes of a warp together, whose vectors lie one after the other.
 template <class T, bool kShifted>
@@ -77,7 +83,7 @@ FSL_DEVICE void store_eight_of_warp(char* at, const uint32_t* words) {
     const int half = thread_id() % 2;
     Chunk even, odd;
     FSL_UNROLL for (int i = 0; i < 4; ++i) {
-      const uint32_t theirs = lane_xor(half ? words[i] : words[4 + i], 1);
+      const uint32_t theirs = shuffle_xor(half ? words[i] : words[4 + i], 1);
       even.word[i] = half ? theirs : words[i];
       odd.word[i] = half ? words[4 + i] : theirs;
     }
@@ -93,7 +99,8 @@ FSL_DEVICE void store_eight_of_warp(char* at, const uint32_t* words) {
 template <class T, bool kShifted>
 FSL_DEVICE bool chunks_inside(const Row& row, int64_t column, int64_t count, int skew) {
   const int64_t begin = column * T::kBytes, end = begin + count * T::kBytes;
-  return end <= row.bytes && (!kShifted || kLoadsAnywhere || (begin >= skew && end + 16 - skew <= row.bytes));
+  return end <= row.bytes &&
+         (!kShifted || kUnalignedAccess || (begin >= skew && end + 16 - skew <= row.bytes));
 }
 
 // The column of a target here, -1 when there is none: it is another shard's, or no vocabulary id.

@@ -276,7 +276,7 @@ def find_hip():
 
 def hip_refusal(compiler, target):
     """Why two lines cannot be compiled for a target: that takes the whole chain of tools, and a
-    clang that has what gpu/platform.h uses of it."""
+    clang that has what gpu/platform_hip.h uses of it."""
     code = """__attribute__((device)) float f(float x) {
         return static_cast<float>(static_cast<__bf16>(__builtin_amdgcn_exp2f(x))); }"""
     flags = ["-nogpuinc", *HIP_FLAGS, f"--offload-arch={target}", "-c", "-o", os.devnull, "-"]

@@ -39,7 +39,8 @@ def row_targets(scoring: Scoring, vocab_size: int) -> Targets:
 
 
 def loss(scoring: Scoring, logits: Tensor, math: RowMath, reduction: str) -> Losses:
-    if scoring.cu_seqlens is not None and scoring.checked:
+    checked = scoring.checked
+    if checked and scoring.cu_seqlens is not None:
         scoring._replace(loss_mask=None).check_values()
     given = arguments.in_dtypes(scoring.read())
     found = Targets.empty(given.labels)
@@ -55,7 +56,7 @@ def loss(scoring: Scoring, logits: Tensor, math: RowMath, reduction: str) -> Los
         0 if result is losses else result.data_ptr(),
         torch.get_num_threads(),
     )
-    if faults and scoring.checked:
+    if checked and faults:
         scoring.check_values()
         scoring.check_labels(found.target, math.vocab_size)
     return Losses.of(result, found, normalizer)

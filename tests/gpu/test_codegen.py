@@ -6,18 +6,18 @@ import pytest
 from codegen_runs import (
     assert_memory_bound,
     assert_not_above_liger,
+    assert_within_budgets,
     codegen,
     needs_liger,
-    registers_said,
 )
 from tiers import sampled
 
 pytest.importorskip("triton")
 pytest.importorskip("rich")
 
-from bench.without_gpu.codegen import amdgcn, sass  # noqa: E402
+from bench.without_gpu.chips import CHIPS, resident_threads  # noqa: E402
+from bench.without_gpu.codegen import amdgcn, budgets, sass  # noqa: E402
 from bench.without_gpu.codegen.audit import violations  # noqa: E402
-from bench.without_gpu.codegen.chips import CHIPS, resident_threads  # noqa: E402
 from bench.without_gpu.codegen.loops import hot_loops  # noqa: E402
 from bench.without_gpu.codegen.predict import predict  # noqa: E402
 from bench.without_gpu.codegen.table import is_plain  # noqa: E402
@@ -36,30 +36,34 @@ def compiled(target, tmp_path_factory):
 
 
 def test_every_line_of_the_launch_table_was_compiled(compiled, target):
-    from fused_sft_loss.triton_kernels.launch import SHAPES
+    from fused_sft_loss.triton_kernels.launch import USES, lines, shape_for
 
+    from bench.without_gpu import triton_offline
+
+    chip = triton_offline.CHIPS[target]
     expected = {
-        (shape.kernel, shape.columns, str(dtype).removeprefix("torch."), shape.threads)
-        for shape in SHAPES[target]
-        for dtype in shape.dtypes
+        (use.split()[0], shape.columns, str(dtype)[6:], shape.threads, shape.runs)
+        for shape in lines(chip)
+        for use in USES
+        if shape_for(chip, use, shape.columns or triton_offline.WIDEST) == shape
+        for dtype in triton_offline.DTYPES
     }
-    found = {(r["line"], r["columns"], r["dtype"], r["threads"]) for r in compiled if r["pass"]}
-    assert found == expected
+    keys = ("kernel", "columns", "dtype", "threads", "runs")
+    assert {tuple(r[key] for key in keys) for r in compiled if r["pass"]} == expected
     rest = {r["kernel"] for r in compiled if not r["pass"]}
     assert rest == {"fold_segments", "merge", "row_targets"}
 
 
-def test_registers_are_those_the_launch_table_says(compiled, target):
-    from fused_sft_loss.triton_kernels.launch import SHAPES
+def test_registers_and_bytes_in_flight_are_those_the_launch_table_was_chosen_for(compiled, target):
+    assert_within_budgets(compiled, budgets.TRITON, target)
 
-    for shape in SHAPES[target]:
-        for dtype, registers in registers_said(shape).items():
-            plain = next(
-                r
-                for r in compiled
-                if (r["line"], r["columns"], r["dtype"]) == (shape.kernel, shape.columns, dtype)
-            )
-            assert plain["registers"] == registers, (target, shape, plain["name"])
+
+def test_every_chip_has_a_budget_and_a_name_in_liger():
+    from bench.without_gpu.codegen import peers
+
+    assert set(peers.ARCHITECTURES) == set(CHIPS)
+    for use in ("row_stats", "row_grad"):
+        assert {chip for chip, other in budgets.TRITON if other == use} == set(CHIPS)
 
 
 def test_no_spills_wide_accesses_and_limits_kept(compiled, target):

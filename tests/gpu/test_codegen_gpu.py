@@ -1,29 +1,42 @@
 """What nvcc and clang make of the CUDA and HIP kernels, for every line of their launch table."""
 
-import re
 from itertools import product
 
+import codegen_runs
 import pytest
 from codegen_runs import (
     assert_memory_bound,
     assert_not_above_liger,
+    assert_within_budgets,
     codegen,
     needs_liger,
-    registers_said,
 )
 from tiers import sampled
 
 pytest.importorskip("rich")
 
 from bench.__main__ import main  # noqa: E402
-from bench.without_gpu.codegen import amdgcn, csrc, sass, toolchains  # noqa: E402
+from bench.without_gpu.chips import AMD, CHIPS, NVIDIA  # noqa: E402
+from bench.without_gpu.codegen import (  # noqa: E402
+    amdgcn,
+    budgets,
+    csrc,
+    launch_table,
+    sass,
+    toolchains,
+)
 from bench.without_gpu.codegen.audit import violations  # noqa: E402
 from bench.without_gpu.codegen.loops import Shifted, hot_loops  # noqa: E402
 from bench.without_gpu.codegen.table import is_plain  # noqa: E402
 from csrc.toolchains import compilers as build  # noqa: E402
 
-BACKENDS = {"sm_80": "cuda", "sm_90": "cuda", "sm_100": "cuda", "gfx90a": "hip", "gfx942": "hip"}
-LINES = csrc.launch_table()
+#: The targets with a backend; clang 19 does not know gfx950.
+BACKENDS = {
+    target: backend
+    for backend, targets in toolchains.TARGETS.items()
+    for target in targets
+    if target != "gfx950"
+}
 KERNELS = ("row_stats", "row_grad", "row_stats_grad")
 
 
@@ -52,17 +65,34 @@ def compiled(audits, request):
     return request.param, audits(request.param)["records"]
 
 
-def test_the_launch_table_is_read_whole():
-    text = (csrc.FOLDER / "launch_table.h").read_text()
-    assert len(LINES) == len(re.findall(r"^\s*\{\w+, Kernel::", text, re.M)) > 0
-    for line in LINES:
-        assert line.threads <= csrc.launch_bounds(line.target)[line.kernel], line
-        assert line.threads % (64 if line.target.startswith("gfx") else 32) == 0, line
+def test_lines_of_the_launch_table_can_be_launched():
+    for line in launch_table.launch_table():
+        assert line.threads % CHIPS[line.target].warp == 0, line
         assert line.segment % (32 * line.threads) == 0, line  # whole tiles
         assert line.why, line
-    for target, kernel in product((*BACKENDS, "gfx950"), KERNELS):
-        widths = [x.columns for x in LINES if (x.target, x.kernel) == (target, kernel)]
-        assert widths[-1] is None and None not in widths[:-1], (target, kernel)
+    for target, kernel in product(CHIPS, KERNELS):
+        widths = [line.columns for line in launch_table.lines(target, kernel)]
+        assert widths[-1] is None and widths[:-1] == sorted(widths[:-1]), (target, kernel)
+
+
+def test_the_chips_are_those_of_the_build():
+    """csrc/toolchains keeps its own list, because it runs where nothing is installed."""
+    assert ";".join(CHIPS[name].build for name in NVIDIA) == build.CUDA_TARGETS
+    assert ";".join(CHIPS[name].build for name in AMD) == build.ROCM_TARGETS
+    install = _text("docs/install.md")
+    assert f"`{build.CUDA_TARGETS}`" in install and f"`{build.ROCM_TARGETS}`" in install
+
+
+@pytest.mark.parametrize(
+    ("page", "chips"), [("docs/verification.md", CHIPS), ("README.md", BACKENDS)]
+)
+def test_the_pages_name_the_chips_that_kernels_are_compiled_for(page, chips):
+    targets = {**toolchains.TARGETS["cuda"], **toolchains.TARGETS["hip"]}
+    assert {targets[name] for name in chips} <= set(_text(page).replace(",", " ").split())
+
+
+def _text(page):
+    return (codegen_runs.ROOT / page).read_text(encoding="utf-8")
 
 
 def test_every_kernel_and_line_was_compiled(compiled):
@@ -73,13 +103,13 @@ def test_every_kernel_and_line_was_compiled(compiled):
     ):
         kernel = "row_stats" if columns else "row_grad"
         name = csrc.Instance(kernel, dtype, columns, softcap, shifted).name
-        lines = [x for x in LINES if (x.target, x.kernel) == (target, kernel)]
+        lines = launch_table.lines(target, kernel)
         expected |= {(name, line.columns, line.threads) for line in lines}
     for softcap, shifted, dtype in product((False, True), (False, True), csrc.DTYPES.values()):
         if shifted and target.startswith("gfx"):  # registers take rows from any address
             continue
         name = csrc.Instance("row_stats_grad", dtype, None, softcap, shifted).name
-        lines = [x for x in LINES if (x.target, x.kernel) == (target, "row_stats_grad")]
+        lines = launch_table.lines(target, "row_stats_grad")
         expected |= {(name, line.columns, line.threads) for line in lines}
     expected |= {(f"row_rescale {dtype}", None, 512) for dtype in csrc.DTYPES.values()}
     for columns in (3, 4, 6):
@@ -104,17 +134,13 @@ def test_no_spills_wide_accesses_and_limits_kept(compiled):
     assert not broken, "\n".join(broken)
 
 
-def test_registers_are_those_the_launch_table_says(compiled):
+def test_registers_and_bytes_in_flight_are_those_the_launch_table_was_chosen_for(compiled):
     target, records = compiled
-    for line in (line for line in LINES if line.target == target):
-        for dtype, registers in registers_said(line).items():
-            plain = next(
-                r
-                for r in records
-                if (r["line"], r["columns"], r["dtype"]) == (line.kernel, line.columns, dtype)
-                and is_plain(r)
-            )
-            assert plain["registers"] == registers, (line, plain["name"])
+    assert_within_budgets(filter(is_plain, records), budgets.CSRC, target)
+
+
+def test_every_compiled_target_has_a_budget():
+    assert set(budgets.CSRC) == set(product(BACKENDS, KERNELS))
 
 
 def test_one_exp_per_element_and_little_more(compiled):
@@ -184,12 +210,9 @@ def test_not_above_liger_in_either_pass(backend, tmp_path):
 
 
 def test_compiled_as_in_the_build():
-    """With the flags that shape device code, for the targets that wheels are made for."""
+    """With the flags that shape device code."""
     assert set(toolchains.FLAGS["cuda"]) <= set(build.NVCC_FLAGS)
     assert set(toolchains.FLAGS["hip"]) - {"--offload-device-only"} <= set(build.HIP_FLAGS)
-    chips = re.findall(r"(\d+)\.(\d)(a?)", build.CUDA_TARGETS)
-    assert [f"sm_{''.join(chip)}" for chip in chips] == [*toolchains.TARGETS["cuda"].values()]
-    assert build.ROCM_TARGETS.split(";") == [*toolchains.TARGETS["hip"].values()]
 
 
 def test_a_named_backend_without_a_compiler(monkeypatch, capsys):
@@ -257,12 +280,34 @@ def test_kernels_of_a_cubin():
     assert loop.loads_at_once == 2  # the third fills a register of the second
 
 
+INFO = """
+.nv.info
+\t<0x1>
+\tAttribute:\tEIATTR_REGCOUNT
+.nv.info.first
+\t<0x10>
+\tAttribute:\tEIATTR_MAX_THREADS
+\tFormat:\tEIFMT_SVAL
+\tValue:\t0x200 0x1 0x1
+.nv.info.second
+\t<0x11>
+\tAttribute:\tEIATTR_CRS_STACK_SIZE
+\tFormat:\tEIFMT_SVAL
+\tValue:\t0x0
+"""
+
+
+def test_launch_bounds_of_a_cubin():
+    assert sass.launch_bounds(INFO) == {"first": 512}
+
+
 NOTE = """
   - .agpr_count:     0
     .args:
       - .offset:         0
         .size:           88
     .group_segment_fixed_size: 256
+    .max_flat_workgroup_size: 512
     .name:           {name}
     .private_segment_fixed_size: 8
     .sgpr_count:     60
@@ -297,6 +342,7 @@ def test_kernels_of_an_amdgcn_listing():
     kernels = amdgcn.kernels(AMDGCN)
     assert [k.resources["registers"] for k in kernels.values()] == [22, 44]
     assert kernels["second"].resources["spills"] == 3
+    assert kernels["second"].resources["threads_limit"] == 512
     assert len(kernels["first"].code.instructions) == 1
     (loop,) = hot_loops(kernels["second"].code, 2)
     assert (loop.purpose, loop.elements) == ("gradient", 16)

@@ -109,13 +109,16 @@ def line_of(text):
     ("kind", "message"),
     {
         "two barriers": (0, r"thread \d+ comes to barrier .*elsewhere; .*0-\d+ wait at barrier"),
-        "a barrier and a shuffle": (1, r"deadlock; .*wait at barrier .*; .*wait at lane_xor by 1"),
-        "two shuffles": (2, r"comes to lane_xor by 1 .*elsewhere; .*wait at lane_xor by 1"),
-        "half a shuffle": (3, r"thread \d+ exits, and others wait for it; .*lane_xor by 1"),
+        "a barrier and a shuffle": (
+            1,
+            r"deadlock; .*wait at barrier .*; .*wait at shuffle_xor by 1",
+        ),
+        "two shuffles": (2, r"comes to shuffle_xor by 1 .*elsewhere; .*wait at shuffle_xor by 1"),
+        "half a shuffle": (3, r"thread \d+ exits, and others wait for it; .*shuffle_xor by 1"),
         "an exit, then a barrier": (4, r"comes to barrier .*others have exited; threads 0-\d+ "),
         "a barrier, then an exit": (5, r"thread \d+ exits, .*; threads 0-\d+ wait at barrier"),
-        "two masks": (6, r"comes to lane_xor by 2 .*elsewhere; .*wait at lane_xor by 1"),
-        "no such lane": (7, r"comes to lane_xor by (32|64) .*outside of a warp"),
+        "two masks": (6, r"comes to shuffle_xor by 2 .*elsewhere; .*wait at shuffle_xor by 1"),
+        "no such lane": (7, r"comes to shuffle_xor by (32|64) .*outside of a warp"),
         "too much shared memory": (8, r"49156 bytes with too_much \(checks.cu"),
         "a launch in a kernel": (9, r"inner: launched from inside a kernel"),
         "an exception": (10, r"the kernel's own"),
@@ -154,9 +157,9 @@ def test_copies_come_when_they_are_waited_for(plain, warp):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        (2, r"thread \d+ exits before copies_done"),
-        (3, "copy_chunk: an address that is no multiple of 16"),
-        (4, "copy_chunk: no shared memory of this block"),
+        (2, r"thread \d+ exits before async_wait"),
+        (3, "async_copy: an address that is no multiple of 16"),
+        (4, "async_copy: no shared memory of this block"),
     ],
 )
 def test_rules_of_copies(plain, kind, message):

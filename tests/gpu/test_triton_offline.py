@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from bench.without_gpu.chips import CHIPS
+
 pytest.importorskip("triton")
 
 COMPILE = """
@@ -21,7 +23,6 @@ for variant in offline.variants(chip, options=False):
         print(variant.name, "|", len(code), kernel.metadata.shared)
 """
 
-CHIPS = ("sm_80", "sm_90", "sm_100", "gfx90a", "gfx942", "gfx950")
 KERNELS = {"row_stats", "fold_segments", "row_grad", "merge", "row_targets"}
 DTYPES = {"torch.bfloat16", "torch.float16", "torch.float32"}
 

@@ -16,12 +16,11 @@ from fused_sft_loss.triton_kernels.arithmetic import INTERPRETED  # noqa: E402
 if INTERPRETED.value:
     pytest.skip("Triton interprets kernels here, and compiles none", allow_module_level=True)
 
+from bench.without_gpu.chips import NVIDIA as TARGETS  # noqa: E402
 from bench.without_gpu.launches.triton import Run, execute  # noqa: E402
 from bench.without_gpu.ptx import Machine  # noqa: E402
 
-TARGETS = ("sm_80", "sm_90", "sm_100")
 BARRIERS = 3  # of row_stats' PTX, at least, on every target
-
 
 #: Every shape once, every target with every dtype once; all three targets with every option.
 RUNS = sorted(

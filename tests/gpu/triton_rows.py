@@ -32,11 +32,8 @@ MATH = RowMath(0.1, 1e-3, 0.0, 1.5, 0, 3000)
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles of 512 columns, two a segment: 3000 columns are three segments, the last one cut."""
-    shapes = tuple(
-        launch.Shape(kernel, launch.ANY, None, 64, 1, 1024, "for tests")
-        for kernel in ("row_stats", "row_grad")
-    )
-    monkeypatch.setitem(launch.SHAPES, "interpreter", shapes)
+    shape = launch.Shape("interpreter", launch.USES, None, 64, 1, 1024, "for tests")
+    monkeypatch.setattr(launch, "SHAPES", (shape,))
 
 
 def rows_of(dtype, b=2, s=2, v=3000, padding=0):
@@ -161,15 +158,13 @@ def test_scored_rows_are_read_once_and_masked_ones_never(small_tiles, monkeypatc
     assert (grad.flatten(0, 1)[scale == 0] == 0).all() and (grad[..., 3000:] == 0).all()
 
 
-@pytest.mark.parametrize("last_first", [True, False])
-def test_backward_begins_with_the_last_row(small_tiles, monkeypatch, last_first):
-    monkeypatch.setattr(row_grad, "LAST_ROW_FIRST", last_first)
+def test_backward_begins_with_the_last_row(small_tiles):
     logits, target, weight = rows_of(torch.float32)
     grad = torch.empty_like(logits)
     with recorded_accesses() as (_, stores):
         kernels.row_grad(logits, torch.ones(4, 2), target, RowScale(weight), MATH, grad)
     rows = [(int(store[0]) - grad.data_ptr()) // (4 * 3000) for store in stores]
-    assert rows == sorted(rows, reverse=last_first) and set(rows) == set(range(4))
+    assert rows == sorted(rows, reverse=True) and set(rows) == set(range(4))
 
 
 class NoSynchronisation(TorchDispatchMode):
@@ -278,7 +273,7 @@ def test_search_leaves_logits_that_are_their_own_gradient_alone(small_tiles, mon
     ran = []
 
     def search(chip, kernel, dtype, columns, run, **_):
-        shape = launch.shape_for(chip, kernel, dtype, columns)
+        shape = launch.shape_for(chip, kernel, columns)
         run(shape)
         run(shape)
         ran.append(kernel)

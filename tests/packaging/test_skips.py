@@ -42,6 +42,15 @@ def test_files_skipped_while_they_are_collected_do_not_break_the_summary(tmp_pat
     )
 
 
+def test_the_folder_named_gpu_is_not_the_marker_gpu():
+    """pytest counts the names of folders among a test's keywords."""
+    file = "tests/gpu/test_ptx_interpreter.py"
+    command = [sys.executable, "-m", "pytest", "-q", file, "-k", "missing_barrier"]
+    done = run(command, cwd=ROOT, CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "skipped" not in done.stdout and " passed" in done.stdout, done.stdout
+
+
 def without(names, program):
     """A Python process under the switch, as the Makefile starts it."""
     environment = {"FUSED_SFT_LOSS_WITHOUT": names, "PYTHONPATH": str(SUPPORT / "without_triton")}

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -55,11 +54,23 @@ def assert_not_above_liger(made) -> set:
     return compared
 
 
-def registers_said(line) -> dict[str, int]:
-    """By dtype, what the reason of a launch table's line says: "40 (56) registers" are those of
-    bf16, and of fp32 where that differs. Empty when it names none."""
-    said = re.match(r"(\d+)(?: \((\d+)\))? registers", line.why)
-    return {"bfloat16": int(said[1]), "float32": int(said[2] or said[1])} if said else {}
+def assert_within_budgets(records, budgets, target: str) -> None:
+    """The plain kernels take the registers of `budgets` and keep as many bytes in flight: of two
+    reads, enough that the memory of the chip need not wait."""
+    from bench.without_gpu.chips import CHIPS
+
+    expected = {use: budget for (chip, use), budget in budgets.items() if chip == target}
+    widest = [r for r in records if r["columns"] is None and r["use"] in expected]
+    found = {}
+    for r in widest:  # the first of a use and dtype is the plainest
+        found.setdefault((r["use"], r["dtype"]), r)
+    for use, budget in expected.items():
+        bf16, fp32 = found[use, "bfloat16"], found[use, "float32"]
+        in_flight = bf16["loops"][bf16["pass"]]["in_flight"]
+        got = type(budget)(bf16["registers"], fp32["registers"], in_flight / 1024)
+        assert got == budget, (target, use, bf16["name"])
+        if use in ("row_stats", "row_grad"):
+            assert in_flight >= CHIPS[target].bytes_to_keep_in_flight
 
 
 def assert_memory_bound(records) -> None:

@@ -40,6 +40,7 @@ def _resources(note: str) -> dict[str, int]:
         "spills": number("vgpr_spill_count") + number("sgpr_spill_count"),
         "scratch_bytes": number("private_segment_fixed_size"),
         "shared_bytes": number("group_segment_fixed_size"),
+        "threads_limit": number("max_flat_workgroup_size"),
     }
 
 

@@ -28,7 +28,7 @@ class Work:
     name: str
     columns: int | None  # for V_local up to this; None: any
     launch: object
-    line: str | None = None  # of the launch table; None: a kernel over vectors of rows
+    use: str | None = None  # in the launch table; None: a kernel over vectors of rows
 
     @property
     def kernel(self) -> str:
@@ -55,18 +55,23 @@ def ours(target: str, options: bool) -> list[Work]:
     chip = triton_offline.CHIPS[target]
     variants = list(triton_offline.variants(chip, options))
     if not options:
-        reached = {v.shape for v in variants}
-        variants += [v for v in triton_offline.variants(chip, True) if v.shape not in reached]
+        reached = {_place(v) for v in variants}
+        variants += [v for v in triton_offline.variants(chip, True) if _place(v) not in reached]
     return [
         Work(
             target,
             v.name.replace("torch.", ""),
             v.shape and v.shape.columns,
             v.launch,
-            v.shape and v.shape.kernel,
+            v.use,
         )
         for v in variants
     ]
+
+
+def _place(variant):
+    """The line of the launch table and the kernel that it serves."""
+    return variant.shape, variant.launch.kernel.__name__
 
 
 def records(
@@ -114,16 +119,17 @@ def _one(task) -> dict:
         "backend": "triton",
         "kernel": work.kernel,
         "name": work.name,
-        "line": work.line,
+        "use": work.use,
         "columns": work.columns,
         "dtype": work.dtype,
         "element_bytes": work.element_bytes,
         "pass": PASSES.get(work.launch.kernel.__name__),
+        "runs": arguments.get("RUNS"),
         "aligned": arguments.get("ALIGNED", True),
         "wide": arguments.get("ALIGNED", True),  # elsewhere Triton loads element by element
-        "threads_limit": 1024,
         "hash": compiled.hash,
         **_described(compiled, work, folder / "records"),
+        "threads_limit": 1024,
     }
 
 

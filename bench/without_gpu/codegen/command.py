@@ -5,9 +5,9 @@ from pathlib import Path
 
 from ... import interrupts, machine
 from ...errors import UserError, need, writable_file, writable_folder
+from ..chips import CHIPS
 from . import toolchains
 from .audit import violations
-from .chips import CHIPS
 
 DTYPES = ("bfloat16", "float16", "float32")
 BACKENDS = ("triton", "cuda", "hip")

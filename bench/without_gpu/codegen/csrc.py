@@ -1,8 +1,7 @@
-"""What the C++ of the CUDA and HIP kernels says of its launches; read, not compiled."""
+"""The CUDA and HIP kernels and their template arguments, by their mangled names."""
 
 import re
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 from .record import ELEMENT_BYTES
@@ -18,56 +17,13 @@ TEMPLATES = {
     "fold_segments": ("columns",),
     "merge": ("columns",),
     "row_targets": (),
+    "reduce": (),
 }
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
-_LINE = re.compile(
-    r'^\s*\{(\w+), Kernel::(\w+), (\w+), (\d+), (\w+),\s+"((?:[^"\\]|\\.)*)"\},$', re.M
-)
-_BOUND = re.compile(r"^FSL_KERNEL\((?:FSL_VENDOR\((\d+), (\d+)\)|(\d+)),.*\)\n(\w+)_kernel\(", re.M)
-WHOLE_ROW = 1 << 30  # kWholeRow of launch_table.h
 # _ZN 3fsl 3gpu 16row_stats_kernel I NS0_4BF16E Li3E Lb0E Lb0E E ...
 _MANGLED = re.compile(r"_ZN3fsl3gpu\d+(\w+?)_kernel(?:I((?:NS0_\d+[A-Z0-9]+E|L[ib]\d+E)+)E)?E")
 _ARGUMENT = re.compile(r"NS0_\d([A-Z0-9]+)E|L[ib](\d+)E")
-
-
-@dataclass(frozen=True)
-class Line:
-    """A line of the launch table, launch_table.h."""
-
-    target: str
-    kernel: str
-    columns: int | None  # for V_local up to this; None: any
-    threads: int
-    segment: int
-    why: str
-
-
-@cache
-def launch_table() -> tuple[Line, ...]:
-    text = (FOLDER / "launch_table.h").read_text()
-    table = re.search(r"^constexpr Line kTable\[\] = \{\n(.*?)^\};", text, re.M | re.S)[1]
-    return tuple(
-        Line(
-            f"sm_{generation}" if generation.isdigit() else f"gfx{generation[2:]}",
-            kernel,
-            None if columns == "kAny" else int(columns),
-            int(threads),
-            WHOLE_ROW if segment == "kWholeRow" else int(segment),
-            why,
-        )
-        for generation, kernel, columns, threads, segment, why in _LINE.findall(table)
-    )
-
-
-@cache
-def launch_bounds(target: str) -> dict[str, int]:
-    """Most threads that a block of a kernel may have, as it is compiled for a target."""
-    text = "".join(path.read_text() for path in sorted(FOLDER.glob("*.cu*")))
-    return {
-        kernel: int(every or (amd if target.startswith("gfx") else nvidia))
-        for nvidia, amd, every, kernel in _BOUND.findall(text)
-    }
 
 
 @dataclass(frozen=True)

@@ -36,9 +36,10 @@ def _analysis() -> bytes:
     """The files that make a record: another analysis, another record."""
     here = Path(__file__).parent
     names = (
+        "../chips",
         "amdgcn",
-        "chips",
         "csrc",
+        "launch_table",
         "loops",
         "machine_code",
         "native",

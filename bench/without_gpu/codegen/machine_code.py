@@ -39,8 +39,9 @@ class Compiled:
     """A kernel as its compiler left it."""
 
     code: Code
-    #: registers, agprs, sgprs, spills, scratch_bytes, shared_bytes (static): as in a record
-    resources: dict[str, int]
+    #: registers, agprs, sgprs, spills, scratch_bytes, shared_bytes (static), threads_limit: as in a
+    #: record
+    resources: dict[str, int | None]
 
 
 def innermost_loops(code: Code) -> list[list[Instruction]]:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from . import kept, record, toolchains
 from .collect import PASSES
-from .csrc import Instance, Line, instance, launch_bounds, launch_table
+from .csrc import Instance, instance
+from .launch_table import Line, launch_table, lines
 from .loops import Shifted
 
 
@@ -42,48 +43,49 @@ def records(
 def _described(target: str, code: bytes, keep, folder: Path):
     def make():
         return {
-            mangled: [_record(kernel, target, line, one) for line in _lines(target, one.kernel)]
+            mangled: [_record(kernel, target, line, one) for line in _lines(target, kernel, one)]
             for mangled, kernel in record.kernels(code, target).items()
             for one in [instance(mangled)]
         }
 
-    launches = kept.described(folder, code, (target, launch_table(), launch_bounds(target)), make)
+    launches = kept.described(folder, code, (target, launch_table()), make)
     for mangled, made in launches.items():
         one = instance(mangled)
         if keep(one):
-            for line, launch in zip(_lines(target, one.kernel), made, strict=True):
-                yield _about(target, one, line, kept.digest(code, mangled.encode())), launch
+            for launch in made:
+                yield _about(one, kept.digest(code, mangled.encode())), launch
 
 
 def _record(kernel, target: str, line: Line, one: Instance) -> dict:
     in_registers = one.kernel == "row_stats_grad" and target.startswith("gfx")
     shifted = _shifted(target, one)
-    return record.make(kernel, target, line.threads, one.element_bytes, shifted, in_registers)
+    return {
+        "use": line.kernel,
+        "columns": line.columns,
+        **record.make(kernel, target, line.threads, one.element_bytes, shifted, in_registers),
+    }
 
 
 def _shifted(target: str, one: Instance) -> Shifted | None:
-    """AMD loads 16 bytes from any address, and shifts nothing; see kLoadsAnywhere in platform.h."""
+    """AMD loads 16 bytes from any address, and shifts nothing: kUnalignedAccess, platform_hip.h."""
     return Shifted(2 if one.softcap else 1) if one.shifted and target.startswith("sm_") else None
 
 
-def _lines(target: str, kernel: str) -> list[Line]:
+def _lines(target: str, kernel, one: Instance) -> list[Line]:
     """Lines of the launch table; of a kernel that has none, the launch its bound allows."""
-    found = [line for line in launch_table() if (line.target, line.kernel) == (target, kernel)]
-    return found or [Line(target, None, None, launch_bounds(target)[kernel], 0, "")]
+    bound = kernel.resources["threads_limit"]
+    return lines(target, one.kernel) or [Line(target, None, None, bound, 0, "")]
 
 
-def _about(target: str, one: Instance, line: Line, digest: str) -> dict:
+def _about(one: Instance, digest: str) -> dict:
     return {
         "kernel": one.kernel,
         "name": one.name,
-        "line": line.kernel,
-        "columns": line.columns,
         "dtype": one.dtype,
         "element_bytes": one.element_bytes,
         "pass": PASSES.get(f"{one.kernel}_kernel"),
         "aligned": not one.shifted,
         "wide": True,  # what is not aligned is shifted into place
-        "threads_limit": launch_bounds(target)[one.kernel],
         "hash": digest,
         "launches": 1,
     }

@@ -69,7 +69,7 @@ def launches(target: str, folder: str, dtypes: tuple[str, ...]) -> list[Work]:
     from .. import triton_offline
 
     module = load(folder)
-    limits = sorted({shape.columns or 0 for shape in launch.SHAPES[target]})
+    limits = sorted({shape.columns or 0 for shape in launch.lines(triton_offline.CHIPS[target])})
     work = []
     for dtype, limit in product(dtypes, limits):
         columns = limit or triton_offline.WIDEST

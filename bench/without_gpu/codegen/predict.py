@@ -1,6 +1,6 @@
 """A roofline from counted bytes and instructions: a prediction, never a measurement."""
 
-from .chips import Limits
+from ..chips import Limits
 
 
 def predict(limits: Limits, loop: dict) -> dict:

@@ -1,7 +1,7 @@
 """One compiled kernel as a JSON-able record."""
 
+from ..chips import CHIPS, resident_threads
 from . import amdgcn, sass
-from .chips import CHIPS, resident_threads
 from .loops import Shifted, hot_loops, one_read_from_registers
 from .machine_code import Compiled
 from .predict import predict

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 from ...errors import UserError
-from .chips import CHIPS
+from ..chips import CHIPS
 from .machine_code import Access, Code, Compiled, Instruction
 
 _LINE = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
@@ -19,6 +19,8 @@ _LABEL = re.compile(r"^(\.L_x?_?\w+|\$[\w$]+):")
 _REGISTER = re.compile(r"\bR(\d+)\b")
 _TARGET = re.compile(r"`\(([^)]+)\)")
 _SECTION = re.compile(r"^\s*\.section\s+\.text\.([\w$]+)\b.*$", re.M)
+_INFO = re.compile(r"^\.nv\.info\.([\w$]+)$", re.M)
+_MAX_THREADS = re.compile(r"EIATTR_MAX_THREADS\s+Format:\s+\w+\s+Value:\s+0x([0-9a-f]+)")
 _USAGE = re.compile(r"^ Function ([\w$]+):\s+(.*)$", re.M)
 
 _SPACES = {"LDG": "global", "STG": "global", "LDL": "local", "STL": "local",
@@ -48,14 +50,25 @@ def kernels(cubin: bytes, target: str) -> dict[str, Compiled]:
     """The kernels of a cubin by their mangled names."""
     codes = parse_kernels(_run("nvdisasm", "-c", cubin))
     usage = dict(_USAGE.findall(_run("cuobjdump", "--dump-resource-usage", cubin)))
+    bounds = launch_bounds(_run("cuobjdump", "--dump-elf", cubin))
     # Shared memory that the system takes is counted as the kernel's from sm_90 on.
     systems = 0 if target == "sm_80" else CHIPS[target].shared_bytes_reserved
     return {
-        name: Compiled(code, _resources(usage[name], code, systems)) for name, code in codes.items()
+        name: Compiled(code, _resources(usage[name], code, systems, bounds.get(name)))
+        for name, code in codes.items()
     }
 
 
-def _resources(usage: str, code: Code, systems: int) -> dict[str, int]:
+def launch_bounds(text: str) -> dict[str, int]:
+    """Most threads that a block of each kernel may have, from a `cuobjdump --dump-elf` listing."""
+    _, *parts = _INFO.split(text)
+    found = {
+        name: _MAX_THREADS.search(body) for name, body in zip(parts[::2], parts[1::2], strict=True)
+    }
+    return {name: int(bound[1], 16) for name, bound in found.items() if bound}
+
+
+def _resources(usage: str, code: Code, systems: int, bound: int | None) -> dict[str, int | None]:
     found = {key: int(n) for key, n in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
     return {
         "registers": found["REG"],
@@ -68,6 +81,7 @@ def _resources(usage: str, code: Code, systems: int) -> dict[str, int]:
         ),
         "scratch_bytes": found["STACK"] + found["LOCAL"],
         "shared_bytes": max(0, found["SHARED"] - systems),
+        "threads_limit": bound,
     }
 
 

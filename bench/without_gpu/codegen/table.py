@@ -2,7 +2,7 @@
 
 from rich.table import Table
 
-from .chips import CHIPS
+from ..chips import CHIPS
 
 #: In this order a record's loops are shown; a loop of stored zeros is in the JSON only.
 SHOWN = ("one read", "statistics", "gradient", "scaling")

@@ -12,6 +12,7 @@ from pathlib import Path
 from csrc.toolchains import without
 
 from ...errors import UserError
+from ..chips import AMD, CHIPS, NVIDIA
 from . import kept
 from .csrc import FOLDER
 
@@ -20,10 +21,12 @@ INSTALL = {
     "cuda": "install the CUDA toolkit 12.8 or newer and set CUDA_HOME, or put nvcc on PATH",
     "hip": "apt-get install --no-install-recommends clang-19 libamdhip64-dev",
 }
+#: What the compilers call the chips. sm_90a as in wheels: kernels may use what only Hopper has.
 TARGETS = {
-    # 90a: what wheels are built for, so that kernels may use what only Hopper has.
-    "cuda": {"sm_80": "sm_80", "sm_90": "sm_90a", "sm_100": "sm_100"},
-    "hip": {name: name for name in ("gfx90a", "gfx942", "gfx950")},
+    "cuda": {
+        name: f"sm_{CHIPS[name].build.removesuffix('+PTX').replace('.', '')}" for name in NVIDIA
+    },
+    "hip": {name: CHIPS[name].build for name in AMD},
 }
 # As in the build, where it matters to device code: contraction would be an FMA nobody wrote.
 FLAGS = {

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..codegen import csrc, toolchains
+from ..codegen import csrc, launch_table, toolchains
 from ..ptx import Kernel, Machine, entries
 from .cuda_structs import (
     GradArgs,
@@ -16,8 +16,8 @@ from .cuda_structs import (
     RowMath,
     Rows,
     RowScale,
+    RowSplit,
     Scales,
-    Share,
     StatsArgs,
     StatsGradArgs,
     TargetsArgs,
@@ -45,13 +45,10 @@ def kernel(name: str, dtype=None, columns=None, softcap=False, shifted=False) ->
     return Kernel(modules()[mangled], mangled)
 
 
-def line(kernel: str, columns: int) -> csrc.Line:
+def line(kernel: str, columns: int) -> launch_table.Line:
     """As line_for in launch_table.h."""
-    return next(
-        one
-        for one in csrc.launch_table()
-        if (one.target, one.kernel) == (TARGET, kernel) and columns <= (one.columns or columns)
-    )
+    lines = launch_table.lines(TARGET, kernel)
+    return next(one for one in lines if columns <= (one.columns or columns))
 
 
 class Run(Passes):
@@ -102,8 +99,8 @@ class Run(Passes):
             **self._named("target weight stats"),
         )  # fmt: skip
         code = kernel("row_stats", columns=columns, shifted=skew(self.logits) != 0, **self.options)
-        share = Share(splits, chosen.segment, self.parts.data_ptr() if splits > 1 else 0)
-        self._run("statistics", code, rows * splits, chosen.threads, args, self._scales(), share)
+        split = RowSplit(splits, chosen.segment, self.parts.data_ptr() if splits > 1 else 0)
+        self._run("statistics", code, rows * splits, chosen.threads, args, self._scales(), split)
         if splits > 1:
             pointers = (t.data_ptr() for t in (self.parts, self.weight, self.stats))
             fold = kernel("fold_segments", columns=columns)

@@ -72,7 +72,7 @@ MergeArgs = _struct(
 ReduceArgs = _struct("ReduceArgs", loss=POINTER, rows=c_int64, **_of(POINTER, "weight_sum result"))
 Metrics = _struct("Metrics", **_of(POINTER, "lse log_prob correct entropy"))
 Scales = _struct("Scales", **_of(c_float, "unit log2 far inward cap slope"))
-Share = _struct("Share", **_of(c_int32, "splits segment"), parts=POINTER)
+RowSplit = _struct("RowSplit", **_of(c_int32, "blocks segment"), parts=POINTER)
 Holding = _struct("Holding", **_of(c_int32, "cluster columns"))
 
 #: By the name that C++ knows them by.
@@ -80,5 +80,5 @@ STRUCTS = {
     **{f"fsl::{s.__name__}": s for s in (Rows, RowMath, RowScale, StatsArgs, GradArgs)},
     **{f"fsl::{s.__name__}": s for s in (StatsGradArgs, RescaleArgs, TargetsArgs)},
     **{f"fsl::{s.__name__}": s for s in (MergeArgs, ReduceArgs)},
-    **{f"fsl::gpu::{s.__name__}": s for s in (Metrics, Scales, Share, Holding)},
+    **{f"fsl::gpu::{s.__name__}": s for s in (Metrics, Scales, RowSplit, Holding)},
 }

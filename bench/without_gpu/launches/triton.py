@@ -94,7 +94,7 @@ class Run(Passes):
         self._run("gradient", plan)
 
     def _shape(self, kernel):
-        return launch.shape_for(self.chip, kernel, self.logits.dtype, self.logits.shape[-1])
+        return launch.shape_for(self.chip, kernel, self.logits.shape[-1])
 
     def _run(self, name, plan):
         machine = Machine(self.seed)

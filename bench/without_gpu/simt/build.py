@@ -14,7 +14,10 @@ OBJECTS = ROOT / "build" / "simt"
 COMPILER = os.environ.get("CXX", "c++")
 BASE = ("-std=c++17", "-g", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror")
 # Contraction would be an FMA that no device file asked for.
-DEVICE = ("-O2", "-ffp-contract=off", f"-I{ROOT / 'csrc/gpu'}", f"-I{SHIM}")
+DEVICE = (
+    *("-O2", "-ffp-contract=off", f"-I{ROOT / 'csrc/gpu'}", f"-I{SHIM}"),
+    '-DFSL_PLATFORM_HEADER="platform_simt.h"',
+)
 ASAN = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 TSAN = ("-fsanitize=thread",)
 

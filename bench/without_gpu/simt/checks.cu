@@ -16,7 +16,7 @@ constexpr int most_shared() { return (kWarp == 64 ? 64 : 227) << 10; }
 // --- right ---------------------------------------------------------------------------------------------
 
 FSL_DEVICE int warp_sum(int value) {
-  for (int mask = kWarp / 2; mask; mask /= 2) value += lane_xor(value, mask);
+  for (int mask = kWarp / 2; mask; mask /= 2) value += shuffle_xor(value, mask);
   return value;
 }
 
@@ -37,11 +37,11 @@ FSL_KERNEL(1024, 1) copies(int* out, int kind) {
   int* const source = out + 4 * thread_id();
   *source = thread_id();
   char* const mine = dynamic_shared() + 16 * thread_id();
-  copy_chunk(kind == 4 ? reinterpret_cast<char*>(source) : mine,
+  async_copy(kind == 4 ? reinterpret_cast<char*>(source) : mine,
              reinterpret_cast<const char*>(source) + (kind == 3 ? 4 : 0));
-  if (kind == 0) copies_done();
+  if (kind == 0) async_wait();
   const int got = *reinterpret_cast<int*>(mine);
-  if (kind == 1) copies_done();
+  if (kind == 1) async_wait();
   if (kind != 2) *source = got;
 }
 
@@ -94,23 +94,23 @@ FSL_KERNEL(1024, 1) diverge(int* out, int kind) {
     else barrier();
   } else if (kind == 1) {  // a barrier and a shuffle
     if (low) barrier();
-    else out[thread_id()] = lane_xor(1, 1);
+    else out[thread_id()] = shuffle_xor(1, 1);
   } else if (kind == 2) {  // two shuffles
     int one = 1;
-    if (low) one = lane_xor(one, 1);
-    else one = lane_xor(one, 1);
+    if (low) one = shuffle_xor(one, 1);
+    else one = shuffle_xor(one, 1);
     out[thread_id()] = one;
   } else if (kind == 3) {  // half a shuffle
-    if (low) out[thread_id()] = lane_xor(1, 1);
+    if (low) out[thread_id()] = shuffle_xor(1, 1);
   } else if (kind == 4) {  // exits before a barrier
     if (low) return;
     barrier();
   } else if (kind == 5) {  // exits while others are at a barrier
     if (low) barrier();
   } else if (kind == 6) {  // masks
-    out[thread_id()] = lane_xor(1, low ? 1 : 2);
+    out[thread_id()] = shuffle_xor(1, low ? 1 : 2);
   } else if (kind == 7) {
-    out[thread_id()] = lane_xor(1, kWarp);
+    out[thread_id()] = shuffle_xor(1, kWarp);
   } else if (kind == 8) {
     FSL_SHARED(int, half_a_block, 12288);
     FSL_SHARED(int, too_much, 1);

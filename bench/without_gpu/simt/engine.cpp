@@ -56,7 +56,7 @@ void exit_from(Meeting& meeting) {
 void exit_thread() {
   Thread& me = *engine.running;
   Block& home = *me.home;
-  if (!me.copies.empty()) fail("thread " + std::to_string(me.thread) + " exits before copies_done");
+  if (!me.copies.empty()) fail("thread " + std::to_string(me.thread) + " exits before async_wait");
   me.exited = true;
   exit_from(*me.warp);
   exit_from(home.all);
@@ -161,7 +161,7 @@ void set_up_cluster(int64_t first_block) {
     meet(block.all, "barrier", first, grid.threads);
     block.warps.resize(grid.threads / grid.warp);
     for (size_t i = 0; i < block.warps.size(); ++i)
-      meet(block.warps[i], "lane_xor", first + i * grid.warp, grid.warp);
+      meet(block.warps[i], "shuffle_xor", first + i * grid.warp, grid.warp);
     block.shared.start(grid.shared_bytes, grid.warp == 64 ? 64 << 10 : 227 << 10);
     for (int i = 0; i < grid.threads; ++i) {
       first[i] = Thread();

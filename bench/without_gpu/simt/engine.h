@@ -79,7 +79,7 @@ struct Engine {
   std::vector<Thread> threads;  // of the cluster
   std::vector<Block> blocks;
   Meeting cluster;
-  std::vector<uint32_t> offered[2];  // by lane_xor
+  std::vector<uint32_t> offered[2];  // by shuffle_xor
   std::vector<Thread*> ready;        // the next to run is at the back
   uint64_t seed = 0, random = 0;
 

@@ -67,13 +67,13 @@ void* shared(const Variable* variable, size_t bytes) {
 
 void* dynamic_shared() { return engine.running->home->shared.dynamic(); }
 
-void copy_later(void* shared, const void* global, Site site) {
+void async_copy(void* shared, const void* global, Site site) {
   const tsan::Unseen unseen;
   SharedMemory& mine = engine.running->home->shared;
   if (!mine.corresponding(mine, shared))
-    fail("copy_chunk: no shared memory of this block, at " + words(site));
+    fail("async_copy: no shared memory of this block, at " + words(site));
   if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16)
-    fail("copy_chunk: an address that is no multiple of 16, at " + words(site));
+    fail("async_copy: an address that is no multiple of 16, at " + words(site));
   engine.running->copies.push_back({static_cast<Sixteen*>(shared), static_cast<const Sixteen*>(global)});
 }
 

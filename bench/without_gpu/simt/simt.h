@@ -1,7 +1,6 @@
-// The stand-in for a GPU that csrc/gpu/platform.h is compiled against with FSL_SIMT=<lanes of a warp>: every
-// GPU thread is a thread of control of its own on one CPU thread, and what a device would leave undefined is
-// an error. A kernel that breaks a rule makes launch() throw std::runtime_error with the block, the threads
-// and the lines.
+// The stand-in for a GPU behind platform_simt.h: every GPU thread is a thread of control of its own on one
+// CPU thread, and what a device would leave undefined is an error. A kernel that breaks a rule makes launch()
+// throw std::runtime_error with the block, the threads and the lines.
 #pragma once
 
 #include <cstddef>
@@ -55,7 +54,7 @@ void cluster_barrier(Site site = here());
 // All lanes of the warp come to this line with this mask. No memory is ordered by it.
 uint32_t exchange(uint32_t value, int mask, Site site);
 template <class T>
-T lane_xor(T value, int mask, Site site = here()) {
+T shuffle_xor(T value, int mask, Site site = here()) {
   return bit_cast<T>(exchange(bit_cast<uint32_t>(value), mask, site));
 }
 
@@ -73,7 +72,7 @@ T* shared(size_t count, const Variable* variable) {
 void* dynamic_shared();
 
 // An asynchronous copy of 16 aligned bytes into shared memory of this block. It is made when this thread
-// calls copies_done, and not before: whoever does not wait reads 0xff. A thread may not exit with one under
+// calls async_wait, and not before: whoever does not wait reads 0xff. A thread may not exit with one under
 // way.
 struct alignas(16) Sixteen {
   unsigned char bytes[16];
@@ -82,10 +81,10 @@ struct Copy {
   Sixteen* to;
   const Sixteen* from;
 };
-void copy_later(void* shared, const void* global, Site site = here());
+void async_copy(void* shared, const void* global, Site site = here());
 bool next_copy(Copy* copy);
 // Inlined into the kernel, so that sanitizers see what it reads and writes.
-inline void copies_done() {
+inline void async_wait() {
   for (Copy copy; next_copy(&copy);) *copy.to = *copy.from;
 }
 

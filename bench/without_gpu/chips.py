@@ -1,4 +1,7 @@
-"""What a chip can do per clock and hold at once, each figure with where it is documented.
+"""The chips: what each can do per clock and hold at once, with where a figure is documented.
+
+The one list of them outside of the build: tables, audit, offline compilation and tests take theirs
+from here. A test compares it with csrc/toolchains, which runs where nothing is installed.
 
 Sources: [1] CUDA Programming Guide, appendix "Compute Capabilities" (technical specifications and
 instruction throughput); [2] CUDA occupancy calculator: registers are given to a warp in units of
@@ -18,6 +21,7 @@ class Limits:
     """A chip as launch and prediction see it; a *unit* is an SM or a CU."""
 
     device: str
+    build: str  # the target that wheels are built for, in the words of csrc/toolchains
     bandwidth: float  # bytes per second of its memory
     units: int
     clock: float  # Hz, peak
@@ -29,6 +33,15 @@ class Limits:
     registers: int  # 32-bit, per lane of a scheduler (one of four in a unit)
     register_unit: int  # registers per lane are handed out in multiples of this
     lanes: dict[str, tuple[str, int]]  # class of instruction -> (pipe, lanes per clock and unit)
+
+    @property
+    def warp(self) -> int:
+        return 64 if self.lanes is _AMD else 32
+
+    @property
+    def bytes_to_keep_in_flight(self) -> float:
+        """Per unit, so that memory does not wait: its bandwidth times 800 ns of latency."""
+        return self.bandwidth * 800e-9 / self.units
 
 
 # [1], per SM: 16 special functions, 64 integer, compare, convert, FP32 64 (8.0) or 128; four
@@ -54,27 +67,30 @@ _AMD = {
 }
 
 
-def _sm(device, bandwidth, units, clock, shared, fp32) -> Limits:
+def _sm(device, build, bandwidth, units, clock, shared, fp32) -> Limits:
     return Limits(
-        device, bandwidth, units, clock, 2048, 32, shared * 1024, (shared - 1) * 1024, 1024,
+        device, build, bandwidth, units, clock, 2048, 32, shared * 1024, (shared - 1) * 1024, 1024,
         512, 8, _nvidia(fp32),
     )  # fmt: skip
 
 
-def _cu(device, bandwidth, units, clock, lds) -> Limits:
+def _cu(device, build, bandwidth, units, clock, lds) -> Limits:
     return Limits(
-        device, bandwidth, units, clock, 2048, 32, lds * 1024, lds * 1024, 0, 512, 8, _AMD
+        device, build, bandwidth, units, clock, 2048, 32, lds * 1024, lds * 1024, 0, 512, 8, _AMD
     )
 
 
 CHIPS = {
-    "sm_80": _sm("A100 80GB", 2.039e12, 108, 1.41e9, 164, 64),  # [1, 3]
-    "sm_90": _sm("H100 SXM", 3.35e12, 132, 1.98e9, 228, 128),  # [1, 3]: 67 TFLOP/s
-    "sm_100": _sm("B200", 8.0e12, 148, 1.98e9, 228, 128),  # [1, 3]: 75 TFLOP/s
-    "gfx90a": _cu("MI250X die", 1.6e12, 110, 1.7e9, 64),  # [4, 6]
-    "gfx942": _cu("MI300X", 5.3e12, 304, 2.1e9, 64),  # [4, 6]
-    "gfx950": _cu("MI355X", 8.0e12, 256, 2.4e9, 160),  # [4, 6]
+    "sm_80": _sm("A100 80GB", "8.0", 2.039e12, 108, 1.41e9, 164, 64),  # [1, 3]
+    "sm_90": _sm("H100 SXM", "9.0a", 3.35e12, 132, 1.98e9, 228, 128),  # [1, 3]: 67 TFLOP/s
+    "sm_100": _sm("B200", "10.0+PTX", 8.0e12, 148, 1.98e9, 228, 128),  # [1, 3]: 75 TFLOP/s
+    "gfx90a": _cu("MI250X die", "gfx90a", 1.6e12, 110, 1.7e9, 64),  # [4, 6]
+    "gfx942": _cu("MI300X", "gfx942", 5.3e12, 304, 2.1e9, 64),  # [4, 6]
+    "gfx950": _cu("MI355X", "gfx950", 8.0e12, 256, 2.4e9, 160),  # [4, 6]
 }
+
+NVIDIA = tuple(name for name, chip in CHIPS.items() if chip.warp == 32)
+AMD = tuple(name for name, chip in CHIPS.items() if chip.warp == 64)
 
 
 def resident_threads(limits: Limits, threads: int, registers: int, shared: int) -> tuple[int, str]:
@@ -84,10 +100,9 @@ def resident_threads(limits: Limits, threads: int, registers: int, shared: int) 
     lane serve the threads of a quarter of the unit's warps (NVIDIA's 64 Ki registers are 512 for
     each of 128 lanes).
     """
-    warp = 64 if limits.lanes is _AMD else 32
     granted = -(-max(registers, 1) // limits.register_unit) * limits.register_unit
-    warps_of_block = -(-threads // warp)
-    warps = min(4 * (limits.registers // granted), limits.threads // warp)
+    warps_of_block = -(-threads // limits.warp)
+    warps = min(4 * (limits.registers // granted), limits.threads // limits.warp)
     blocks = {
         "threads": limits.threads // threads,
         "blocks": limits.blocks,

@@ -1,0 +1,53 @@
+"""What the launch tables were chosen for: registers and bytes in flight of the compiled kernels.
+
+Of the widest line, at rows that start at multiples of 16 bytes. Tests compile the kernels and
+compare; whoever changes a kernel or a table sees here what it costs. Triton 3.9 with ptxas 13, nvcc
+13.0, clang 19.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Budget:
+    bf16: int  # registers per thread
+    fp32: int
+    in_flight: int  # KiB of bf16 that the resident threads of an SM or CU load at once
+
+
+#: By chip and use, see USES in triton_kernels/launch.py.
+TRITON = {
+    ("sm_80", "row_stats"): Budget(37, 39, 48),
+    ("sm_80", "row_grad"): Budget(40, 52, 48),
+    ("sm_90", "row_stats"): Budget(48, 45, 40),
+    ("sm_90", "row_grad"): Budget(40, 56, 48),
+    ("sm_100", "row_stats"): Budget(53, 53, 72),
+    ("sm_100", "row_stats softcap"): Budget(50, 77, 18),
+    ("sm_100", "row_stats metrics"): Budget(50, 40, 18),
+    ("sm_100", "row_grad"): Budget(40, 56, 48),
+    ("gfx90a", "row_stats"): Budget(41, 43, 64),
+    ("gfx90a", "row_grad"): Budget(61, 62, 64),
+    ("gfx942", "row_stats"): Budget(44, 51, 64),
+    ("gfx942", "row_grad"): Budget(63, 61, 64),
+    ("gfx950", "row_stats"): Budget(44, 51, 64),
+    ("gfx950", "row_grad"): Budget(60, 61, 64),
+}
+
+#: By chip and kernel. clang 19 does not know gfx950.
+CSRC = {
+    ("sm_80", "row_stats"): Budget(59, 64, 64),
+    ("sm_80", "row_grad"): Budget(56, 75, 72),
+    ("sm_80", "row_stats_grad"): Budget(83, 80, 32),
+    ("sm_90", "row_stats"): Budget(62, 64, 64),
+    ("sm_90", "row_grad"): Budget(56, 72, 72),
+    ("sm_90", "row_stats_grad"): Budget(88, 94, 40),
+    ("sm_100", "row_stats"): Budget(71, 80, 56),
+    ("sm_100", "row_grad"): Budget(63, 75, 64),
+    ("sm_100", "row_stats_grad"): Budget(89, 95, 40),
+    ("gfx90a", "row_stats"): Budget(58, 52, 128),
+    ("gfx90a", "row_grad"): Budget(47, 64, 128),
+    ("gfx90a", "row_stats_grad"): Budget(108, 126, 256),
+    ("gfx942", "row_stats"): Budget(60, 54, 128),
+    ("gfx942", "row_grad"): Budget(47, 64, 128),
+    ("gfx942", "row_stats_grad"): Budget(110, 126, 256),
+}
