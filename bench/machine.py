@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 def describe(command, argv, device="cpu"):
     """A JSON-able dict; `command` is the bench command, `argv` its arguments."""
     import fused_sft_loss
-    from fused_sft_loss.backends import choose
+    from fused_sft_loss.backends import selection
 
     versions = {name: _version(name) for name in PACKAGES}
     return {
@@ -37,7 +37,7 @@ def describe(command, argv, device="cpu"):
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": {**versions, "fused_sft_loss": fused_sft_loss.__version__},
-        "backend": choose.resolve(None, device),
+        "backend": selection.resolve(None, device),
     }
 
 

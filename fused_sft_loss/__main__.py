@@ -7,8 +7,8 @@ import sys
 import torch
 
 from . import __version__
-from .backends import choose, loader
 from .backends import devices as gpus
+from .backends import loader, selection
 
 
 def environment() -> list[str]:
@@ -20,9 +20,9 @@ def environment() -> list[str]:
     ]
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     for device in devices:
-        lines.append(f"device {device}: backend=None takes {choose.resolve(None, device)!r}")
-        for name in choose.MODULES:
-            reason = choose.reason_against(name, device)
+        lines.append(f"device {device}: backend=None takes {selection.resolve(None, device)!r}")
+        for name in selection.MODULES:
+            reason = selection.reason_against(name, device)
             lines.append(f"  {name:7s} {'available' if reason is None else 'no: ' + reason}")
         lines += [f"  {found}" for found in _found(device)]
     if "cuda" not in devices:

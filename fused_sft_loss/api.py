@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import agreement, autograd, checks, groups, inplace, one_read, shards
-from .backends import choose
+from .backends import selection
 from .backends.contract import REDUCTIONS, Losses
 from .options import Options, expect
 from .rowmath import RowMath
@@ -370,8 +370,8 @@ def _validated(
     device = logits.device.type
     # A constant to torch.compile, which a number given as grad_in_forward is not.
     backend = (
-        choose.resolve(options.backend, device, one_read=True)
+        selection.resolve(options.backend, device, one_read=True)
         if options.one_read
-        else choose.resolve(options.backend, device)
+        else selection.resolve(options.backend, device)
     )
     return math, group_name, backend

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import agreement
-from .backends import choose, composed
+from .backends import composed, selection
 from .backends.contract import METRICS, Losses, RowScale, losses_like
 from .inplace import traced
 from .operators import differentiable, first_order, operator
@@ -44,7 +44,7 @@ def _targets(
     """Of a call on which all ranks of the group agree."""
 
     def find() -> Targets:
-        return scoring.found_by(choose.load(backend).row_targets, math.vocab_size)
+        return scoring.found_by(selection.load(backend).row_targets, math.vocab_size)
 
     if not group_name:
         return find()
@@ -58,7 +58,7 @@ def _targets(
 )
 def row_targets(scoring: Scoring, vocab_size: int, backend: str) -> tuple[Tensor, ...]:
     """See :func:`.targets.row_targets`; raises ValueError for values that cannot be right."""
-    return tuple(scoring.found_by(choose.load(backend).row_targets, vocab_size))
+    return tuple(scoring.found_by(selection.load(backend).row_targets, vocab_size))
 
 
 @operator(
@@ -76,7 +76,7 @@ def loss(
     backend: str,
 ) -> tuple[Tensor, ...]:
     """The fields of :class:`.Losses`."""
-    math, kernels = math.read(), choose.load(backend)
+    math, kernels = math.read(), selection.load(backend)
     if not group_name:
         return tuple(kernels.loss(scoring, logits, math, reduction))
     targets = _targets(scoring, logits, math, call, group_name, backend)
@@ -101,7 +101,7 @@ def loss_and_metrics(
     backend: str,
 ) -> tuple[Tensor, ...]:
     """The fields of :class:`.Losses`, `[N]` losses, then all of `token_metrics`; of one read."""
-    math, kernels = math.read(), choose.load(backend)
+    math, kernels = math.read(), selection.load(backend)
     targets = _targets(scoring, logits, math, call, group_name, backend)
     gathered = composed.merged_rows(kernels, targets, logits, math, group_name, METRICS)
     rows = gathered, targets.target, targets.weight, math
@@ -118,7 +118,7 @@ def token_metrics(
     logits: Tensor, scoring: Scoring, math: RowMath, call: str, group_name: str, backend: str
 ) -> tuple[Tensor, ...]:
     """(loss, log_prob, lse, correct, entropy), `[N]` each, of one read of the scored rows."""
-    math, kernels = math.read(), choose.load(backend)
+    math, kernels = math.read(), selection.load(backend)
     targets = _targets(scoring, logits, math, call, group_name, backend)
     gathered = composed.merged_rows(kernels, targets, logits, math, group_name, METRICS)
     return kernels.merge_metrics(gathered, targets.target, targets.weight, math)
@@ -161,7 +161,7 @@ def _write_grad(
     out: Tensor,
 ) -> None:
     scale = RowScale(grad, weight, weight_sum)
-    choose.load(backend).row_grad(logits, normalizer, target, scale, math.read(), out)
+    selection.load(backend).row_grad(logits, normalizer, target, scale, math.read(), out)
 
 
 class _Differentiable(torch.autograd.Function):

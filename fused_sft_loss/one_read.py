@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends import choose
+from .backends import selection
 from .backends.contract import RowScale, losses_like
 from .inplace import traced
 from .operators import differentiable, first_order, operator
@@ -105,7 +105,7 @@ def _write(
     *,
     out: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    kernels = choose.load(backend)
+    kernels = selection.load(backend)
     return kernels.row_stats_grad(logits, target, weight, scale, math.read(), out)
 
 
@@ -127,7 +127,7 @@ def row_regrad_(
     backend: str,
 ) -> None:
     """The gradient for `upstream` in those rows of `grad` that hold it for another scale."""
-    scale, kernels = RowScale(upstream, weight), choose.load(backend)
+    scale, kernels = RowScale(upstream, weight), selection.load(backend)
     kernels.row_regrad(logits, normalizer, target, scale, math.read(), grad, stored)
 
 
@@ -142,7 +142,7 @@ def row_rescale_(
 ) -> None:
     """:func:`row_regrad_` where the logits are gone: such rows times scale / stored."""
     scale = RowScale(upstream, weight)
-    choose.load(backend).row_rescale(grad, scale, stored, math.read())
+    selection.load(backend).row_rescale(grad, scale, stored, math.read())
 
 
 class WithGrad(torch.autograd.Function):

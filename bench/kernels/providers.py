@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from fused_sft_loss import sft_loss
-from fused_sft_loss.backends import choose
+from fused_sft_loss.backends import selection
 
 from ..errors import UserError
 from ..reference import gather_vocabulary, reference_loss
@@ -50,12 +50,12 @@ def ours(problem, backend, options):
 
 
 def _reason_against_ours(backend, case, device_type):
-    return choose.reason_against(backend, device_type)
+    return selection.reason_against(backend, device_type)
 
 
 def _our_providers():
     for backend, (name, title, options, predicted) in product(BACKENDS, MODES):
-        if "grad_in_forward" not in options or backend in choose.ONE_READ:
+        if "grad_in_forward" not in options or backend in selection.ONE_READ:
             yield Provider(
                 name=f"ours-{backend}-{name}",
                 title=f"ours ({backend}), {title}",

@@ -1,4 +1,4 @@
-// _cpu: addresses and numbers in, exceptions out; fused_sft_loss/backends/native.py is its only caller.
+// _cpu: addresses and numbers in, exceptions out; fused_sft_loss/backends/cpu.py is its only caller.
 #include <pybind11/stl.h>
 
 #include "../bindings.h"

@@ -109,7 +109,7 @@ class Backend(Protocol):
 
 
 class OneReadBackend(Backend, Protocol):
-    """What grad_in_forward needs besides; those of ``choose.ONE_READ`` have it."""
+    """What grad_in_forward needs besides; those of ``selection.ONE_READ`` have it."""
 
     def row_stats_grad(
         self,

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 import fused_sft_loss.__main__ as command
-from fused_sft_loss.backends import choose, devices, loader
+from fused_sft_loss.backends import devices, loader, selection
 
 
 @pytest.fixture
 def machine(monkeypatch):
     """machine(capabilities or gfx names, targets, ...): this process on such a machine."""
-    cached = (choose.reason_against, choose.load)
+    cached = (selection.reason_against, selection.load)
 
     def pretend(gpus, targets, toolkit="nvcc 13.0.88", driver=(13, 0)):
         vendor = "hip" if str(gpus[0]).startswith("gfx") else "cuda"
@@ -92,23 +92,23 @@ AMD = "gfx90a gfx942"
 )
 def test_a_module_is_chosen_only_where_its_targets_run(machine, gpu, targets, runs):
     name = machine([gpu], targets)
-    reason = choose.reason_against(name, "cuda")
+    reason = selection.reason_against(name, "cuda")
     assert (reason is None) == runs, reason
-    assert (choose.best("cuda") == name) == runs
+    assert (selection.best("cuda") == name) == runs
     if not runs:
         assert f"has code for {targets}, and cuda:0 (GPU 0) is {gpu}; " in reason
         advice = "its kernels need 8.0" if gpu == "7.5" else f"ARCH.*={gpu.partition(':')[0]}, or "
         with pytest.raises(NotImplementedError, match=f"{advice}.* Here backend='"):
-            choose.resolve(name, "cuda")
+            selection.resolve(name, "cuda")
 
 
 def test_one_gpu_that_it_does_not_run_on_is_enough(machine):
     """The choice is a constant of a compiled graph, which may run on either."""
     machine(["9.0", "7.5"], DEFAULT)
-    reason = choose.reason_against("cuda", "cuda")
+    reason = selection.reason_against("cuda", "cuda")
     assert "cuda:1 (GPU 1) is 7.5" in reason and "CUDA_VISIBLE_DEVICES" in reason
     machine(["9.0", "8.6"], DEFAULT)
-    assert choose.reason_against("cuda", "cuda") is None
+    assert selection.reason_against("cuda", "cuda") is None
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_one_gpu_that_it_does_not_run_on_is_enough(machine):
 )
 def test_a_driver_older_than_the_runtime_inside_is_a_reason(machine, toolkit, driver, gpu, words):
     machine([gpu], DEFAULT, toolkit, driver)
-    reason = choose.reason_against("cuda", "cuda")
+    reason = selection.reason_against("cuda", "cuda")
     assert reason is None if words is None else words in reason
 
 

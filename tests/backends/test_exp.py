@@ -4,7 +4,7 @@ import pytest
 import torch
 from backends import ON_CPU, using
 
-from fused_sft_loss.backends import choose
+from fused_sft_loss.backends import selection
 
 NATIVE = [name for name in ON_CPU if name.startswith("cpu-")]
 pytestmark = pytest.mark.skipif(not NATIVE, reason="the native module is not built")
@@ -21,7 +21,7 @@ def native_exp(x, scale=1.0):
     x = x.contiguous()
     out = torch.empty_like(x)
     scale2 = (torch.tensor(scale) * LOG2E).item()
-    choose.load("cpu")._cpu.exp(x.data_ptr(), out.data_ptr(), x.numel(), scale2)
+    selection.load("cpu")._cpu.exp(x.data_ptr(), out.data_ptr(), x.numel(), scale2)
     return out
 
 

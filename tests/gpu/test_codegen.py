@@ -51,7 +51,7 @@ def test_every_line_of_the_launch_table_was_compiled(compiled, target):
     keys = ("kernel", "columns", "dtype", "threads", "runs")
     assert {tuple(r[key] for key in keys) for r in compiled if r["pass"]} == expected
     rest = {r["kernel"] for r in compiled if not r["pass"]}
-    assert rest == {"fold_segments", "merge", "row_targets"}
+    assert rest == {"fold_segments", "merge", "reduce", "row_targets"}
 
 
 def test_registers_and_bytes_in_flight_are_those_the_launch_table_was_chosen_for(compiled, target):

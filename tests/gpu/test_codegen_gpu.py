@@ -20,7 +20,7 @@ from bench.without_gpu.chips import AMD, CHIPS, NVIDIA  # noqa: E402
 from bench.without_gpu.codegen import (  # noqa: E402
     amdgcn,
     budgets,
-    csrc,
+    instances,
     launch_table,
     sass,
     toolchains,
@@ -99,22 +99,22 @@ def test_every_kernel_and_line_was_compiled(compiled):
     target, records = compiled
     expected = set()
     for columns, softcap, shifted, dtype in product(
-        (None, 3, 4, 6), (False, True), (False, True), csrc.DTYPES.values()
+        (None, 3, 4, 6), (False, True), (False, True), instances.DTYPES.values()
     ):
         kernel = "row_stats" if columns else "row_grad"
-        name = csrc.Instance(kernel, dtype, columns, softcap, shifted).name
+        name = instances.Instance(kernel, dtype, columns, softcap, shifted).name
         lines = launch_table.lines(target, kernel)
         expected |= {(name, line.columns, line.threads) for line in lines}
-    for softcap, shifted, dtype in product((False, True), (False, True), csrc.DTYPES.values()):
+    for softcap, shifted, dtype in product((False, True), (False, True), instances.DTYPES.values()):
         if shifted and target.startswith("gfx"):  # registers take rows from any address
             continue
-        name = csrc.Instance("row_stats_grad", dtype, None, softcap, shifted).name
+        name = instances.Instance("row_stats_grad", dtype, None, softcap, shifted).name
         lines = launch_table.lines(target, "row_stats_grad")
         expected |= {(name, line.columns, line.threads) for line in lines}
-    expected |= {(f"row_rescale {dtype}", None, 512) for dtype in csrc.DTYPES.values()}
+    expected |= {(f"row_rescale {dtype}", None, 512) for dtype in instances.DTYPES.values()}
     for columns in (3, 4, 6):
         expected |= {(f"{kernel} x{columns}", None, 256) for kernel in ("fold_segments", "merge")}
-    expected.add(("row_targets", None, 512))
+    expected |= {("row_targets", None, 512), ("reduce", None, 512)}
     found = {(r["name"], r["columns"], r["threads"]) for r in records}
     assert found >= expected
 
@@ -229,28 +229,28 @@ def test_a_named_backend_without_a_compiler(monkeypatch, capsys):
     ("mangled", "expected"),
     {
         "_ZN3fsl3gpu16row_stats_kernelINS0_4BF16ELi4ELb0ELb1EEEvNS_9StatsArgsENS0_6ScalesE": (
-            csrc.Instance("row_stats", "bfloat16", 4, False, True)
+            instances.Instance("row_stats", "bfloat16", 4, False, True)
         ),
         "_ZN3fsl3gpu15row_grad_kernelINS0_3F32ELb1ELb0EEEvNS_8GradArgsENS0_6ScalesEii": (
-            csrc.Instance("row_grad", "float32", None, True, False)
+            instances.Instance("row_grad", "float32", None, True, False)
         ),
         "_ZN3fsl3gpu21row_stats_grad_kernelINS0_3F16ELb0ELb1EEEvNS_13StatsGradArgsENS0_6Scales": (
-            csrc.Instance("row_stats_grad", "float16", None, False, True)
+            instances.Instance("row_stats_grad", "float16", None, False, True)
         ),
         "_ZN3fsl3gpu18row_rescale_kernelINS0_4BF16EEEvNS_11RescaleArgsEii": (
-            csrc.Instance("row_rescale", "bfloat16")
+            instances.Instance("row_rescale", "bfloat16")
         ),
-        "_ZN3fsl3gpu12merge_kernelILi6EEEvNS_9MergeArgsE": csrc.Instance("merge", columns=6),
-        "_ZN3fsl3gpu18row_targets_kernelENS_11TargetsArgsE": csrc.Instance("row_targets"),
+        "_ZN3fsl3gpu12merge_kernelILi6EEEvNS_9MergeArgsE": instances.Instance("merge", columns=6),
+        "_ZN3fsl3gpu18row_targets_kernelENS_11TargetsArgsE": instances.Instance("row_targets"),
     }.items(),
 )
 def test_names_of_kernels(mangled, expected):
-    assert csrc.instance(mangled) == expected
+    assert instances.instance(mangled) == expected
 
 
 def test_an_unknown_kernel_is_an_error():
     with pytest.raises(ValueError, match="TEMPLATES"):
-        csrc.instance("_ZN3fsl3gpu13other_kernelILi6EEEvi")
+        instances.instance("_ZN3fsl3gpu13other_kernelILi6EEEvi")
 
 
 SASS = """

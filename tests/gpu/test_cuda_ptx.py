@@ -11,7 +11,7 @@ from tiers import sampled, sampled_runs
 
 pytest.importorskip("rich")
 
-from bench.without_gpu.codegen import csrc, toolchains  # noqa: E402
+from bench.without_gpu.codegen import instances, toolchains  # noqa: E402
 
 if not toolchains.find("cuda"):
     pytest.skip(f"no nvcc: {toolchains.advice('cuda')}", allow_module_level=True)
@@ -31,7 +31,7 @@ def test_structs_are_laid_out_as_in_cpp(tmp_path):
         for field, _ in struct._fields_
     ]
     includes = "".join(
-        f'#include "{csrc.FOLDER}/{n}"\n' for n in ("row_stats_grad.cuh", "row_rescale.cuh")
+        f'#include "{instances.FOLDER}/{n}"\n' for n in ("row_stats_grad.cuh", "row_rescale.cuh")
     )
     program = tmp_path / "offsets.cu"
     program.write_text(f"#include <cstddef>\n{includes}{''.join(checks)}")
@@ -42,7 +42,7 @@ def test_structs_are_laid_out_as_in_cpp(tmp_path):
 
 
 def test_every_kernel_is_known():
-    names = {csrc.instance(mangled) for mangled in modules()}
+    names = {instances.instance(mangled) for mangled in modules()}
     assert len(names) == len(modules())
 
 

@@ -14,13 +14,13 @@ from closeness import PRODUCT, assert_grad, assert_losses
 from hypothesis import given, settings
 
 import fused_sft_loss as fsl
-from fused_sft_loss.backends import choose
+from fused_sft_loss.backends import selection
 from fused_sft_loss.backends.gpu import device_chip
 
 
 def usable(name):
     """Skips where there is a device, but not of this backend's vendor or without its module."""
-    reason = choose.reason_against(name, "cuda") if torch.cuda.is_available() else None
+    reason = selection.reason_against(name, "cuda") if torch.cuda.is_available() else None
     marks = [pytest.mark.skip(reason=reason)] if reason else []
     return pytest.param(name, marks=marks)
 
@@ -96,7 +96,7 @@ def share_out(monkeypatch, backend, parts):
     else:
         generation, _ = device_chip(torch.device("cuda"))
         chip = generation, 8 * (parts - 1)  # 32 blocks each: see kBlocks in csrc/gpu/launch_table.h
-        monkeypatch.setattr(choose.load(backend), "chip_of", lambda _device: chip)
+        monkeypatch.setattr(selection.load(backend), "chip_of", lambda _device: chip)
 
 
 @on_compiled_backends
@@ -150,8 +150,8 @@ def test_metrics_agree_with_the_oracle(backend):
 
 
 def test_a_device_gets_compiled_kernels_unasked_and_has_triton():
-    assert choose.resolve(None, "cuda") in ("cuda", "hip", "triton")
-    assert choose.reason_against("triton", "cuda") is None
+    assert selection.resolve(None, "cuda") in ("cuda", "hip", "triton")
+    assert selection.reason_against("triton", "cuda") is None
 
 
 @on_every_backend
@@ -190,7 +190,7 @@ def test_offsets_beyond_2_31_elements(backend):
 @on_every_backend
 @pytest.mark.parametrize("one_read", [False, True])
 def test_no_synchronisation_and_graph_capture(backend, one_read):
-    if one_read and backend not in choose.ONE_READ:
+    if one_read and backend not in selection.ONE_READ:
         pytest.skip("Triton has no kernel for grad_in_forward")
     case = on_device(build("bsv", torch.bfloat16, 2, 64, 32000, 0, "float", ALL))
     logits = case.storage.clone().requires_grad_()

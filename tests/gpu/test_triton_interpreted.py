@@ -28,7 +28,7 @@ OPCHECK = "loss/test_compile.py::test_opcheck"
 LOGITS = "loss/test_extreme_logits.py"
 RUNS = {  # name -> (what is run, how many tests there are at least)
     "options": ("gpu/triton_options.py loss/test_against_oracle.py", 140),
-    "traps": ("loss/test_traps.py loss/test_traps_of_masks.py", 70),
+    "traps": ("loss/test_bugs_of_peers.py loss/test_bugs_of_peers_with_masks.py", 70),
     "extremes": (" ".join(f"{LOGITS}::test_{name}" for name in EXTREMES), 13),
     "sharded": ("loss/test_sharded.py", 5),
     "others": (f"loss/test_module_and_metrics.py loss/test_determinism.py {OPCHECK}", 9),

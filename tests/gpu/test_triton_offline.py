@@ -23,7 +23,7 @@ for variant in offline.variants(chip, options=False):
         print(variant.name, "|", len(code), kernel.metadata.shared)
 """
 
-KERNELS = {"row_stats", "fold_segments", "row_grad", "merge", "row_targets"}
+KERNELS = {"row_stats", "fold_segments", "row_grad", "merge", "reduce", "row_targets"}
 DTYPES = {"torch.bfloat16", "torch.float16", "torch.float32"}
 
 

@@ -1,7 +1,7 @@
 """A pytest plugin: the tests of the promises, run on the Triton kernels in Triton's interpreter.
 
     PYTHONPATH=tests/gpu:tests/support TRITON_INTERPRET=1 \\
-        python -m pytest -p triton_interpreter tests/loss/test_traps.py
+        python -m pytest -p triton_interpreter tests/loss/test_bugs_of_peers.py
 
 Triton decides when it is imported whether kernels are compiled or interpreted, so such a run is a
 process of its own; `test_triton_interpreted.py` starts them.

@@ -5,7 +5,7 @@ import torch
 from backends import ON_CPU, using
 from cases import build, run
 
-from fused_sft_loss.backends import choose
+from fused_sft_loss.backends import selection
 from fused_sft_loss.rowmath import RowMath
 
 NATIVE = [name for name in ON_CPU if name.startswith("cpu-")]
@@ -51,7 +51,9 @@ def test_statistics_of_a_cut_row(name, threads):
     with using(name) as backend:
         for count in (1, 8):
             threads(count)
-            results.append(choose.load(backend).row_stats(logits, target, torch.ones(12), math, 6))
+            results.append(
+                selection.load(backend).row_stats(logits, target, torch.ones(12), math, 6)
+            )
     assert torch.equal(*results)
 
 
@@ -69,4 +71,4 @@ def test_avx2_and_avx512_agree_to_the_bit(dtype):
 
 @pytest.mark.skipif(not NATIVE, reason="the native module is not built")
 def test_threading_borrows_torchs_runtime():
-    assert choose.load("cpu").build_info()["threading"] == "OpenMP runtime of this process"
+    assert selection.load("cpu").build_info()["threading"] == "OpenMP runtime of this process"

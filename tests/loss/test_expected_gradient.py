@@ -7,9 +7,9 @@ from backends import ON_CPU, using
 from cases import DTYPES
 
 import fused_sft_loss as fsl
-from fused_sft_loss.backends import choose
+from fused_sft_loss.backends import selection
 
-ONE_READ = [name for name in ON_CPU if name.partition("-")[0] in choose.ONE_READ]
+ONE_READ = [name for name in ON_CPU if name.partition("-")[0] in selection.ONE_READ]
 if not ONE_READ:
     pytest.skip("neither native kernels nor the SIMT shim here", allow_module_level=True)
 

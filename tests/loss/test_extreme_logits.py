@@ -9,7 +9,7 @@ from oracle import transform
 
 import fused_sft_loss as fsl
 from fused_sft_loss import shards
-from fused_sft_loss.backends import choose
+from fused_sft_loss.backends import selection
 from fused_sft_loss.backends.contract import RowScale
 from fused_sft_loss.rowmath import RowMath
 
@@ -136,7 +136,7 @@ def test_the_lowest_number_of_sixteen_bits(name, dtype):
     assert_right(losses, grad, logits, labels)
 
 
-@pytest.mark.parametrize("name", [n for n in ON_CPU if n.partition("-")[0] in choose.ONE_READ])
+@pytest.mark.parametrize("name", [n for n in ON_CPU if n.partition("-")[0] in selection.ONE_READ])
 def test_maxima_of_any_finite_size_from_one_read(name):
     logits = rows()
     labels = targets_of(logits)
@@ -168,7 +168,7 @@ def test_shards_of_any_finite_size(name, options):
     edges = [0, 6000, 13000, COLUMNS]
     cap, scale = options.get("softcap", 0.0), options.get("logit_scale", 1.0)
     with using(name) as backend:
-        kernels, parts = choose.load(backend), []
+        kernels, parts = selection.load(backend), []
         for start, stop in zip(edges, edges[1:], strict=False):
             math = RowMath(0.0, 0.0, cap, scale, start, COLUMNS)
             shard = logits[..., start:stop]

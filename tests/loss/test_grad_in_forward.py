@@ -12,10 +12,10 @@ from torch.library import opcheck
 
 import fused_sft_loss as fsl
 from bench.without_gpu.simt import build as build_shim
-from fused_sft_loss.backends import choose
+from fused_sft_loss.backends import selection
 from fused_sft_loss.rowmath import RowMath
 
-ONE_READ = [name for name in ON_CPU if name.partition("-")[0] in choose.ONE_READ]
+ONE_READ = [name for name in ON_CPU if name.partition("-")[0] in selection.ONE_READ]
 if not ONE_READ:
     pytest.skip("neither native kernels nor the SIMT shim here", allow_module_level=True)
 

@@ -5,7 +5,7 @@ import torch
 from backends import ON_SHIM, using
 
 import fused_sft_loss as fsl
-from fused_sft_loss.backends import choose
+from fused_sft_loss.backends import selection
 
 #: autograd itself begins with a gradient of 1.
 OF_BACKWARD = {"ones_like", "fill_"}
@@ -13,7 +13,7 @@ OF_BACKWARD = {"ones_like", "fill_"}
 FREE = {"empty", "empty_like", "empty_strided", "new_empty", "view", "unsqueeze", "transpose"}
 FREE |= {"detach", "expand", "as_strided", "atleast_2d", *OF_BACKWARD}
 FREE |= {"to"}  # of a tensor that is what it should be; another would show _to_copy
-COMPILED = [*(["cpu"] if choose.reason_against("cpu", "cpu") is None else []), *ON_SHIM]
+COMPILED = [*(["cpu"] if selection.reason_against("cpu", "cpu") is None else []), *ON_SHIM]
 
 
 def operators(step):

@@ -5,11 +5,11 @@ from contextlib import contextmanager
 from unittest import mock
 
 from bench.without_gpu.simt import build as build_shim
-from fused_sft_loss.backends import choose
+from fused_sft_loss.backends import selection
 
 
 def _native_isas():
-    return choose.load("cpu").isas() if choose.reason_against("cpu", "cpu") is None else []
+    return selection.load("cpu").isas() if selection.reason_against("cpu", "cpu") is None else []
 
 
 #: CUDA and HIP device code executed by the shim, where it can be built.
@@ -30,7 +30,7 @@ def using(name: str):
         with mock.patch("fused_sft_loss.backends.eager.chooses_rows", lambda tensor: False):
             yield backend
     elif variant:
-        native = choose.load("cpu")
+        native = selection.load("cpu")
         native.use_isa(variant)
         try:
             yield backend
@@ -46,7 +46,7 @@ def on_shim(name: str, chip=None):
     from bench.without_gpu.simt import module
 
     shim = module.backend(name, chip)
-    load, reason = choose.load, choose.reason_against
+    load, reason = selection.load, selection.reason_against
 
     def loaded(wanted):
         return shim if wanted == name else load(wanted)
@@ -54,5 +54,5 @@ def on_shim(name: str, chip=None):
     def reason_against(wanted, device_type):
         return None if wanted == name else reason(wanted, device_type)
 
-    with mock.patch.multiple(choose, load=loaded, reason_against=reason_against):
+    with mock.patch.multiple(selection, load=loaded, reason_against=reason_against):
         yield

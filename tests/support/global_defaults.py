@@ -11,11 +11,11 @@ import torch
 from backends import ON_CPU, using
 
 import fused_sft_loss as fsl
-from fused_sft_loss.backends import choose
+from fused_sft_loss.backends import selection
 from fused_sft_loss.megatron import ResponseOnlyHead, sft_loss_func
 
 BACKENDS = [name for name in ON_CPU if not name.startswith("cpu-")] + ["cpu"] * (
-    choose.reason_against("cpu", "cpu") is None
+    selection.reason_against("cpu", "cpu") is None
 )
 FIGURES = ("lm loss", "accuracy", "entropy", "nll", "perplexity")
 
@@ -78,7 +78,7 @@ def results(case, name):
     with using(name) as backend:
         yield from shifted
         yield from losses_and_gradients(case, backend)
-        if backend in choose.ONE_READ:
+        if backend in selection.ONE_READ:
             yield from losses_and_gradients(case, backend, grad_in_forward=True)
         logits = case.logits(case.storage)
         yield from fsl.token_metrics(

@@ -123,13 +123,13 @@ def expected_modules(wheel_name: str) -> set[str]:
 
 USE = """
 import torch, fused_sft_loss as fsl, fused_sft_loss.triton_kernels
-from fused_sft_loss.backends import choose
+from fused_sft_loss.backends import selection
 x = torch.randn(2, 5, 300).bfloat16().requires_grad_()
 y = torch.randint(0, 300, (2, 5))
 loss = fsl.sft_loss(x, y); loss.backward()
 want = torch.nn.functional.cross_entropy(x[:, :-1].flatten(0, 1).float(), y[:, 1:].flatten())
 torch.testing.assert_close(loss, want)
-print(fsl.__file__, fsl.__version__, choose.resolve(None, "cpu"), float(x.grad.abs().sum()) > 0)
+print(fsl.__file__, fsl.__version__, selection.resolve(None, "cpu"), float(x.grad.abs().sum()) > 0)
 """
 
 #: _hip needs a runtime in the process; where torch brings none, the system's may stand in.

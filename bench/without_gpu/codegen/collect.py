@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 from ...errors import UserError
-from . import kept, record
+from . import compiled_cache, record
 
 #: What a record is called in the pass it belongs to, by the kernel that makes it.
 PASSES = {
@@ -146,7 +146,7 @@ def _described(compiled, work: Work, folder: Path) -> dict:
         return record.make(kernel, work.target, threads, work.element_bytes)
 
     about = (work.target, work.element_bytes, threads, shared)
-    return kept.described(folder, code, about, make)
+    return compiled_cache.described(folder, code, about, make)
 
 
 def _once_each(made: list[dict]) -> list[dict]:

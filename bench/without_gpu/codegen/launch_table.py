@@ -11,7 +11,7 @@ from csrc.toolchains import compilers
 
 from ...errors import UserError
 from ..chips import AMD, CHIPS
-from . import kept
+from . import compiled_cache
 
 ROOT = Path(__file__).parents[3]
 SOURCE = Path(__file__).with_name("launch_table.cpp")
@@ -55,12 +55,16 @@ def _printed(generations: list[str]) -> bytes:
     command = [*compiler, "-std=c++17"]
     source = _run([*command, "-E", "-P", str(SOURCE)])
     made_of = " ".join([*command, compilers.version(*compiler), *generations])
-    path = ROOT / "build/codegen/launch_table" / f"{kept.digest(source, made_of.encode())}.json"
+    path = (
+        ROOT
+        / "build/codegen/launch_table"
+        / f"{compiled_cache.digest(source, made_of.encode())}.json"
+    )
     if not path.exists():
         with tempfile.TemporaryDirectory() as folder:
             program = f"{folder}/launch_table"
             _run([*command, str(SOURCE), "-o", program])
-            kept.write(path, _run([program, *generations]))
+            compiled_cache.write(path, _run([program, *generations]))
     return path.read_bytes()
 
 

@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from . import kept, record, toolchains
+from . import compiled_cache, record, toolchains
 from .collect import PASSES
-from .csrc import Instance, instance
+from .instances import Instance, instance
 from .launch_table import Line, launch_table, lines
 from .loops import Shifted
 
@@ -48,12 +48,12 @@ def _described(target: str, code: bytes, keep, folder: Path):
             for one in [instance(mangled)]
         }
 
-    launches = kept.described(folder, code, (target, launch_table()), make)
+    launches = compiled_cache.described(folder, code, (target, launch_table()), make)
     for mangled, made in launches.items():
         one = instance(mangled)
         if keep(one):
             for launch in made:
-                yield _about(one, kept.digest(code, mangled.encode())), launch
+                yield _about(one, compiled_cache.digest(code, mangled.encode())), launch
 
 
 def _record(kernel, target: str, line: Line, one: Instance) -> dict:

@@ -13,8 +13,8 @@ from csrc.toolchains import without
 
 from ...errors import UserError
 from ..chips import AMD, CHIPS, NVIDIA
-from . import kept
-from .csrc import FOLDER
+from . import compiled_cache
+from .instances import FOLDER
 
 CLANGS = ("clang++", *(f"clang++-{version}" for version in range(22, 16, -1)))
 INSTALL = {
@@ -80,7 +80,7 @@ class Toolchain:
     def _one(self, target: str, source: Path, output: str | None, folder: Path) -> bytes:
         command = self.command(target, output)
         made_of = (self.version, " ".join(command), source.name, _text(source))
-        path = folder / self.backend / kept.digest(*(part.encode() for part in made_of))
+        path = folder / self.backend / compiled_cache.digest(*(part.encode() for part in made_of))
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_suffix(f".{os.getpid()}")

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..codegen import csrc, launch_table, toolchains
+from ..codegen import instances, launch_table, toolchains
 from ..ptx import Kernel, Machine, entries
 from .cuda_structs import (
     GradArgs,
@@ -40,8 +40,8 @@ def modules() -> dict[str, str]:
 
 @cache
 def kernel(name: str, dtype=None, columns=None, softcap=False, shifted=False) -> Kernel:
-    wanted = csrc.Instance(name, dtype, columns, softcap, shifted)
-    mangled = next(m for m in modules() if csrc.instance(m) == wanted)
+    wanted = instances.Instance(name, dtype, columns, softcap, shifted)
+    mangled = next(m for m in modules() if instances.instance(m) == wanted)
     return Kernel(modules()[mangled], mangled)
 
 

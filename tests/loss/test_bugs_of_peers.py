@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from cases import build, expected
 from oracle import evaluate
-from trap_problems import INF, NAN, grad_of, problem
+from peer_problems import INF, NAN, grad_of, problem
 
 import fused_sft_loss as fsl
 

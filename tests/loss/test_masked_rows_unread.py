@@ -14,7 +14,7 @@ PROGRAM = """
 import ctypes, mmap, sys
 import torch, fused_sft_loss as fsl
 from backends import using
-from fused_sft_loss.backends import choose
+from fused_sft_loss.backends import selection
 
 ROWS, V = 24, mmap.PAGESIZE // 2
 name, threads, read_one = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "read"
@@ -35,7 +35,7 @@ def run(x):
         metrics = fsl.token_metrics(x, labels, mask, shift=False, backend=backend)
         (grad,) = torch.autograd.grad(losses.sum(), leaf)
     results = [losses.detach(), grad, *metrics]
-    if name.partition("-")[0] in choose.ONE_READ:
+    if name.partition("-")[0] in selection.ONE_READ:
         with using(name) as backend:
             losses = fsl.sft_loss(leaf, labels, mask, shift=False, reduction="none",
                                   grad_in_forward=2.0, backend=backend)

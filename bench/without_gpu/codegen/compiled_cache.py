@@ -38,7 +38,7 @@ def _analysis() -> bytes:
     names = (
         "../chips",
         "amdgcn",
-        "csrc",
+        "instances",
         "launch_table",
         "loops",
         "machine_code",

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from trap_problems import INF, NAN, grad_of, problem
+from peer_problems import INF, NAN, grad_of, problem
 
 import fused_sft_loss as fsl
 
