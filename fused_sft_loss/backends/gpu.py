@@ -5,7 +5,6 @@ current stream of the tensors' device, whichever device is current.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -18,6 +17,7 @@ from ..scoring import Scoring
 from ..targets import Targets
 from . import arguments
 from .contract import Losses, RowScale, losses_like
+from .current_device import on, stream
 
 
 @cache
@@ -47,8 +47,8 @@ class Gpu:
         scoring = arguments.in_dtypes(scoring)
         found = Targets.empty(scoring.labels)
         device = scoring.labels.device
-        with _on(device):
-            self.module.row_targets(arguments.targets(scoring, vocab_size, found), _stream(device))
+        with on(device):
+            self.module.row_targets(arguments.targets(scoring, vocab_size, found), stream(device))
         return found
 
     def loss(self, scoring: Scoring, logits: Tensor, math: RowMath, reduction: str) -> Losses:
@@ -63,7 +63,7 @@ class Gpu:
         losses, normalizer = losses_like(found.weight)
         result = losses if reduction == "none" else losses.new_empty(())
         scratch = losses.new_empty(self.module.loss_scratch(rows, math, chip))
-        with _on(device):
+        with on(device):
             self.module.loss(
                 arguments.targets(given, math.vocab_size, found),
                 rows,
@@ -74,7 +74,7 @@ class Gpu:
                 0 if result is losses else result.data_ptr(),
                 scratch.data_ptr(),
                 chip,
-                _stream(device),
+                stream(device),
             )
         if scoring.checked:
             scoring.check_labels(found.target, math.vocab_size)
@@ -87,7 +87,7 @@ class Gpu:
         stats = weight.new_empty(weight.numel(), statistics)
         needed = self.module.row_stats_parts(rows, math, statistics, chip)
         parts = stats.new_empty(needed) if needed else None
-        with _on(logits.device):
+        with on(logits.device):
             self.module.row_stats(
                 rows,
                 math,
@@ -97,7 +97,7 @@ class Gpu:
                 stats.data_ptr(),
                 arguments.address(parts),
                 chip,
-                _stream(logits.device),
+                stream(logits.device),
             )
         return stats
 
@@ -119,13 +119,13 @@ class Gpu:
 
     def reduce(self, losses: Tensor, weight_sum: Tensor | None) -> Tensor:
         result = losses.new_empty(())
-        with _on(losses.device):
+        with on(losses.device):
             self.module.reduce(
                 losses.data_ptr(),
                 losses.numel(),
                 arguments.address(weight_sum),
                 result.data_ptr(),
-                _stream(losses.device),
+                stream(losses.device),
             )
         return result
 
@@ -188,8 +188,8 @@ class Gpu:
         )
 
     def _launch(self, function: Callable, device: torch.device, *args: Any) -> None:
-        with _on(device):
-            function(*args, self.chip_of(device), _stream(device))
+        with on(device):
+            function(*args, self.chip_of(device), stream(device))
 
     def _merge(
         self,
@@ -201,7 +201,7 @@ class Gpu:
         *metrics: Tensor,
     ) -> None:
         losses, normalizer = results
-        with _on(weight.device):
+        with on(weight.device):
             self.module.merge(
                 arguments.gathered(gathered),
                 math,
@@ -210,13 +210,5 @@ class Gpu:
                 losses.data_ptr(),
                 normalizer.data_ptr(),
                 *(map(arguments.address, metrics or (None,) * 4)),
-                _stream(weight.device),
+                stream(weight.device),
             )
-
-
-def _on(device: torch.device) -> AbstractContextManager:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def _stream(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0

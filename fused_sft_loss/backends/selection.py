@@ -12,7 +12,7 @@ from .contract import OneReadBackend
 from .gpu import Gpu
 
 #: Every name the API accepts -> the module here that implements it.
-MODULES = {"cpu": "native", "cuda": "gpu", "hip": "gpu", "triton": "triton", "eager": "eager"}
+MODULES = {"cpu": "cpu", "cuda": "gpu", "hip": "gpu", "triton": "triton", "eager": "eager"}
 
 #: What ``backend=None`` tries on a device, best first. ROCm's torch calls its devices "cuda" too.
 PREFERENCE = {"cpu": ("cpu", "eager"), "cuda": ("cuda", "hip", "triton", "eager")}

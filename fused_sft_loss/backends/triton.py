@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from ..triton_kernels.launch import Launch, Shape, chip_of
 from ..triton_kernels.tune import choose
 from . import composed
 from .contract import Losses, RowScale, losses_like
+from .current_device import on
 
 __all__ = [
     "INTERPRETED",
@@ -110,10 +110,6 @@ def _merge(
 
 def _run(tensor: Tensor, launches: Iterable[Launch]) -> None:
     """Launch on the tensor's device, whichever is current, and on that device's current stream."""
-    with _on(tensor.device):
+    with on(tensor.device):
         for launch in launches:
             launch.run()
-
-
-def _on(device: torch.device) -> AbstractContextManager:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

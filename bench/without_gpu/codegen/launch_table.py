@@ -55,11 +55,8 @@ def _printed(generations: list[str]) -> bytes:
     command = [*compiler, "-std=c++17"]
     source = _run([*command, "-E", "-P", str(SOURCE)])
     made_of = " ".join([*command, compilers.version(*compiler), *generations])
-    path = (
-        ROOT
-        / "build/codegen/launch_table"
-        / f"{compiled_cache.digest(source, made_of.encode())}.json"
-    )
+    name = compiled_cache.digest(source, made_of.encode())
+    path = ROOT / "build/codegen/launch_table" / f"{name}.json"
     if not path.exists():
         with tempfile.TemporaryDirectory() as folder:
             program = f"{folder}/launch_table"
