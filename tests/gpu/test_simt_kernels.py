@@ -65,11 +65,11 @@ def test_thread_sanitizer_finds_no_race(tmp_path):
 def program_without(barrier, name, folder):
     """The passes, under ThreadSanitizer, of sources in which one barrier of a file is taken out."""
     shutil.copytree(build_shim.ROOT / "csrc", folder / "csrc")
-    changed = folder / "csrc/gpu" / name
-    text = changed.read_text()
+    sources = folder / "csrc/gpu"
+    text = (sources / name).read_text()
     assert text.count(barrier) == 1
-    changed.write_text(text.replace(barrier, "\n    //"))
-    return build(folder / "csrc/gpu", 32, (f"-I{folder / 'csrc/gpu'}", *build_shim.TSAN), folder)
+    (sources / name).write_text(text.replace(barrier, "\n    //"))
+    return build(folder, 32, build_shim.TSAN, sources)
 
 
 @pytest.mark.long
