@@ -119,8 +119,8 @@ struct TargetsArgs {
 };
 
 struct MergeArgs {
-  const float* stats;  // [ranks, N, columns], a rank stride of its own
-  int64_t ranks, rows, columns, rank_stride;
+  const float* stats;  // [ranks, N, statistics], a rank stride of its own
+  int64_t ranks, rows, statistics, rank_stride;
   const int64_t* target;  // [N]
   const float* weight;    // [N]
   RowMath math;

@@ -59,28 +59,28 @@ struct Tensor3 {
   }
 };
 
-// Statistics of all shards, `[ranks, rows, columns]` with a rank stride of its own.
+// Statistics of all shards, `[ranks, rows, statistics]` with a rank stride of its own.
 struct Gathered {
   const float* stats;
-  int64_t ranks, rows, columns, rank_stride;
+  int64_t ranks, rows, statistics, rank_stride;
 };
 
-inline Want want(int columns) {
-  if (columns != 3 && columns != 4 && columns != 6)
-    throw std::invalid_argument("expected 3, 4 or 6 statistics, got " + std::to_string(columns));
-  return static_cast<Want>(columns);
+inline Want want(int statistics) {
+  if (statistics != 3 && statistics != 4 && statistics != 6)
+    throw std::invalid_argument("expected 3, 4 or 6 statistics, got " + std::to_string(statistics));
+  return static_cast<Want>(statistics);
 }
 
 inline StatsArgs stats_args(const Tensor3& logits, const RowMath& math, uintptr_t target, uintptr_t weight,
-                            int columns, uintptr_t stats) {
-  return {logits.rows(math),      math,          pointer<int64_t>(target),
-          pointer<float>(weight), want(columns), pointer<float>(stats)};
+                            int statistics, uintptr_t stats) {
+  return {logits.rows(math),    math, pointer<int64_t>(target), pointer<float>(weight), want(statistics),
+          pointer<float>(stats)};
 }
 
 inline MergeArgs merge_args(const Gathered& gathered, const RowMath& math, uintptr_t target, uintptr_t weight,
                             uintptr_t loss, uintptr_t normalizer) {
   return {gathered.stats,         gathered.ranks,
-          gathered.rows,          gathered.columns,
+          gathered.rows,          gathered.statistics,
           gathered.rank_stride,   pointer<int64_t>(target),
           pointer<float>(weight), math,
           pointer<float>(loss),   pointer<float>(normalizer)};

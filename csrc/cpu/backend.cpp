@@ -223,10 +223,11 @@ void row_stats_grad(const StatsGradArgs& a, int threads) {
   const GradArgs& g = a.grad;
   const int64_t rows = g.logits.count();
   const Want want = wanted_by(g.math);
-  const int64_t columns = static_cast<int64_t>(want);
-  std::vector<float> scratch(static_cast<size_t>(rows * columns));
+  const int64_t statistics = static_cast<int64_t>(want);
+  std::vector<float> scratch(static_cast<size_t>(rows * statistics));
   const StatsArgs stats{g.logits, g.math, g.target, a.weight, want, scratch.data()};
-  const MergeArgs loss{scratch.data(), 1, rows, columns, 0, g.target, a.weight, g.math, a.loss, a.normalizer};
+  const MergeArgs loss{scratch.data(), 1,        rows,   statistics, 0,
+                       g.target,       a.weight, g.math, a.loss,     a.normalizer};
   if (too_few([&](int64_t row) { return a.weight[row]; }, rows, threads)) {
     row_stats(stats, threads);
     merge(loss);
@@ -253,12 +254,12 @@ void row_rescale(const RescaleArgs& a, int threads) {
 
 int loss(const LossArgs& a, int threads) {
   const Want want = wanted_by(a.math);
-  const int64_t rows = a.logits.count(), columns = static_cast<int64_t>(want);
+  const int64_t rows = a.logits.count(), statistics = static_cast<int64_t>(want);
   const TargetsArgs& t = a.targets;
   const int faults = row_targets(t);
-  std::vector<float> scratch(static_cast<size_t>(rows * columns));
+  std::vector<float> scratch(static_cast<size_t>(rows * statistics));
   row_stats({a.logits, a.math, t.target, t.weight, want, scratch.data()}, threads);
-  merge({scratch.data(), 1, rows, columns, 0, t.target, t.weight, a.math, a.loss, a.normalizer});
+  merge({scratch.data(), 1, rows, statistics, 0, t.target, t.weight, a.math, a.loss, a.normalizer});
   if (a.result) reduce({a.loss, rows, a.mean ? t.weight_sum : nullptr, a.result});
   return faults;
 }

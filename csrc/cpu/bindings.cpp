@@ -19,11 +19,11 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("row_targets", &cpu::row_targets, "Faults, as enum Fault has them.", py::arg("targets"));
   m.def(
       "row_stats",
-      [](const Tensor3& logits, const RowMath& math, uintptr_t target, uintptr_t weight, int columns,
+      [](const Tensor3& logits, const RowMath& math, uintptr_t target, uintptr_t weight, int statistics,
          uintptr_t stats, int threads) {
-        cpu::row_stats(stats_args(logits, math, target, weight, columns, stats), at_least_one(threads));
+        cpu::row_stats(stats_args(logits, math, target, weight, statistics, stats), at_least_one(threads));
       },
-      py::arg("logits"), py::arg("math"), py::arg("target"), py::arg("weight"), py::arg("columns"),
+      py::arg("logits"), py::arg("math"), py::arg("target"), py::arg("weight"), py::arg("statistics"),
       py::arg("stats"), py::arg("threads"), released());
   m.def(
       "merge",

@@ -61,14 +61,14 @@ void merge_row(const MergeArgs& a, int64_t row) {
   float* normalizer = a.normalizer + row * kNormalizer;
   a.loss[row] = normalizer[kRowMax] = normalizer[kRowSum] = 0;
   if (a.weight[row] == 0) return;
-  const float* first = a.stats + row * a.columns;
+  const float* first = a.stats + row * a.statistics;
   float maximum = first[kMax], denominator = 0, target = 0, sum = 0;
   for (int64_t r = 1; r < a.ranks; ++r) maximum = max_or_nan(maximum, first[r * a.rank_stride + kMax]);
   for (int64_t r = 0; r < a.ranks; ++r) {
     const float* part = first + r * a.rank_stride;
     denominator += part[kDenominator] * rescale(part[kMax], maximum, unit);
     target += part[kTarget];
-    if (a.columns > kSum) sum += part[kSum];
+    if (a.statistics > kSum) sum += part[kSum];
   }
   const float log_denominator = std::log(denominator);
   float loss = (maximum - target) * unit + log_denominator;

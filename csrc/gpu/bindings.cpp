@@ -21,21 +21,21 @@ PYBIND11_MODULE(FSL_MODULE, m) {
       py::arg("targets"), py::arg("stream"));
   m.def(
       "row_stats_parts",
-      [](const Tensor3& logits, const RowMath& math, int columns, const gpu::Chip& chip) -> int64_t {
-        const StatsArgs args = stats_args(logits, math, 0, 0, columns, 0);
-        const gpu::Shares shares = gpu::row_stats_shares(args, chip);
-        return shares.splits > 1 ? args.logits.count() * shares.segments * columns : 0;
+      [](const Tensor3& logits, const RowMath& math, int statistics, const gpu::Chip& chip) -> int64_t {
+        const StatsArgs args = stats_args(logits, math, 0, 0, statistics, 0);
+        const gpu::SegmentPlan plan = gpu::plan_segments(args, chip);
+        return plan.blocks > 1 ? args.logits.count() * plan.segments * statistics : 0;
       },
-      "fp32 numbers of scratch that row_stats needs.", py::arg("logits"), py::arg("math"), py::arg("columns"),
-      py::arg("chip"));
+      "fp32 numbers of scratch that row_stats needs.", py::arg("logits"), py::arg("math"),
+      py::arg("statistics"), py::arg("chip"));
   m.def(
       "row_stats",
-      [](const Tensor3& logits, const RowMath& math, uintptr_t target, uintptr_t weight, int columns,
+      [](const Tensor3& logits, const RowMath& math, uintptr_t target, uintptr_t weight, int statistics,
          uintptr_t stats, uintptr_t parts, const gpu::Chip& chip, uintptr_t stream) {
-        gpu::row_stats(stats_args(logits, math, target, weight, columns, stats), pointer<float>(parts), chip,
-                       pointer<void>(stream));
+        gpu::row_stats(stats_args(logits, math, target, weight, statistics, stats), pointer<float>(parts),
+                       chip, pointer<void>(stream));
       },
-      py::arg("logits"), py::arg("math"), py::arg("target"), py::arg("weight"), py::arg("columns"),
+      py::arg("logits"), py::arg("math"), py::arg("target"), py::arg("weight"), py::arg("statistics"),
       py::arg("stats"), py::arg("parts"), py::arg("chip"), py::arg("stream"));
   m.def(
       "merge",

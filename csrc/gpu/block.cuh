@@ -30,23 +30,23 @@ FSL_DEVICE Stats fold(const Stats& a, const Stats& b, float unit) {
           fma(moment_b, shrink_b, moment_a * shrink_a)};
 }
 
-template <int kColumns>
+template <int kStatistics>
 FSL_DEVICE Stats load_stats(const float* at) {
   Stats s;
   s.top = at[kMax];
   s.total = at[kDenominator];
-  if (kColumns > kSum) s.x_sum = at[kSum];
-  if (kColumns > kArgmax) s.top_id = at[kArgmax], s.moment = at[kWeighted];
+  if (kStatistics > kSum) s.x_sum = at[kSum];
+  if (kStatistics > kArgmax) s.top_id = at[kArgmax], s.moment = at[kWeighted];
   return s;
 }
 
 // All but the target's x, which is the caller's.
-template <int kColumns>
+template <int kStatistics>
 FSL_DEVICE void store_stats(float* at, const Stats& s) {
   at[kMax] = s.top;
   at[kDenominator] = s.total;
-  if (kColumns > kSum) at[kSum] = s.x_sum;
-  if (kColumns > kArgmax) at[kArgmax] = s.top_id, at[kWeighted] = s.moment;
+  if (kStatistics > kSum) at[kSum] = s.x_sum;
+  if (kStatistics > kArgmax) at[kArgmax] = s.top_id, at[kWeighted] = s.moment;
 }
 
 template <class T, class Op>

@@ -26,9 +26,9 @@ void with_bool(bool value, const Fn& fn) {
   value ? fn(std::true_type{}) : fn(std::false_type{});
 }
 
-// fn(std::integral_constant: columns of the statistics)
+// fn(std::integral_constant: number of statistics)
 template <class Fn>
-void with_columns(Want want, const Fn& fn) {
+void with_statistics(Want want, const Fn& fn) {
   switch (want) {
     case Want::loss:
       return fn(std::integral_constant<int, 3>{});

@@ -22,11 +22,11 @@ struct Chip {
 
 // Into how many segments a row is cut, and how many blocks share them: launch policy, for the caller who
 // provides the memory between them.
-struct Shares {
+struct SegmentPlan {
   int64_t segments;
-  int splits;
+  int blocks;
 };
-Shares row_stats_shares(const StatsArgs& args, const Chip& chip);
+SegmentPlan plan_segments(const StatsArgs& args, const Chip& chip);
 
 // `parts`: [N, segments, want] fp32, when there is more than one split; null otherwise.
 void row_stats(const StatsArgs& args, float* parts, const Chip& chip, void* stream);

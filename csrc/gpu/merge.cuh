@@ -34,7 +34,7 @@ FSL_DEVICE RowLoss row_loss(const Stats& all, float x_target, int64_t target, fl
   return {loss + poison, all.top + poison, all.total + poison};
 }
 
-template <int kColumns>
+template <int kStatistics>
 FSL_KERNEL(256, 4)
 merge_kernel(MergeArgs a, Metrics metrics) {
   const int64_t n = int64_t{block_id()} * block_threads() + thread_id();
@@ -44,8 +44,8 @@ merge_kernel(MergeArgs a, Metrics metrics) {
   Stats all;
   float x_target = 0;
   for (int64_t rank = 0; rank < a.ranks; ++rank) {
-    const float* at = a.stats + rank * a.rank_stride + n * kColumns;
-    all = fold(all, load_stats<kColumns>(at), unit);
+    const float* at = a.stats + rank * a.rank_stride + n * kStatistics;
+    all = fold(all, load_stats<kStatistics>(at), unit);
     x_target += at[kTarget];
   }
   const bool scored = weight != 0;

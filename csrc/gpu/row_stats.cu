@@ -6,7 +6,7 @@
 
 namespace fsl::gpu {
 
-Shares row_stats_shares(const StatsArgs& a, const Chip& chip) {
+SegmentPlan plan_segments(const StatsArgs& a, const Chip& chip) {
   const int segment = line_for(chip, Kernel::row_stats, a.logits.columns).segment;
   const int64_t segments = (a.logits.valid + segment - 1) / segment;
   return {segments, splits(chip, a.logits.count(), segments)};
@@ -15,25 +15,25 @@ Shares row_stats_shares(const StatsArgs& a, const Chip& chip) {
 void row_stats(const StatsArgs& a, float* parts, const Chip& chip, void* stream) {
   check_rows(a.logits);
   const Line& line = line_for(chip, Kernel::row_stats, a.logits.columns);
-  const Shares shares = row_stats_shares(a, chip);
-  const RowSplit split{shares.splits, line.segment, parts};
-  const Grid grid{a.logits.count() * shares.splits, line.threads};
+  const SegmentPlan plan = plan_segments(a, chip);
+  const RowSplit split{plan.blocks, line.segment, parts};
+  const Grid grid{a.logits.count() * plan.blocks, line.threads};
   with_dtype(a.logits.dtype, [&](auto dtype) {
-    with_columns(a.want, [&](auto columns) {
+    with_statistics(a.want, [&](auto statistics) {
       with_bool(a.math.softcap > 0, [&](auto softcap) {
         with_bool(common_skew(a.logits) != 0, [&](auto shifted) {
-          launch("row_stats", row_stats_kernel<decltype(dtype), columns(), softcap(), shifted()>, grid,
+          launch("row_stats", row_stats_kernel<decltype(dtype), statistics(), softcap(), shifted()>, grid,
                  stream, a, scales_of(a.math), split);
         });
       });
     });
   });
-  if (shares.splits == 1) return;
+  if (plan.blocks == 1) return;
   const int threads = 256;
   const int64_t rows = a.logits.count();
-  with_columns(a.want, [&](auto columns) {
-    launch("fold_segments", fold_segments_kernel<columns()>, {(rows + threads - 1) / threads, threads},
-           stream, parts, a.weight, a.stats, rows, static_cast<int>(shares.segments), a.math.unit());
+  with_statistics(a.want, [&](auto statistics) {
+    launch("fold_segments", fold_segments_kernel<statistics()>, {(rows + threads - 1) / threads, threads},
+           stream, parts, a.weight, a.stats, rows, static_cast<int>(plan.segments), a.math.unit());
   });
 }
 

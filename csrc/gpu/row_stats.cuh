@@ -37,7 +37,7 @@ FSL_DEVICE float sum_eight(const float* x) {
 // Take the kRuns vectors that a thread has of a tile: `eight(x, r)` gives the fp32 logits of vector r, which
 // starts at column first + r * stride, and -inf for those that are not there; `sum(x, r)` adds up those that
 // are.
-template <int kColumns, class Eight, class Sum>
+template <int kStatistics, class Eight, class Sum>
 FSL_DEVICE void accumulate(Running& s, const Eight& eight, const Sum& sum, int first, int stride,
                            const Scales& z) {
   float top = s.top, x[8];
@@ -46,7 +46,7 @@ FSL_DEVICE void accumulate(Running& s, const Eight& eight, const Sum& sum, int f
     FSL_UNROLL for (int i = 0; i < 8; ++i) top = max(top, x[i]);
     optimisation_barrier(top);
   }
-  if (kColumns > kArgmax && top > s.top) {
+  if (kStatistics > kArgmax && top > s.top) {
     FSL_UNROLL for (int r = kRuns - 1; r >= 0; --r) {
       eight(x, r);
       FSL_UNROLL for (int i = 7; i >= 0; --i) s.top_at = x[i] == top ? first + r * stride + i : s.top_at;
@@ -62,23 +62,23 @@ FSL_DEVICE void accumulate(Running& s, const Eight& eight, const Sum& sum, int f
     FSL_UNROLL for (int i = 0; i < 8; ++i) u[i] = fma(x[i], reference.scale, -reference.rounded);
     FSL_UNROLL for (int i = 0; i < 8; ++i) e[i] = exp2(u[i]);
     total += sum_eight(e);
-    if (kColumns > kArgmax) {
+    if (kStatistics > kArgmax) {
       FSL_UNROLL for (int i = 0; i < 8; ++i) u[i] = e[i] == 0 ? 0.0f : e[i] * u[i];
       moment += sum_eight(u);
     }
-    if (kColumns > kSum) {
+    if (kStatistics > kSum) {
       x_sum += sum(x, r);
       optimisation_barrier(x_sum);
     }
     optimisation_barrier(total);
   }
-  if (kColumns > kArgmax) s.moment = fma(shrink == 0 ? 0.0f : delta, s.total, s.moment) * shrink + moment;
-  if (kColumns > kSum) s.x_sum += x_sum;
+  if (kStatistics > kArgmax) s.moment = fma(shrink == 0 ? 0.0f : delta, s.total, s.moment) * shrink + moment;
+  if (kStatistics > kSum) s.x_sum += x_sum;
   s.total = fma(s.total, shrink, total);
   s.top = top;
 }
 
-template <class T, int kColumns, bool kSoftcap, bool kShifted>
+template <class T, int kStatistics, bool kSoftcap, bool kShifted>
 struct RowStats {
   // A tile all of whose chunks lie in the row: kRuns independent loads, then the arithmetic.
   static FSL_DEVICE void whole_tile(Running& s, const Row& row, int first, const Scales& z) {
@@ -89,7 +89,7 @@ struct RowStats {
     const auto eight = [&](float* x, int r) {
       FSL_UNROLL for (int i = 0; i < 8; ++i) x[i] = capped<kSoftcap>(T::element(words[r], i), z);
     };
-    accumulate<kColumns>(s, eight, [](const float* x, int) { return sum_eight(x); }, first, stride, z);
+    accumulate<kStatistics>(s, eight, [](const float* x, int) { return sum_eight(x); }, first, stride, z);
   }
 
   // The tile at either end of a row: vectors that lie in it as those of a whole one, others logit by logit.
@@ -115,7 +115,7 @@ struct RowStats {
       FSL_UNROLL for (int i = 0; i < 8; ++i) there[i] = first + r * stride + i < end ? x[i] : 0.0f;
       return sum_eight(there);
     };
-    accumulate<kColumns>(s, eight, sum, first, stride, z);
+    accumulate<kStatistics>(s, eight, sum, first, stride, z);
   }
 
   // Columns [begin, end) on top of those in `s`.
@@ -143,11 +143,11 @@ struct RowStats {
     result.total = block_reduce(s.total * shrink, Add{}, totals);
     // The maximum's own term is 1, but for the rounding of two exponentials: no loss is negative.
     if (top > -kInfinity && result.total < 1) result.total = 1;
-    if (kColumns > kSum) {
+    if (kStatistics > kSum) {
       FSL_SHARED(float, sums, kMaxWarps);
       result.x_sum = block_reduce(s.x_sum, Add{}, sums);
     }
-    if (kColumns > kArgmax) {
+    if (kStatistics > kArgmax) {
       FSL_SHARED(int, ids, kMaxWarps);
       FSL_SHARED(float, moments, kMaxWarps);
       const int at = block_reduce(s.top == top ? s.top_at : 0x7fffffff, Min{}, ids);
@@ -167,14 +167,14 @@ FSL_DEVICE float target_value(const StatsArgs& a, const Row& row, uint32_t n, co
   return own < 0 ? 0.0f : capped<kSoftcap>(load_one<T>(row, own), z);
 }
 
-template <class T, int kColumns, bool kSoftcap, bool kShifted>
-FSL_KERNEL(512, kColumns > kSum || kSoftcap ? 4 : 8)
+template <class T, int kStatistics, bool kSoftcap, bool kShifted>
+FSL_KERNEL(512, kStatistics > kSum || kSoftcap ? 4 : 8)
 row_stats_kernel(StatsArgs a, Scales z, RowSplit split) {
   const uint32_t n = block_id() / split.blocks, part = block_id() % split.blocks;
   const int valid = static_cast<int>(a.logits.valid), segments = (valid + split.segment - 1) / split.segment;
-  float* stats = a.stats + int64_t{n} * kColumns;
+  float* stats = a.stats + int64_t{n} * kStatistics;
   if (a.weight[n] == 0) {
-    if (part == 0 && thread_id() < kColumns) stats[thread_id()] = 0;
+    if (part == 0 && thread_id() < kStatistics) stats[thread_id()] = 0;
     return;
   }
   const Row row = row_at<T>(a.logits, n);
@@ -183,19 +183,19 @@ row_stats_kernel(StatsArgs a, Scales z, RowSplit split) {
   for (int segment = from; segment < segments && segment < from + per_part; ++segment) {
     const int begin = segment * split.segment,
               end = valid - begin < split.segment ? valid : begin + split.segment;
-    using Kernel = RowStats<T, kColumns, kSoftcap, kShifted>;
+    using Kernel = RowStats<T, kStatistics, kSoftcap, kShifted>;
     const Stats s = Kernel::reduce_block(Kernel::columns(row, begin, end, z), z, a.math.vocab_start);
     if (split.blocks == 1) all = fold(all, s, z.unit);
     else if (thread_id() == 0)
-      store_stats<kColumns>(split.parts + (int64_t{n} * segments + segment) * kColumns, s);
+      store_stats<kStatistics>(split.parts + (int64_t{n} * segments + segment) * kStatistics, s);
   }
   if (thread_id() != 0 || part != 0) return;
   stats[kTarget] = target_value<T, kSoftcap>(a, row, n, z);
-  if (split.blocks == 1) store_stats<kColumns>(stats, all);
+  if (split.blocks == 1) store_stats<kStatistics>(stats, all);
 }
 
 // The parts of each row that was shared out, folded; a row a thread. Its target's x is there already.
-template <int kColumns>
+template <int kStatistics>
 FSL_KERNEL(256, 4)
 fold_segments_kernel(const float* parts, const float* weight, float* stats, int64_t rows, int segments,
                      float unit) {
@@ -203,8 +203,8 @@ fold_segments_kernel(const float* parts, const float* weight, float* stats, int6
   if (n >= rows || weight[n] == 0) return;
   Stats all;
   for (int segment = 0; segment < segments; ++segment)
-    all = fold(all, load_stats<kColumns>(parts + (n * segments + segment) * kColumns), unit);
-  store_stats<kColumns>(stats + n * kColumns, all);
+    all = fold(all, load_stats<kStatistics>(parts + (n * segments + segment) * kStatistics), unit);
+  store_stats<kStatistics>(stats + n * kStatistics, all);
 }
 
 }  // namespace fsl::gpu

@@ -14,8 +14,9 @@ void row_targets(const TargetsArgs& a, void* stream) {
 
 void merge(const MergeArgs& a, const Metrics& metrics, void* stream) {
   const int threads = 256;
-  with_columns(static_cast<Want>(a.columns), [&](auto columns) {
-    launch("merge", merge_kernel<columns()>, {(a.rows + threads - 1) / threads, threads}, stream, a, metrics);
+  with_statistics(static_cast<Want>(a.statistics), [&](auto statistics) {
+    launch("merge", merge_kernel<statistics()>, {(a.rows + threads - 1) / threads, threads}, stream, a,
+           metrics);
   });
 }
 
@@ -25,18 +26,18 @@ void reduce(const ReduceArgs& a, void* stream) { launch("reduce", reduce_kernel,
 int64_t loss_scratch(const Rows& logits, const RowMath& math, const Chip& chip) {
   const Want want = wanted_by(math);
   const StatsArgs stats{logits, math, nullptr, nullptr, want, nullptr};
-  const Shares shares = row_stats_shares(stats, chip);
+  const SegmentPlan plan = plan_segments(stats, chip);
   const int64_t numbers = logits.count() * static_cast<int>(want);
-  return numbers * (1 + (shares.splits > 1 ? shares.segments : 0));
+  return numbers * (1 + (plan.blocks > 1 ? plan.segments : 0));
 }
 
 void loss(const LossArgs& a, float* scratch, const Chip& chip, void* stream) {
   const Want want = wanted_by(a.math);
-  const int64_t rows = a.logits.count(), columns = static_cast<int>(want);
+  const int64_t rows = a.logits.count(), statistics = static_cast<int>(want);
   const TargetsArgs& t = a.targets;
   row_targets(t, stream);
-  row_stats({a.logits, a.math, t.target, t.weight, want, scratch}, scratch + rows * columns, chip, stream);
-  merge({scratch, 1, rows, columns, 0, t.target, t.weight, a.math, a.loss, a.normalizer}, {}, stream);
+  row_stats({a.logits, a.math, t.target, t.weight, want, scratch}, scratch + rows * statistics, chip, stream);
+  merge({scratch, 1, rows, statistics, 0, t.target, t.weight, a.math, a.loss, a.normalizer}, {}, stream);
   if (a.result) reduce({a.loss, rows, a.mean ? t.weight_sum : nullptr, a.result}, stream);
 }
 

@@ -240,7 +240,9 @@ def test_a_named_backend_without_a_compiler(monkeypatch, capsys):
         "_ZN3fsl3gpu18row_rescale_kernelINS0_4BF16EEEvNS_11RescaleArgsEii": (
             instances.Instance("row_rescale", "bfloat16")
         ),
-        "_ZN3fsl3gpu12merge_kernelILi6EEEvNS_9MergeArgsE": instances.Instance("merge", columns=6),
+        "_ZN3fsl3gpu12merge_kernelILi6EEEvNS_9MergeArgsE": (
+            instances.Instance("merge", statistics=6)
+        ),
         "_ZN3fsl3gpu18row_targets_kernelENS_11TargetsArgsE": instances.Instance("row_targets"),
     }.items(),
 )

@@ -149,7 +149,7 @@ def test_metrics_of_a_row_that_holds_infinities():
     logits[0, 0, 4:4000] = MINUS_INFINITY
     run = Run(logits, labels, mask)
     run.targets()
-    run.statistics(columns=6)
+    run.statistics(6)
     z = logits[0, :2].double()
     top, at = z.max(1)
     shifted = z - top[:, None]
@@ -174,7 +174,7 @@ def test_a_missing_barrier_shows():
     whole = Run(logits, labels)
     whole.targets()
     whole.statistics()
-    code = kernel("row_stats", columns=3, **whole.options)
+    code = kernel("row_stats", statistics=3, **whole.options)
     barriers = [i.text for i in code.code if i.name == "bar"]
     assert barriers and any(_wrong_without_barrier(whole, n) for n in range(len(barriers)))
 

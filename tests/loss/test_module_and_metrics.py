@@ -1,5 +1,8 @@
 """SFTLoss, token_metrics and shift_targets: the rest of the public surface."""
 
+import dataclasses
+import inspect
+
 import pytest
 import torch
 from backends import ON_CPU, using
@@ -132,3 +135,11 @@ def test_no_rows_and_one_row():
     loss = fsl.sft_loss(one, torch.zeros(2, 1, dtype=torch.int64))
     loss.backward()
     assert loss == 0 and (one.grad == 0).all()
+
+
+def test_the_options_of_sft_loss_are_those_of_the_record():
+    """Options is what SFTLoss, token_metrics and Megatron's loss_func take their options from."""
+    parameters = inspect.signature(fsl.sft_loss).parameters.values()
+    written = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    assert written.pop("reduction") == "mean"
+    assert written == {field.name: field.default for field in dataclasses.fields(Options)}

@@ -10,12 +10,12 @@ FOLDER = Path(__file__).parents[3] / "csrc/gpu"
 
 #: Template arguments of each kernel that has any, in order.
 TEMPLATES = {
-    "row_stats": ("dtype", "columns", "softcap", "shifted"),
+    "row_stats": ("dtype", "statistics", "softcap", "shifted"),
     "row_grad": ("dtype", "softcap", "shifted"),
     "row_stats_grad": ("dtype", "softcap", "shifted"),
     "row_rescale": ("dtype",),
-    "fold_segments": ("columns",),
-    "merge": ("columns",),
+    "fold_segments": ("statistics",),
+    "merge": ("statistics",),
     "row_targets": (),
     "reduce": (),
 }
@@ -32,7 +32,7 @@ class Instance:
 
     kernel: str
     dtype: str | None = None
-    columns: int | None = None  # of the statistics
+    statistics: int | None = None  # of the statistics
     softcap: bool = False
     shifted: bool = False
 
@@ -41,7 +41,7 @@ class Instance:
         words = (
             self.kernel,
             self.dtype,
-            self.columns and f"x{self.columns}",
+            self.statistics and f"x{self.statistics}",
             self.softcap and "softcap",
             self.shifted and "shifted",
         )
@@ -54,7 +54,7 @@ class Instance:
     @property
     def plain(self) -> bool:
         """Whether a training step without options launches it, on aligned rows."""
-        return self.columns in (None, 3) and not self.softcap and not self.shifted
+        return self.statistics in (None, 3) and not self.softcap and not self.shifted
 
 
 def instance(mangled: str) -> Instance:

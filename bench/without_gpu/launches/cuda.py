@@ -39,8 +39,8 @@ def modules() -> dict[str, str]:
 
 
 @cache
-def kernel(name: str, dtype=None, columns=None, softcap=False, shifted=False) -> Kernel:
-    wanted = instances.Instance(name, dtype, columns, softcap, shifted)
+def kernel(name: str, dtype=None, statistics=None, softcap=False, shifted=False) -> Kernel:
+    wanted = instances.Instance(name, dtype, statistics, softcap, shifted)
     mangled = next(m for m in modules() if instances.instance(m) == wanted)
     return Kernel(modules()[mangled], mangled)
 
@@ -68,7 +68,7 @@ class Run(Passes):
         self.given_grad = grad
         self.vocab_size = vocab_size or logits.shape[-1]
         self.math = RowMath(label_smoothing, z_loss, softcap, logit_scale, 0, self.vocab_size)
-        self.columns = 4 if label_smoothing else 3
+        self.wanted = 4 if label_smoothing else 3  # statistics
         self.options = {"dtype": str(logits.dtype)[6:], "softcap": softcap > 0}
         self.counts = {}
 
@@ -87,35 +87,36 @@ class Run(Passes):
         blocks = 1 + -(-rows // threads)
         self._run("targets", kernel("row_targets"), blocks, threads, args)
 
-    def statistics(self, columns=None):
-        columns = columns or self.columns
+    def statistics(self, wanted=None):
+        wanted = wanted or self.wanted
         rows, chosen = self.labels.numel(), line("row_stats", self.logits.shape[-1])
         segments = -(-self.vocab_size // chosen.segment)
-        self.stats = torch.full((rows, columns), float("nan"))
-        self.parts = torch.full((rows, segments, columns), float("nan"))
+        self.stats = torch.full((rows, wanted), float("nan"))
+        self.parts = torch.full((rows, segments, wanted), float("nan"))
         splits = segments if self.split else 1
         args = StatsArgs(
-            logits=self._rows(self.logits), math=self.math, want=columns,
+            logits=self._rows(self.logits), math=self.math, want=wanted,
             **self._named("target weight stats"),
         )  # fmt: skip
-        code = kernel("row_stats", columns=columns, shifted=skew(self.logits) != 0, **self.options)
+        shifted = skew(self.logits) != 0
+        code = kernel("row_stats", statistics=wanted, shifted=shifted, **self.options)
         split = RowSplit(splits, chosen.segment, self.parts.data_ptr() if splits > 1 else 0)
         self._run("statistics", code, rows * splits, chosen.threads, args, self._scales(), split)
         if splits > 1:
             pointers = (t.data_ptr() for t in (self.parts, self.weight, self.stats))
-            fold = kernel("fold_segments", columns=columns)
+            fold = kernel("fold_segments", statistics=wanted)
             self._run(
                 "fold", fold, blocks(rows), VECTOR_THREADS, *pointers, rows, segments, self._unit(),
             )  # fmt: skip
 
     def merged(self):
-        rows, columns = self.stats.shape
+        rows, statistics = self.stats.shape
         self.unwritten_losses()
         args = MergeArgs(
             **self._named("stats target weight loss normalizer"), ranks=1, rows=rows,
-            columns=columns, rank_stride=rows * columns, math=self.math,
+            statistics=statistics, rank_stride=rows * statistics, math=self.math,
         )  # fmt: skip
-        code = kernel("merge", columns=columns)
+        code = kernel("merge", statistics=statistics)
         self._run("merge", code, blocks(rows), VECTOR_THREADS, args, Metrics())
 
     def gradient(self):

@@ -64,7 +64,7 @@ TargetsArgs = _struct(
 MergeArgs = _struct(
     "MergeArgs",
     stats=POINTER,
-    **_of(c_int64, "ranks rows columns rank_stride"),
+    **_of(c_int64, "ranks rows statistics rank_stride"),
     **_of(POINTER, "target weight"),
     math=RowMath,
     **_of(POINTER, "loss normalizer"),

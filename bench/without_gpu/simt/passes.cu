@@ -57,8 +57,8 @@ struct Problem {
         log_prob(kRows), entropy(kRows);
     std::vector<uint8_t> correct(kRows);
     const StatsArgs args{rows(logits), math, target.data(), weight.data(), want, stats.data()};
-    const gpu::Shares shares = gpu::row_stats_shares(args, chip);
-    std::vector<float> parts(shares.splits > 1 ? kRows * shares.segments * columns : 0);
+    const gpu::SegmentPlan plan = gpu::plan_segments(args, chip);
+    std::vector<float> parts(plan.blocks > 1 ? kRows * plan.segments * columns : 0);
     gpu::row_stats(args, parts.data(), chip, nullptr);
     print("stats", stats);
     const bool metrics = want == Want::metrics;
