@@ -56,7 +56,8 @@ help:
 demo: $(VENV)/.installed
 	$(BIN)/python -m bench sft
 
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
+# Three workers on two cores: many tests wait for processes that they start.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 3 --dist loadfile --no-loadscope-reorder
 test: $(VENV)/.installed $(PEERS)
 	$(PYTEST) -m "not long" $(PYTEST_ARGS)
 

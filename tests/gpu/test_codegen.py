@@ -23,7 +23,7 @@ from bench.without_gpu.codegen.predict import predict  # noqa: E402
 from bench.without_gpu.codegen.table import is_plain  # noqa: E402
 
 
-@pytest.fixture(scope="session", params=sampled(CHIPS, ["sm_90"]))
+@pytest.fixture(scope="session", params=sampled(CHIPS, []))
 def target(request):
     return request.param
 

@@ -59,7 +59,7 @@ def audits(tmp_path_factory):
     return audit
 
 
-@pytest.fixture(params=sampled(BACKENDS, ["gfx942"]))
+@pytest.fixture(params=sampled(BACKENDS, []))
 def compiled(audits, request):
     """A target and the records of its kernels."""
     return request.param, audits(request.param)["records"]

@@ -55,7 +55,7 @@ def test_gradient_is_the_fp32_gradient_rounded_once(backend, case):
     assert torch.equal(grad, grad32.to(grad.dtype))
 
 
-@pytest.mark.parametrize("backend", ON_CPU)
+@pytest.mark.parametrize("backend", FAST)
 @settings(PRODUCT, max_examples=60)
 @given(case=cases(views=("bsv", "sbv", "sliced", "offset", "nv")))
 def test_in_place_gradient_is_the_same(backend, case):
