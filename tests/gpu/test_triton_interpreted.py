@@ -43,7 +43,7 @@ def test_in_the_interpreter(name):
 
 
 def test_one_variant_of_every_test_in_the_interpreter():
-    """The sample that make test has of the runs above: not of several processes, nor the slowest."""
+    """The sample of the runs above that make test has: one process, and not the slowest test."""
     sampled = (what for name, (what, _) in RUNS.items() if name != "sharded")
     interpret(" ".join(sampled), 55, "--sample", "1", "-k", "not test_ignored_rows_never_written")
 
