@@ -7,8 +7,8 @@ namespace fsl {
 
 enum class Dtype : int { f32 = 0, bf16 = 1, f16 = 2 };
 
-// Row b * seq + s starts at data + b * stride_b + s * stride_s. Strides count elements and are int64, because
-// N * V exceeds 2^31 in ordinary runs. The columns of a row are contiguous.
+// Row b * seq + s starts at data + b * stride_b + s * stride_s. Strides count elements. They are int64,
+// because N * V can exceed 2^31 (16384 rows of 131072 columns reach it). The columns of a row are contiguous.
 struct Rows {
   void* data;
   Dtype dtype;

@@ -106,8 +106,8 @@ def cap_and_slope(x, inward, cap):
 def row_pointer(base, row, seq, stride_b, stride_s, ALIGNED: tl.constexpr):
     """Pointer to column 0 of row b * seq + s.
 
-    Offsets are int64, because N * V exceeds 2^31 in ordinary runs. ALIGNED: every row starts at a
-    multiple of 16 bytes. Triton cannot derive this from strides that are not multiples of 16.
+    Offsets are int64, because N * V can exceed 2^31. ALIGNED: every row starts at a multiple of 16
+    bytes. Triton cannot derive this from strides that are not multiples of 16.
     """
     start = (row // seq).to(tl.int64) * stride_b + (row % seq).to(tl.int64) * stride_s
     if ALIGNED:

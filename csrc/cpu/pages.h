@@ -26,7 +26,7 @@ constexpr int kPopulate = 23;  // Linux 5.14 and newer; the headers may be older
 #endif
 
 // Populates the pages of [begin, begin + bytes), which the caller is about to write in full. The contents do
-// not change. On a system without MADV_POPULATE_WRITE the call fails and nothing else happens.
+// not change. On a system without MADV_POPULATE_WRITE those calls fail without an effect.
 inline void claim_pages(void* begin, int64_t bytes, int threads) {
   if (bytes < kClaimed) return;
   const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));

@@ -141,7 +141,8 @@ constexpr int64_t kGuess = 64;
 
 // One pass over the chunk. The reference of the exponentials is guessed from the first columns, and the sums
 // are made relative to the maximum afterwards. So arithmetic and memory overlap; with a separate pass for the
-// maximum they would alternate. If the guess is far too low (by infinity, even), there is a second pass.
+// maximum they would alternate. If the guess is far too low, there is a second pass, also if max - reference
+// overflows.
 template <class T, Want want, class Z>
 Partial chunk_stats(const Z& z, const void* row, int64_t begin, int64_t end) {
   float guess = max_of<T>(row, begin, begin + kGuess < end ? begin + kGuess : end);

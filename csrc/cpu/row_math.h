@@ -42,7 +42,7 @@ FSL_INLINE float multiply_add(float a, float b, float c) {
 //
 // u * scale2 = n + f with |f| <= 1/2, and 2^f is a polynomial of degree 5 with p(0) = 1. Its coefficients
 // come from Lawson's weighted least squares for the smallest maximal relative error, which is 9.2e-8. The
-// scale is applied here, so that u is an exact difference of logits and not one of rounded products.
+// scale is applied here, so that u is a difference of logits and not of rounded products.
 //
 // With z = scale * u the relative error is at most 2e-7 + |z| * 3e-8. Without FMA the product is rounded
 // before n is subtracted, and the bound is 2e-7 + |z| * 9e-8. If scale2 is itself rounded, add |z| * 6e-8.

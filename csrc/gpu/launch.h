@@ -1,4 +1,4 @@
-// Launches the kernels whose arguments csrc/args.h describes on a stream (a cudaStream_t or hipStream_t). No
+// Launches the kernels on a stream (a cudaStream_t or hipStream_t). csrc/args.h describes their arguments. No
 // function here waits for the device.
 #pragma once
 

@@ -7,7 +7,7 @@
 // At most `threads` per block; at least one block must fit on a multiprocessor. Without the 1, ptxas spills
 // rather than use more than 64 registers. Only platform_hip.h uses `waves`.
 #define FSL_KERNEL(threads, waves) __global__ void __launch_bounds__(threads, 1)
-// Selects a bound by vendor, for a kernel with the largest blocks: FSL_KERNEL(FSL_VENDOR(512, 1024), ...).
+// Selects a number by vendor: FSL_KERNEL(FSL_VENDOR(512, 1024), ...) allows larger blocks on AMD.
 #define FSL_VENDOR(nvidia, amd) nvidia
 #define FSL_SHARED(type, name, count) __shared__ type name[count]
 #define FSL_UNROLL _Pragma("unroll")

@@ -7,7 +7,7 @@
 // At most `threads` per block. The compiler limits registers so that at least `waves` waves fit on a SIMD.
 #define FSL_KERNEL(threads, waves) \
   __global__ void __launch_bounds__(threads) __attribute__((amdgpu_waves_per_eu(waves)))
-// Selects a bound by vendor, for a kernel with the largest blocks: FSL_KERNEL(FSL_VENDOR(512, 1024), ...).
+// Selects a number by vendor: FSL_KERNEL(FSL_VENDOR(512, 1024), ...) allows larger blocks on AMD.
 #define FSL_VENDOR(nvidia, amd) amd
 #define FSL_SHARED(type, name, count) __shared__ type name[count]
 #define FSL_UNROLL _Pragma("unroll")

@@ -22,7 +22,8 @@ struct Holding {
   int columns;  // columns that a block keeps in shared memory: its whole part, or whole tiles of it
 };
 
-// Registers per lane that hold logits. With a softcap it is half as many, because its arithmetic needs more.
+// Registers per lane that hold logits. Half as many hold them with a softcap, because its arithmetic needs
+// more registers.
 constexpr int kHeldWords = 64;
 
 // Adds kRuns vectors on the chip to the statistics. `there(r)` says whether vector r exists; the words of the
@@ -110,7 +111,8 @@ struct HeldInShared {
   }
 
   // The vectors of the gradient start at an aligned address, those of the logits at `begin`. So a thread may
-  // need logits that other threads loaded. The block reduce of the statistics was a barrier: they are there.
+  // need logits that other threads loaded. They are complete, because the block reduce of the statistics
+  // contains a barrier.
   FSL_DEVICE void gradient_to(const Row& out, const GradConstants& g, const Scales& z) const {
     const int aligned = kShifted ? aligned_column<T>(out, begin) : begin,
               first = aligned < end ? aligned : end;

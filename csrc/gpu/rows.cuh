@@ -110,8 +110,8 @@ FSL_DEVICE int own_column(int64_t target, int64_t vocab_start, const Rows& rows)
   return target >= 0 && own >= 0 && own < rows.valid ? static_cast<int>(own) : -1;
 }
 
-// The address of column `column + mine`. `column` is equal in all threads: base and offset are kept apart, as
-// instructions take them.
+// The address of column `column + mine`, where `column` is equal in all threads. Base and offset are separate
+// terms, because the memory instructions take them separately.
 template <class T>
 FSL_DEVICE char* vector_at(const Row& row, int column, uint32_t mine) {
   return row.start + int64_t{column} * T::kBytes + uint64_t{mine * T::kBytes};

@@ -203,7 +203,7 @@ def refusal(*command, stdin=""):
 def makeable(variable, default, why_not, toolchain):
     """The wanted targets that the toolchain can compile for.
 
-    If `variable` names targets, one that fails ends the build. Of the defaults it is left out.
+    A failing target that `variable` names ends the build. A failing default target is left out.
     """
     named = named_targets(variable)
     targets = named or default.split(";")
