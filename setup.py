@@ -1,16 +1,19 @@
 """Build the compiled backends that this machine has a toolchain for. Metadata is in pyproject.toml.
 
-FUSED_SFT_LOSS_BUILD   any of cpu, cuda, hip, with commas between, or none. A toolchain that is
-                       missing fails the build. Unset: what there are toolchains for; what is left
-                       out, and why, is printed.
-TORCH_CUDA_ARCH_LIST   "8.0;9.0a;10.0+PTX". A target named here or in PYTORCH_ROCM_ARCH that the
-PYTORCH_ROCM_ARCH      toolchain cannot make fails the build; one of the defaults is left out.
-CUDA_HOME, CUDA_PATH, ROCM_PATH, CXX, CXXFLAGS, MAX_JOBS   as everywhere. One that names something
+FUSED_SFT_LOSS_BUILD   some of cpu, cuda, hip, separated by commas, or none. A missing toolchain
+                       fails the build. Unset: every backend that has a toolchain; the build prints
+                       what it leaves out, and why.
+TORCH_CUDA_ARCH_LIST   like "8.0;9.0a;10.0+PTX".
+PYTORCH_ROCM_ARCH      like "gfx90a;gfx942". If the toolchain cannot compile for a target that is
+                       named here or in TORCH_CUDA_ARCH_LIST, the build fails. If it cannot compile
+                       for a default target, the build leaves that target out.
+CUDA_HOME, CUDA_PATH, ROCM_PATH, CXX, CXXFLAGS, MAX_JOBS   as usual. A variable that names something
                        wrong fails the build; an empty one counts as unset.
 
-A wheel's version ends in what is inside (+cpu, +cu13, +rocm7); that of an sdist does not.
+A wheel's version ends in the backends that it contains (+cpu, +cu13, +rocm7). An sdist's does not.
 
-csrc/toolchains/ knows what compiles what; here it is written down for ninja, and run.
+csrc/toolchains/ finds the compilers and their commands. This file writes them for ninja and runs
+ninja.
 """
 
 import os
@@ -25,7 +28,7 @@ from setuptools.command.egg_info import egg_info
 
 ROOT = Path(__file__).parent.absolute()
 sys.path.insert(0, str(ROOT))
-sys.dont_write_bytecode = True  # csrc/ holds sources alone
+sys.dont_write_bytecode = True  # keep __pycache__ out of csrc/
 
 from csrc.toolchains import compilers, variables  # noqa: E402
 
@@ -33,10 +36,10 @@ MODULES = compilers.modules()
 
 
 class NinjaBuild(build_ext):
-    """Each module is one ninja file: incremental, parallel, and readable after the fact."""
+    """Builds each module with one ninja file: incremental and parallel, and the file stays."""
 
     def run(self):
-        # What an earlier build left must not slip into this wheel.
+        # A module of an earlier build must not get into this wheel.
         package = Path(self.get_ext_fullpath("fused_sft_loss._")).parent
         for module in package.glob("_*.so"):
             if module.name.split(".")[0].removeprefix("_") not in MODULES:
@@ -57,12 +60,12 @@ class NinjaBuild(build_ext):
         subprocess.run(ninja, env={**os.environ, **self.environment(jobs)}, check=True)
 
     def environment(self, jobs):
-        """What compilers should know and ninja should not: what it knows, it compiles anew for."""
+        """Settings for the compilers that are kept from ninja: a change must not recompile."""
         import pybind11
 
-        # With more cores than files, nvcc compiles a file's targets side by side.
+        # If there are more cores than files, nvcc compiles the targets of a file in parallel.
         threads = max(1, jobs // max(1, len(compilers.gpu_sources())))
-        # pip puts the build requirements somewhere else each time.
+        # pip installs the build requirements into a new folder each time.
         includes = [pybind11.get_include(), sysconfig.get_path("include")]
         includes += filter(None, [os.environ.get("CPLUS_INCLUDE_PATH")])
         return {
@@ -71,7 +74,7 @@ class NinjaBuild(build_ext):
         }
 
     def objects_folder(self):
-        """An editable install compiles into a folder that is then thrown away; this one lasts."""
+        """A folder that lasts: an editable install compiles in a folder that is then deleted."""
         given = Path(self.build_temp).absolute()
         lasting = ROOT / "build" / f"temp.{self.plat_name}-{sys.implementation.cache_tag}"
         return given if given.is_relative_to(ROOT) else lasting
@@ -95,7 +98,7 @@ class NinjaBuild(build_ext):
 
 
 class EggInfo(egg_info):
-    """Names in the version what a wheel has inside."""
+    """Appends the backends that a wheel contains to its version."""
 
     def finalize_options(self):
         labels = [module.label for module in MODULES.values()]
@@ -107,7 +110,7 @@ class EggInfo(egg_info):
 
 
 class Toolchains(Command):
-    """Prints the backends that would be built; csrc/toolchains has said why not others."""
+    """Prints the backends that would be built. csrc/toolchains has printed why others would not."""
 
     description = "print the backends that would be built"
     user_options = []

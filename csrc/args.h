@@ -1,4 +1,4 @@
-// What every row kernel is told: pointers, strides and numbers. No torch, no ownership, no masks' meaning.
+// Argument structs of the row kernels: pointers, strides and numbers. They own no memory and use no torch.
 #pragma once
 
 #include <cstdint>
@@ -7,23 +7,23 @@ namespace fsl {
 
 enum class Dtype : int { f32 = 0, bf16 = 1, f16 = 2 };
 
-// Row n = batch * seq + s starts at data + batch * stride_b + s * stride_s (strides in elements, int64:
-// N * V passes 2^31 long before a cluster notices). Columns within a row are contiguous.
+// Row b * seq + s starts at data + b * stride_b + s * stride_s. Strides count elements. They are int64,
+// because N * V can exceed 2^31 (16384 rows of 131072 columns reach it). The columns of a row are contiguous.
 struct Rows {
   void* data;
   Dtype dtype;
   int64_t batch, seq;  // N = batch * seq
-  int64_t columns;     // V_local: columns that exist
-  int64_t valid;       // columns that are vocabulary; [valid, columns) is padding
+  int64_t columns;     // V_local, with padding
+  int64_t valid;       // columns of the vocabulary; [valid, columns) is padding
   int64_t stride_b, stride_s;
 
   int64_t count() const { return batch * seq; }
 };
 
-// The numbers that define a loss: the fields, and their order, of RowMath in fused_sft_loss/rowmath.py.
+// The numbers that define a loss. RowMath in fused_sft_loss/rowmath.py has the same fields in the same order.
 //
-// z = logit_scale * x, or softcap * tanh(logit_scale * x / softcap) when softcap > 0. -inf stays -inf: a
-// masked-out column is masked out on either side of the cap.
+// z = logit_scale * x, or softcap * tanh(logit_scale * x / softcap) when softcap > 0. The cap leaves -inf as
+// it is, so a masked-out column stays masked out.
 struct RowMath {
   float label_smoothing, z_loss;
   float softcap;  // 0: none
@@ -31,50 +31,50 @@ struct RowMath {
   int64_t vocab_start;  // global id of this shard's column 0
   int64_t vocab_size;   // global, without padding
 
-  // z = unit * x, x being the capped logit under a softcap and the raw one otherwise. Statistics are in units
-  // of this x: a difference of neighbouring x is exact, and one of rounded products unit * x is not.
+  // z = unit * x, where x is the capped logit if there is a softcap, else the raw logit. Statistics are in
+  // units of x: the difference of two close x is exact, that of two rounded products unit * x is not.
   float unit() const { return softcap > 0 ? 1.0f : logit_scale; }
 
-  // How many of a shard's columns are vocabulary and not padding.
+  // The number of a shard's columns that are vocabulary, not padding.
   int64_t valid_columns(int64_t columns) const {
     const int64_t left = vocab_size - vocab_start;
     return left < 0 ? 0 : left < columns ? left : columns;
   }
 };
 
-// Targets that are no vocabulary id: of a row that is not scored, and of one whose label is out of range (its
-// loss is NaN).
+// Targets that are not vocabulary ids. kNotScored: the row is not scored. kOutOfVocabulary: the label is out
+// of range, so the row's loss is NaN.
 constexpr int64_t kNotScored = -1, kOutOfVocabulary = -2;
 
-// Columns of the statistics row that row_stats writes, in this order. The first three are always there:
-// max x, sum of exp(unit * (x - max)), x of the target; then the sum of x, the id of the maximum, and the sum
-// of u * exp(u) with u = unit * (x - max).
+// The statistics of a row, in the order in which row_stats writes them. With u = unit * (x - max):
+// max x, sum of exp(u), x of the target (0 on shards that do not hold it); with smoothing also the sum of x;
+// for metrics also the global id of the maximum and the sum of u * exp(u).
 enum Stat : int { kMax = 0, kDenominator = 1, kTarget = 2, kSum = 3, kArgmax = 4, kWeighted = 5 };
-enum class Want : int { loss = 3, smoothing = 4, metrics = 6 };  // the value is how many of them
+enum class Want : int { loss = 3, smoothing = 4, metrics = 6 };  // the number of statistics
 
 inline Want wanted_by(const RowMath& math) { return math.label_smoothing > 0 ? Want::smoothing : Want::loss; }
 
 struct StatsArgs {
   Rows logits;
   RowMath math;
-  const int64_t* target;  // [N] global vocabulary id, < 0: none
+  const int64_t* target;  // [N] global vocabulary id; < 0: none
   const float* weight;    // [N] 0: the row is not read and its statistics are zeros
   Want want;
   float* stats;  // [N, want]
 };
 
-// The two numbers per row that the gradient needs of the whole vocabulary: max x (see RowMath::unit) and
-// the sum of exp(unit * (x - max)). Their log-sum-exp as one fp32 number would be off by half a unit in its
-// last place, and every probability by that factor: all of it from |z| = 1e8 on.
+// The two numbers per row that the gradient needs: max x over the whole vocabulary (see RowMath::unit) and
+// the sum of exp(unit * (x - max)). One fp32 log-sum-exp would round off the sum when |z| is large, and leave
+// no correct digit in the probabilities from |z| = 1e8 on (docs/design.md, The gradient).
 enum Normalizer : int { kRowMax = 0, kRowSum = 1, kNormalizer = 2 };
 
-// What a row's gradient is multiplied by: weight * (upstream gradient / weight_sum). 0 where the weight is 0,
-// whatever the upstream gradient.
+// A row's gradient is multiplied by weight * (upstream gradient / weight_sum). The product is 0 where the
+// weight is 0, even if the upstream gradient is not finite.
 struct RowScale {
-  const float* grad;        // of row n's loss at n * stride
+  const float* grad;        // upstream gradient; that of row n is at n * stride
   int64_t stride;           // 0: one number for all rows
-  const float* weight;      // [N], or null: 1
-  const float* weight_sum;  // [1] of a mean, where 0 counts as 1; or null: 1
+  const float* weight;      // [N]; null: 1
+  const float* weight_sum;  // [1] divisor of a mean, where 0 counts as 1; null: 1
 };
 
 struct GradArgs {
@@ -84,29 +84,29 @@ struct GradArgs {
   const int64_t* target;    // [N]
   const float* normalizer;  // [N, kNormalizer]
   RowScale scale;           // 0: the row gets stored zeros and is not read
-  // [N] or null. The gradient of a row whose scale is this one's, bit for bit, is in `grad` already: the row
-  // is neither read nor written.
+  // [N] or null. Where it equals the row's scale, `grad` already holds the gradient: the row is neither read
+  // nor written.
   const float* stored;
 };
 
-// Loss and gradient of each row from one read of it, where all of the vocabulary is here.
+// Loss and gradient of each row from one read of it. Needs the whole vocabulary on this device.
 struct StatsGradArgs {
-  GradArgs grad;        // its normalizer is the one below, which is written before it is read
+  GradArgs grad;        // grad.normalizer is the normalizer below; it is written before it is read
   const float* weight;  // [N] 0: the row is not read, its gradient is zeros
   float* loss;          // [N]: weight * loss
   float* normalizer;    // [N, kNormalizer]
 };
 
-// Rows of a gradient that was stored for another scale than the real one, multiplied by their ratio.
+// Multiplies each row of a stored gradient by scale / stored.
 struct RescaleArgs {
   Rows grad;
-  RowScale scale;       // the real one; 0: stored zeros, whatever is there. Padding keeps its zeros
-  const float* stored;  // [N] where it is the same bits the row is neither read nor written
+  RowScale scale;       // the real scale; 0: the row gets stored zeros. Padding keeps its zeros
+  const float* stored;  // [N] the scale that the gradient has; where it equals the real one, nothing is done
 };
 
 struct TargetsArgs {
   const int64_t* labels;      // [batch, seq], any strides (in elements)
-  const float* mask;          // [batch, seq], any strides; null: every label counts
+  const float* mask;          // [batch, seq], any strides; null: all ones
   const int64_t* cu_seqlens;  // [boundaries] increasing; null: no documents
   int64_t batch, seq, boundaries;
   int64_t label_stride_b, label_stride_s, mask_stride_b, mask_stride_s;
@@ -119,32 +119,32 @@ struct TargetsArgs {
 };
 
 struct MergeArgs {
-  const float* stats;  // [ranks, N, statistics], a rank stride of its own
+  const float* stats;  // [ranks, N, statistics]; consecutive ranks are rank_stride apart
   int64_t ranks, rows, statistics, rank_stride;
   const int64_t* target;  // [N]
   const float* weight;    // [N]
   RowMath math;
   float* loss;        // [N]: weight * loss
-  float* normalizer;  // [N, kNormalizer]; 0 where weight is 0, NaN where the label is out of range
+  float* normalizer;  // [N, kNormalizer]; 0 where the weight is 0, NaN where the label is out of range
 };
 
 // The sum of N losses, or their mean.
 struct ReduceArgs {
   const float* loss;  // [N]
   int64_t rows;
-  const float* weight_sum;  // [1] to divide by, where 0 counts as 1; null: not
+  const float* weight_sum;  // [1] divisor of the mean, where 0 counts as 1; null: the sum
   float* result;            // [1]
 };
 
-// A whole forward pass where all of the vocabulary is here.
+// A whole forward pass. Needs the whole vocabulary on this device.
 struct LossArgs {
   TargetsArgs targets;
   Rows logits;
   RowMath math;
   float* loss;        // [N], see MergeArgs
   float* normalizer;  // [N, kNormalizer]
-  bool mean;          // what `result` is; see ReduceArgs
-  float* result;      // [1], or null: not wanted
+  bool mean;          // whether `result` is the mean or the sum
+  float* result;      // [1]; null: no reduction
 };
 
 }  // namespace fsl

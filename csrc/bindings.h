@@ -1,7 +1,7 @@
-// What the Python modules of all backends share: the structs of args.h, as Python passes them.
+// Converts what Python passes into the structs of args.h, for the modules of all backends.
 //
-// Python passes tuples whose elements are the fields of a struct in their order; an address is an int, 0 for
-// null. Who owns the memory, and that it is large enough, is the caller's affair.
+// Python passes a struct as a tuple of its fields, in order, and an address as an int, 0 for null. The caller
+// owns the memory and must make it large enough.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -27,7 +27,7 @@ Field field(pybind11::handle tuple, Py_ssize_t at) {
   else return item.cast<Field>();
 }
 
-// An aggregate whose fields have these types, from a tuple of as many elements.
+// Builds a T, whose fields have the types `Fields`, from a tuple of the same length.
 template <class T, class... Fields, size_t... at>
 T from_tuple(pybind11::handle tuple, std::index_sequence<at...>) {
   return T{field<Fields>(tuple, at)...};
@@ -44,7 +44,7 @@ struct TupleCaster {
   }
 };
 
-// Rows without the number of columns that are vocabulary, which RowMath knows.
+// Rows without `valid`, which follows from RowMath.
 struct Tensor3 {
   void* data;
   int dtype;
@@ -59,7 +59,7 @@ struct Tensor3 {
   }
 };
 
-// Statistics of all shards, `[ranks, rows, statistics]` with a rank stride of its own.
+// Statistics of all shards, [ranks, rows, statistics]. Consecutive ranks are rank_stride apart.
 struct Gathered {
   const float* stats;
   int64_t ranks, rows, statistics, rank_stride;

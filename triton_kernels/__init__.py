@@ -1,1 +1,1 @@
-"""Triton kernels of the row operations; installed as ``fused_sft_loss.triton_kernels``."""
+"""Triton kernels of the row operations, installed as ``fused_sft_loss.triton_kernels``."""

@@ -1,7 +1,7 @@
-"""Arithmetic and memory access that the row kernels share: device functions only.
+"""Device functions that the row kernels share: arithmetic and memory access.
 
-Sums are written as explicit FMAs and every kernel is launched with contraction off, so a number
-has the same bits in whichever kernel it is computed.
+FMAs are written out and every kernel is launched without contraction, so a formula gives the same
+bits in every kernel.
 """
 
 import triton
@@ -14,7 +14,7 @@ INF = tl.constexpr(float("inf"))
 NOT_SCORED = tl.constexpr(-1)
 OUT_OF_VOCABULARY = tl.constexpr(-2)
 
-#: Where statistics lie in a row of them; the maximum is first. See backends/contract.py.
+#: Indices of the statistics of a row; the maximum has index 0. See backends/contract.py.
 SUM_EXP = tl.constexpr(1)
 TARGET = tl.constexpr(2)
 SUM = tl.constexpr(3)
@@ -24,7 +24,7 @@ MOMENT = tl.constexpr(5)
 
 @triton.jit
 def widen(x):
-    """fp32 of a bf16, fp16 or fp32 tensor."""
+    """A bf16, fp16 or fp32 tensor in fp32."""
     if INTERPRETED and x.dtype == tl.bfloat16:  # the interpreter's own cast breaks subnormals
         return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     return x.to(tl.float32)
@@ -32,7 +32,7 @@ def widen(x):
 
 @triton.jit
 def narrow(x, dtype: tl.constexpr):
-    """An fp32 tensor rounded once, to nearest even."""
+    """An fp32 tensor, rounded once to nearest even."""
     if INTERPRETED and dtype == tl.bfloat16:  # the interpreter's own cast truncates
         bits = x.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
@@ -43,40 +43,31 @@ def narrow(x, dtype: tl.constexpr):
 
 @triton.jit
 def exp(u):
-    """e^u, to the last bits of the hardware's exp2; 0 for -inf, NaN for NaN."""
+    """e^u, as exact as the hardware's exp2; 0 for -inf, NaN for NaN."""
     return tl.exp2(u * LOG2E)
 
 
 @triton.jit
 def not_minus_infinity(m):
-    """A maximum that may be subtracted: 0 for -inf, where -inf - -inf would make a NaN."""
+    """A maximum that may be subtracted: 0 instead of -inf, because -inf - -inf is NaN."""
     return tl.where(m == -INF, 0.0, m)
 
 
 @triton.jit
 def far_from_0(scale):
-    """|m| from here on: see `reference_of`. A power of two times scale is 2^30 to 2^31."""
+    """The `far` of `reference_of`: the power of two that times scale is 2^30 to 2^31."""
     field = 284 - (scale.to(tl.int32, bitcast=True) >> 23)
     return (tl.minimum(tl.maximum(field, 33), 255) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def reference_of(m, scale, far):
-    """(scale, rounded, rest): what 2^(x * scale - m * scale), m being a maximum, is computed
-    against: one FMA and one exp2, of x * scale - rounded.
+    """(scale, rounded, rest) for 2^(x * scale - m * scale), where m is a maximum.
 
-    Against the rounded product m * scale. The rounding is one factor for all x, 2^rest, of up to
-    half a unit of the product: too much for the sum, so it is taken out once, at the end.
-
-    From |m| = far on that half unit would be 2^64 and soon more than exp2 can say. But there the
-    fp32 numbers beside m are 64 and more below it in the exponent: a logit is as large as m or it
-    vanishes. That is what any larger scale says, too: the power of two that makes the product 2^32
-    to 2^33 has no rounding (rest is 0), gives 0 for x = m, -256 at most for any other, and never
-    overflows upwards.
-
-    Sums against an older maximum `old` <= m are moved by 2^(old * scale - rounded). That is right
-    across `far` as well: it is a power of two, so old = -far has an exact product, and any m above
-    it another one, at least a unit (128) higher, of which rest is half at most.
+    It is computed as 2^(x * scale - rounded): one FMA and one exp2. `rounded` is the rounded
+    product m * scale. All x get the same error, a factor 2^rest, which is removed once, at the end.
+    From |m| = far on, rest would be too large, and scale is replaced by a power of two, with which
+    the product is exact. reference_of in csrc/gpu/row_math.cuh explains why both are right.
     """
     exponent = m.to(tl.uint32, bitcast=True) & 0x7F800000
     power = (0x8F000000 - exponent).to(tl.float32, bitcast=True)  # its exponent is 286 - that of m
@@ -87,9 +78,9 @@ def reference_of(m, scale, far):
 
 @triton.jit
 def tanh_and_slope(u):
-    """tanh u and 1 - tanh^2 u: by e^{-2|u|}, near 0 by the odd Taylor series.
+    """tanh u and 1 - tanh^2 u, from e^{-2|u|}; for |u| < 0.25 tanh u from the odd Taylor series.
 
-    The series' next term is 1382/155925 u^11: under 4e-8 relative for |u| < 0.25.
+    The first term that the series leaves out is 1382/155925 u^11: under 4e-8 relative.
     """
     magnitude = tl.abs(u)
     e = exp(-2.0 * magnitude)
@@ -106,7 +97,7 @@ def tanh_and_slope(u):
 
 @triton.jit
 def cap_and_slope(x, inward, cap):
-    """cap * tanh(x * inward), infinities as they are, and its derivative over cap * inward."""
+    """cap * tanh(x * inward), infinities unchanged, and its derivative divided by cap * inward."""
     value, slope = tanh_and_slope(x * inward)
     return tl.where(tl.abs(x) == INF, x, cap * value), slope
 
@@ -115,8 +106,8 @@ def cap_and_slope(x, inward, cap):
 def row_pointer(base, row, seq, stride_b, stride_s, ALIGNED: tl.constexpr):
     """Pointer to column 0 of row b * seq + s.
 
-    Offsets are int64: N * V passes 2^31 long before a cluster notices. ALIGNED: every row starts
-    at a multiple of 16 bytes, which Triton cannot know of strides that are not multiples of 16.
+    Offsets are int64, because N * V can exceed 2^31. ALIGNED: every row starts at a multiple of 16
+    bytes. Triton cannot derive this from strides that are not multiples of 16.
     """
     start = (row // seq).to(tl.int64) * stride_b + (row % seq).to(tl.int64) * stride_s
     if ALIGNED:
@@ -126,13 +117,13 @@ def row_pointer(base, row, seq, stride_b, stride_s, ALIGNED: tl.constexpr):
 
 @triton.jit
 def tile_runs(RUNS: tl.constexpr, THREADS: tl.constexpr):
-    """First columns `[RUNS, THREADS]` of a tile's runs of 8 neighbours."""
+    """The first column `[RUNS, THREADS]` of each run of 8 neighbouring columns in a tile."""
     return tl.arange(0, RUNS)[:, None] * (THREADS * 8) + tl.arange(0, THREADS)[None, :] * 8
 
 
 @triton.jit
 def tile_columns(RUNS: tl.constexpr, THREADS: tl.constexpr):
-    """Columns `[RUNS, THREADS, 8]` of a tile, RUNS runs of 8 neighbours for each thread.
+    """The columns `[RUNS, THREADS, 8]` of a tile; each thread has RUNS runs of 8 neighbours.
 
     Reductions over the first and the last axis stay inside a thread.
     """
@@ -141,7 +132,7 @@ def tile_columns(RUNS: tl.constexpr, THREADS: tl.constexpr):
 
 @triton.jit
 def load_columns(row, column, end, MASKED: tl.constexpr):
-    """fp32 of row[column]; -inf from `end` on, when MASKED."""
+    """row[column] in fp32; if MASKED, -inf for columns from `end` on."""
     if MASKED:
         x = tl.load(row + column, mask=column < end, other=-INF)
     else:
@@ -151,7 +142,7 @@ def load_columns(row, column, end, MASKED: tl.constexpr):
 
 @triton.jit
 def load_four(row, column, end, MASKED: tl.constexpr):
-    """`[..., 2, 2]` of columns column + (0, 2, 4, 6)."""
+    """The logits at column + (0, 2, 4, 6), as `[..., 2, 2]`."""
     low = tl.join(
         load_columns(row, column, end, MASKED), load_columns(row, column + 4, end, MASKED)
     )
@@ -164,17 +155,18 @@ def load_four(row, column, end, MASKED: tl.constexpr):
 @triton.jit
 def load_tile(
     tile,  # pointer to the tile's first column
-    end,  # columns from here on, counted from the tile's first, are -inf when MASKED
+    end,  # if MASKED, columns from here on are -inf; counted from the tile's first
     RUNS: tl.constexpr,
     THREADS: tl.constexpr,
     ALIGNED: tl.constexpr,  # the tile starts at a multiple of 16 bytes
     MASKED: tl.constexpr,
 ):
-    """fp32 `[RUNS, THREADS, 8]`: the same numbers in the same registers of the same threads for
-    every dtype and alignment, hence sums with the same bits.
+    """A tile in fp32, `[RUNS, THREADS, 8]`.
 
-    Left to itself Triton would give a thread what 16 aligned bytes hold, 8, 4 or 1 columns. So
-    two fp32 loads are joined to a run of 8, and where 16 bytes are not aligned 8 single columns.
+    Every dtype and alignment puts the same logits into the same registers of the same threads, so
+    sums have the same bits. By default Triton gives a thread as many columns as 16 aligned bytes
+    hold: 8, 4 or 1. So this function joins a run of 8 from two loads of 4 fp32 columns, or from 8
+    loads of one column if rows are not aligned.
     """
     run = tile_runs(RUNS, THREADS)
     if not ALIGNED:
@@ -192,16 +184,16 @@ def load_tile(
 
 @triton.jit
 def max_tile(x):
-    """`[RUNS, THREADS, 8]` -> `[THREADS]`, inside a thread."""
+    """Maximum over a thread's columns: `[RUNS, THREADS, 8]` -> `[THREADS]`."""
     return tl.max(tl.max(x, 2), 0)
 
 
 @triton.jit
 def sum_tile(x, RUNS: tl.constexpr, THREADS: tl.constexpr):
-    """`[RUNS, THREADS, 8]` -> `[THREADS]`, inside a thread.
+    """Sum over a thread's columns: `[RUNS, THREADS, 8]` -> `[THREADS]`.
 
-    Pair by pair: Triton adds in the order of a thread's registers, which depends on how the tile
-    was loaded, but of two numbers the sum is the same either way.
+    Triton adds in the order of a thread's registers, which depends on how the tile was loaded. So
+    the columns are added in pairs: the sum of two numbers does not depend on their order.
     """
     x = tl.reshape(x, [RUNS, THREADS, 2, 2, 2])
     return tl.sum(tl.sum(tl.sum(tl.sum(x, 4), 3), 2), 0)
@@ -209,12 +201,12 @@ def sum_tile(x, RUNS: tl.constexpr, THREADS: tl.constexpr):
 
 @triton.jit
 def fold(max_a, sum_a, x_a, id_a, moment_a, max_b, sum_b, x_b, id_b, moment_b, unit):
-    """Statistics (maximum, sum of exp, sum of x, id of the maximum, moment) of columns a and b, in
-    units of x: z = unit * x.
+    """Merge the statistics of two column ranges, `a` left of `b`.
 
-    The one merge there is, of a row's segments and of the ranks' shards, always left to right;
-    scalars or tensors of rows. Of equal maxima the smaller id stays. A side that vanishes (its
-    factor is 0) has no moment to move: -inf * 0 is no entropy.
+    They are maximum, sum of exp, sum of x, id of the maximum and moment, in units of x (z = unit *
+    x); scalars, or tensors with one element per row. Segments and shards are both merged with this
+    function, left to right. If the maxima are equal, the smaller id is kept. If a side's factor is
+    0, its delta may be -inf and is replaced by 0, because -inf * 0 is NaN.
     """
     top = tl.maximum(max_a, max_b)
     reference = not_minus_infinity(top)
@@ -236,7 +228,7 @@ def fold(max_a, sum_a, x_a, id_a, moment_a, max_b, sum_b, x_b, id_b, moment_b, u
 
 @triton.jit
 def load_stats(stats, mask, STATISTICS: tl.constexpr):
-    """What `fold` takes, of the row or rows of statistics at `stats`; 0 for what they lack."""
+    """The arguments of `fold` for the statistics at `stats`; 0 for those that are not stored."""
     top = tl.load(stats, mask=mask, other=0.0)
     total = tl.load(stats + SUM_EXP, mask=mask, other=0.0)
     x_sum = tl.zeros_like(top)
@@ -252,7 +244,7 @@ def load_stats(stats, mask, STATISTICS: tl.constexpr):
 
 @triton.jit
 def store_stats(stats, top, total, x_sum, top_id, moment, mask, STATISTICS: tl.constexpr):
-    """The inverse of `load_stats`; TARGET, the target's x, is the caller's."""
+    """The inverse of `load_stats`. The caller stores the target's x at TARGET."""
     tl.store(stats, top, mask=mask)
     tl.store(stats + SUM_EXP, total, mask=mask)
     if STATISTICS > SUM:
@@ -262,5 +254,5 @@ def store_stats(stats, top, total, x_sum, top_id, moment, mask, STATISTICS: tl.c
         tl.store(stats + MOMENT, moment, mask=mask)
 
 
-#: Whether TRITON_INTERPRET=1 made Triton run these functions in numpy; it decides once, on import.
+#: Whether Triton interprets these functions in numpy (TRITON_INTERPRET=1, read once, on import).
 INTERPRETED = tl.constexpr(not isinstance(widen, triton.JITFunction))

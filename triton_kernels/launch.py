@@ -1,4 +1,4 @@
-"""How the kernels are launched: the chips, and a table of shapes with the reason beside each."""
+"""The launch table of the kernels: a shape for each chip, use and width, with its reason."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -8,14 +8,15 @@ import torch
 
 from .arithmetic import INTERPRETED
 
-#: Programs per multiprocessor that `splits` asks for, about three times what is resident: with one
-#: row in three scored every multiprocessor still has its full load.
+#: Programs per multiprocessor that `splits` aims for. It is about three times the number of
+#: resident programs: if only one row in three is scored, every multiprocessor still has a full
+#: load.
 PROGRAMS = 32
 
-#: Rows per program of the kernels over vectors of N rows: a row a thread.
+#: Rows per program of the kernels over vectors of N rows: one row per thread.
 VECTOR_BLOCK = 256
 
-#: What the launch table tells apart: the row kernels, and options that take more registers.
+#: What the launch table distinguishes: the row kernels, and options that need more registers.
 STATS = ("row_stats", "row_stats softcap", "row_stats metrics")
 GRAD = ("row_grad",)
 USES = STATS + GRAD
@@ -23,10 +24,10 @@ USES = STATS + GRAD
 
 @dataclass(frozen=True)
 class Chip:
-    """What launch policy knows of a device."""
+    """The properties of a device that the launch table uses."""
 
     name: str  # "sm_90", "gfx942"
-    warp: int  # threads that run in step
+    warp: int  # threads per warp or wave
     multiprocessors: int
 
     @property
@@ -35,27 +36,27 @@ class Chip:
 
     @property
     def capability(self) -> int:
-        """NVIDIA's compute capability, 90 for 9.0; 0 for others."""
+        """NVIDIA's compute capability, 90 for 9.0; 0 for other vendors."""
         return int(self.name.removeprefix("sm_")) if self.name.startswith("sm_") else 0
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A line of the table: how the programs of a kernel look on some chips, for some rows.
+    """A line of the table: the launch shape of a kernel on some chips, for some row widths.
 
-    Threads, not warps: the 32 warps that fill an NVIDIA block would be 2048 threads on AMD, which
-    no launch can have, and which this class cannot express. All dtypes of logits alike: otherwise a
-    bf16 loss would differ in its last bits from that of the same numbers in fp32.
+    It counts threads, not warps: the 32 warps that fill an NVIDIA block would be 2048 threads on
+    AMD, more than a block can have. It serves all dtypes of logits, because otherwise the last bits
+    of a bf16 loss could differ from those of an fp32 loss of the same numbers.
     """
 
-    chips: str  # what their names begin with: "sm_", "gfx", or a whole name
+    chips: str  # how their names begin: "sm_", "gfx", or a whole name
     uses: tuple[str, ...]  # among USES
     columns: int | None  # for V_local up to this; None: any
     threads: int
-    runs: int  # of 8 neighbouring columns, that a thread takes in at once
-    segment: int  # columns; the unit in which a row is shared out
+    runs: int  # runs of 8 neighbouring columns that a thread loads at once
+    segment: int  # columns; programs share a row in whole segments
     why: str
-    capability: int = 0  # NVIDIA: compute capability, 90 for 9.0, from which on the line serves
+    capability: int = 0  # NVIDIA: the lowest compute capability of the line, 90 for 9.0
 
     def __post_init__(self):
         powers = all(n & (n - 1) == 0 for n in (self.threads, self.runs, self.segment))
@@ -67,7 +68,7 @@ class Shape:
 
     @property
     def tile(self) -> int:
-        """Columns that a program takes in at once."""
+        """Columns that a program loads at once."""
         return self.runs * self.threads * 8
 
     def is_for(self, chip: Chip) -> bool:
@@ -80,7 +81,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch, complete: what is run, and what an offline compile reads."""
+    """A complete kernel launch; it can be run, or read by an offline compile."""
 
     kernel: Any
     programs: int
@@ -95,30 +96,33 @@ class Launch:
 def options(chip: Chip, threads: int) -> dict[str, Any]:
     """Triton's launch options.
 
-    One stage: loads go to registers, not through shared memory. No contraction: a formula has the
-    same bits in every kernel, and FMAs are written out.
+    With one stage, loads go to registers, not through shared memory. Without contraction, a formula
+    gives the same bits in every kernel; the kernels write out their FMAs.
     """
     common = {"num_warps": threads // chip.warp, "num_stages": 1, "enable_fp_fusion": False}
     if not chip.amd:
         return common
-    # No occupancy asked of the register allocator. Denormals flushed: exp2 is then the bare
-    # instruction, without three more to rescue results under 2^-126.
+    # waves_per_eu 0 sets no occupancy for the register allocator. With denormals flushed, exp2 is
+    # the bare instruction; keeping results below 2^-126 would take three more.
     return {**common, "waves_per_eu": 0, "allow_flush_denorm": True}
 
 
 def vector_options(chip: Chip) -> dict[str, Any]:
-    """For the kernels over vectors of N rows."""
+    """Launch options of the kernels over vectors of N rows."""
     return options(chip, VECTOR_BLOCK)
 
 
 def targets_options(chip: Chip) -> dict[str, Any]:
-    """Many threads: one program reads all rows, and what bounds it is loads in flight."""
+    """Launch options of kernels in which one program reads all rows.
+
+    They have many threads, because the program is bound by loads in flight.
+    """
     return options(chip, 512)
 
 
 @cache
 def chip_of(device: torch.device) -> Chip:
-    """The chip behind a device; reads properties that torch has cached, synchronises nothing.
+    """The chip of a device. Reads properties that torch caches; does not synchronise.
 
     Raises:
         ValueError: CPU tensors without the interpreter, or a device Triton has no backend for.
@@ -138,12 +142,12 @@ def chip_of(device: torch.device) -> Chip:
 
 
 def lines(chip: Chip) -> list[Shape]:
-    """The lines of the table for a chip."""
+    """The table's lines for a chip."""
     return [shape for shape in SHAPES if shape.is_for(chip)]
 
 
 def shape_for(chip: Chip, use: str, columns: int) -> Shape:
-    """The first line for a chip that serves `use` at `columns` logits."""
+    """The first line that matches a chip, a use and a number of columns."""
     return next(
         shape
         for shape in SHAPES
@@ -154,10 +158,10 @@ def shape_for(chip: Chip, use: str, columns: int) -> Shape:
 
 
 def splits(chip: Chip, rows: int, segments: int) -> int:
-    """Programs per row, so that even few rows fill the chip.
+    """Programs per row, so that few rows fill the chip too.
 
-    How many rows are scored is not known without a synchronisation, hence PROGRAMS; the programs
-    of a masked row cost an exit each.
+    The number of scored rows is unknown without a synchronisation, so PROGRAMS allows for masked
+    rows. In row_stats each program of a masked row exits at once.
     """
     wanted = chip.multiprocessors * PROGRAMS
     return max(1, min(segments, -(-wanted // max(rows, 1))))
@@ -173,11 +177,11 @@ def aligned(tensor: torch.Tensor) -> bool:
 
 INTERPRETER = Chip("interpreter", 1, 1)
 
-# The first line that serves is taken; a chip newer than the table takes the lines of its vendor.
-# The choices rest on registers, spills and bytes in flight of compiled code (Triton 3.9, ptxas 13):
-# bench/without_gpu/codegen/budgets.py lists them, and tests compile the kernels and compare. Of all
-# chips an H100 alone was timed: 94 to 97 % of a copy at 131072 columns in bf16 and fp32, 72 to 95
-# at fewer. On AMD four waves were measured best for a cross-entropy on MI308X (ROCm/aiter).
+# The first line that matches is used; a chip newer than the table takes the lines of its vendor.
+# The lines were chosen by registers, spills and bytes in flight of the compiled code (Triton 3.9,
+# ptxas 13); bench/without_gpu/codegen/budgets.py lists them, and tests compile the kernels and
+# compare. Measured chip: one H100, with 94 to 97 % of a copy at 131072 columns in bf16 and fp32, 72
+# to 95 at fewer. On AMD, four waves were measured best for a cross-entropy on MI308X (ROCm/aiter).
 SHAPES: tuple[Shape, ...] = (
     Shape("sm_", USES, 2048, 128, 1, 2048, "two tiles at most, few columns idle"),
     Shape("sm_", ("row_stats",), None, 128, 4, 16384, "7 % fewer instructions", capability=100),

@@ -1,4 +1,4 @@
-"""Loss, or metrics, of each row from the statistics of all shards, folded in rank order."""
+"""Folds each row's statistics over the shards, in rank order; computes its loss and metrics."""
 
 import torch
 import triton
@@ -14,9 +14,9 @@ def merge_kernel(
     gathered,  # [ranks, N, STATISTICS] fp32 at rank * stride_rank + n * stride_row
     target,  # [N] int64
     weight,  # [N] fp32; 0: the row's results are 0
-    loss,  # [N] fp32: weight * loss, with METRICS just the loss
+    loss,  # [N] fp32: weight * loss; with METRICS the unweighted loss
     normalizer,  # [N, 2] fp32: maximum x, sum of exp(unit * (x - maximum))
-    lse,  # [N] fp32, with METRICS, as what follows
+    lse,  # [N] fp32; this and the next three only with METRICS
     log_prob,  # [N] fp32
     correct,  # [N] uint8
     entropy,  # [N] fp32
@@ -55,7 +55,7 @@ def merge_kernel(
         gathered += stride_rank
     log_total = tl.log(total)
     row_lse = tl.fma(top, unit, log_total)
-    # (maximum - x_y) first: both are logits, so their difference is exact when it matters.
+    # (maximum - x_y) first: both are logits, so the difference is exact if they are close.
     value = tl.fma(top - x_target, unit, log_total)
     if SMOOTHED:
         smooth = tl.fma(top - x_sum / vocab_size, unit, log_total)
@@ -85,14 +85,14 @@ def plan(
     gathered: torch.Tensor,  # [ranks, N, statistics] fp32
     target: torch.Tensor,  # [N] int64
     weight: torch.Tensor,  # [N] fp32
-    loss: torch.Tensor,  # [N] fp32, written, as what follows
+    loss: torch.Tensor,  # [N] fp32; this and all that follow are written
     normalizer: torch.Tensor,  # [N, 2] fp32
     lse: torch.Tensor | None = None,  # [N] fp32; None: no metrics
     log_prob: torch.Tensor | None = None,  # [N] fp32
     correct: torch.Tensor | None = None,  # [N] bool
     entropy: torch.Tensor | None = None,  # [N] fp32
 ) -> list[Launch]:
-    """The one launch."""
+    """The launch that merges the statistics, in a list."""
     ranks, rows, statistics = gathered.shape
     arguments = {
         "gathered": gathered,

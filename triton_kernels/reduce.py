@@ -1,4 +1,4 @@
-"""The sum of N losses, or their mean, by one program in a fixed order."""
+"""The sum or the mean of N losses. One program adds them in a fixed order."""
 
 import torch
 import triton
@@ -6,14 +6,14 @@ import triton.language as tl
 
 from .launch import Chip, Launch, targets_options
 
-#: Losses that the program adds up at a time.
+#: Losses that the program loads at once.
 BLOCK = 2048
 
 
 @triton.jit(do_not_specialize=["rows"])
 def reduce_kernel(
     losses,  # [N] fp32
-    weight_sum,  # [1] fp32 to divide by, where 0 counts as 1; or None
+    weight_sum,  # [1] fp32 divisor of the mean, where 0 counts as 1; None: the sum
     result,  # [1] fp32
     rows,
     BLOCK: tl.constexpr,
@@ -32,7 +32,7 @@ def reduce_kernel(
 def plan(
     chip: Chip, losses: torch.Tensor, weight_sum: torch.Tensor | None, result: torch.Tensor
 ) -> list[Launch]:
-    """The one launch."""
+    """The launch that reduces the losses, in a list."""
     arguments = {
         "losses": losses,
         "weight_sum": weight_sum,

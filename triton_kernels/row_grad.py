@@ -1,7 +1,7 @@
 """Gradient of the logits, row by row, from the logits and each row's normalizer.
 
-Computed in fp32 and rounded once; element by element, so it may overwrite the logits. A row with
-scale 0 is not read: it gets stored zeros.
+docs/design.md derives it. It is computed in fp32 and rounded once. Each element depends only on its
+own logit, so it may overwrite the logits. A row with scale 0 is not read: it gets stored zeros.
 """
 
 import torch
@@ -27,18 +27,21 @@ from .launch import Chip, Launch, Shape, aligned, splits
 def grad_tile(
     x,  # [RUNS, THREADS, 8] fp32
     columns,
-    own,  # the target among them, if it is there
-    scale2,  # p = 2^(x * scale2 - reference), x capped first when SOFTCAP
+    own,  # the target's column, in the numbering of `columns`
+    scale2,  # p = 2^(x * scale2 - reference), with x capped first if SOFTCAP
     reference,
     softmax_factor,
     smoothing,
-    at_target,  # smoothing + what the target gets less
+    at_target,  # replaces smoothing at the target
     scale,
     inward,
     cap,
     SOFTCAP: tl.constexpr,
 ):
-    """dz/dx * (p * softmax_factor - smoothing - [target]), with p - [target] formed in fp32."""
+    """dz/dx * (p * softmax_factor - smoothing); at the target, at_target replaces smoothing.
+
+    The difference is formed in fp32. Without SOFTCAP the factors include dz/dx.
+    """
     if SOFTCAP:
         x, slope = cap_and_slope(x, inward, cap)
     p = tl.exp2(tl.fma(x, scale2, -reference))
@@ -50,7 +53,7 @@ def grad_tile(
 
 @triton.jit
 def row_scale(row, upstream, weight, weight_sum, upstream_stride):
-    """What the row's gradient is multiplied by."""
+    """The factor of the row's gradient: weight * (upstream / weight_sum), 0 if the weight is 0."""
     factor = tl.load(upstream + row * upstream_stride)
     if weight_sum is not None:
         divisor = tl.load(weight_sum)
@@ -68,16 +71,16 @@ def row_grad_kernel(
     grad,  # row n at (n // seq) * out_stride_b + (n % seq) * out_stride_s; may be the logits
     target,  # [N] int64
     normalizer,  # [N, 2] fp32: maximum x, sum of exp(unit * (x - maximum))
-    upstream,  # gradient of row n's loss at n * upstream_stride, fp32
-    weight,  # [N] fp32, or None: 1; 0: the row is not read and gets zeros
-    weight_sum,  # [1] fp32 of a mean, where 0 counts as 1; or None: 1
+    upstream,  # fp32; gradient of row n's loss at n * upstream_stride
+    weight,  # [N] fp32; 0: the row is not read and gets zeros; None: all 1
+    weight_sum,  # [1] fp32 divisor of a mean, where 0 counts as 1; None: 1
     upstream_stride: tl.int64,
     seq,
     stride_b: tl.int64,
     stride_s: tl.int64,
     out_stride_b: tl.int64,
     out_stride_s: tl.int64,
-    width,  # columns that exist
+    width,  # columns, with padding
     valid,  # columns from here on are padding and get 0
     vocab_start: tl.int64,
     splits,  # programs per row
@@ -96,12 +99,12 @@ def row_grad_kernel(
     THREADS: tl.constexpr,
 ):
     TILE: tl.constexpr = RUNS * THREADS * 8
-    # From the last row, which forward read last and may have left in the L2 or Infinity Cache: the
-    # CUDA kernels measured that (csrc/gpu/row_grad.cuh).
+    # Start with the last row: forward read it last, so the L2 or Infinity Cache may still hold it.
+    # csrc/gpu/row_grad.cuh has the measurement.
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     row = program // splits
     per_part = tl.cdiv(tl.cdiv(width, SEGMENT), splits) * SEGMENT
-    # Not clamped, or Triton would no longer see that it is a multiple of 16 bytes.
+    # Not clamped, because Triton would then not see that it is a multiple of 16 bytes.
     begin = program % splits * per_part
     end = tl.minimum(begin + per_part, width)
     columns = tile_columns(RUNS, THREADS)
@@ -119,7 +122,7 @@ def row_grad_kernel(
     logits = row_pointer(logits, row, seq, stride_b, stride_s, ALIGNED)
     label = tl.load(target + row)
     own = label - vocab_start
-    # A target elsewhere (none, another shard's) is a column that no tile has.
+    # If there is no target in this shard, -1: a column that no tile has.
     own = tl.where((label >= 0) & (own >= 0) & (own < valid), own, -1).to(tl.int32)
     normalizer += row.to(tl.int64) * 2
     top = tl.load(normalizer)

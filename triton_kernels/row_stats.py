@@ -1,10 +1,11 @@
 """Softmax statistics of each scored row, from one read of it.
 
-A row is cut into segments of a fixed number of columns, and a segment into tiles. A thread keeps
-the running maximum and sums of its own columns (no exchange between threads per tile, one rescale
-per tile); threads meet at the end of a segment, segments are folded left to right. Where there are
-fewer rows than the chip needs, a row's segments go to several programs, their statistics to
-memory, and a second kernel folds them: by the same function in the same order, to the same bits.
+A row is cut into segments of a fixed number of columns, and a segment into tiles. Each thread keeps
+the running maximum and sums of its own columns; it rescales once per tile and exchanges nothing. At
+the end of a segment the program reduces its threads, and segments are folded left to right. If
+there are too few rows for the chip, several programs share a row's segments and write their
+statistics to memory, and a second kernel folds them with the same function in the same order, so
+the bits are the same.
 """
 
 import torch
@@ -40,16 +41,16 @@ LAST = tl.constexpr(0x7FFFFFFF)  # a column beyond all columns
 
 @triton.jit
 def accumulate(
-    x,  # [RUNS, THREADS, 8] fp32, -inf where there is no column
+    x,  # [RUNS, THREADS, 8] fp32; -inf for columns that do not exist
     columns,  # its columns, counted from `first`
     first,
-    end,  # columns from here on are not there, when MASKED
-    top,  # [THREADS], as what follows: maximum of x,
-    total,  # sum of 2^u, u as reference_of(top) says
+    end,  # if MASKED, columns from here on do not exist
+    top,  # maximum of x; this and the next four are [THREADS]
+    total,  # sum of 2^u with u = x * scale - rounded, from reference_of(top)
     x_sum,
     top_at,  # first column of the maximum
     moment,  # sum of u * 2^u
-    scale,  # of x, times log2(e): the exponential is one FMA and one exp2
+    scale,  # unit * log2(e): an exponential is one FMA and one exp2
     far,
     inward,
     cap,
@@ -59,7 +60,7 @@ def accumulate(
     THREADS: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Take one tile into each thread's running statistics."""
+    """Add one tile to each thread's running statistics."""
     if SOFTCAP:
         x, _slope = cap_and_slope(x, inward, cap)
     tile_top = max_tile(x)
@@ -97,8 +98,10 @@ def segment_stats(
     RUNS: tl.constexpr,
     THREADS: tl.constexpr,
 ):
-    """Scalars (maximum x, sum of exp(scale * (x - maximum)), sum of x, column of the maximum,
-    moment)."""
+    """The statistics of columns [begin, end), as scalars.
+
+    They are maximum x, sum of exp(scale * (x - maximum)), sum of x, column of the maximum, moment.
+    """
     TILE: tl.constexpr = RUNS * THREADS * 8
     scale2 = scale * LOG2E
     far = far_from_0(scale2)
@@ -126,7 +129,7 @@ def segment_stats(
     delta = (top * scale2 - reference) - rest
     shrink = tl.exp2(delta)
     row_total = tl.sum(total * shrink, 0)
-    # The maximum's own term is 1, but for the rounding of two exponentials: no loss is negative.
+    # The maximum's own term is 1 before rounding. A sum below 1 could make a loss negative.
     row_total = tl.where((row_top > -INF) & (row_total < 1.0), 1.0, row_total)
     if STATISTICS > ARGMAX:
         top_at = tl.where(top == row_top, top_at, LAST)
@@ -142,18 +145,18 @@ def segment_stats(
 
 @triton.jit(do_not_specialize=["seq", "stride_b", "stride_s", "vocab_start", "splits"])
 def row_stats_kernel(
-    logits,  # row n at (n // seq) * stride_b + (n % seq) * stride_s, `valid` columns of it
+    logits,  # row n at (n // seq) * stride_b + (n % seq) * stride_s; `valid` columns are read
     target,  # [N] int64
     weight,  # [N] fp32; 0: the row is not read
-    stats,  # [N, STATISTICS] fp32; when SPLIT only the target's x
-    parts,  # [N, segments, STATISTICS] fp32, when SPLIT; their TARGET is unused
+    stats,  # [N, STATISTICS] fp32; if SPLIT, only the target's x is written
+    parts,  # [N, segments, STATISTICS] fp32, if SPLIT; their TARGET is unused
     seq,
     stride_b: tl.int64,
     stride_s: tl.int64,
     valid,
     vocab_start: tl.int64,
     splits,  # programs per row
-    scale,  # z = x * scale, x capped first when SOFTCAP
+    scale,  # z = x * scale, with x capped first if SOFTCAP
     inward,
     cap,
     STATISTICS: tl.constexpr,
@@ -210,7 +213,7 @@ def row_stats_kernel(
 def fold_segments_kernel(
     parts,  # [N, segments, STATISTICS] fp32
     weight,  # [N] fp32; 0: the row's parts were not written
-    stats,  # [N, STATISTICS] fp32, all of it but the target's x of scored rows
+    stats,  # [N, STATISTICS] fp32; written, except the target's x of scored rows
     rows,
     segments,
     unit,  # z = unit * x
@@ -247,7 +250,7 @@ def fold_segments_kernel(
 
 
 def table_name(statistics: int, softcap: float) -> str:
-    """What the launch table calls this use of the kernel."""
+    """The name of this use of the kernel in the launch table."""
     if statistics > ARGMAX.value:
         return "row_stats metrics"
     return "row_stats softcap" if softcap else "row_stats"
@@ -260,9 +263,9 @@ def plan(
     logits: torch.Tensor,  # [b, s, v]
     target: torch.Tensor,  # [N] int64
     weight: torch.Tensor,  # [N] fp32
-    stats: torch.Tensor,  # [N, columns] fp32, written
+    stats: torch.Tensor,  # [N, statistics] fp32, written
 ) -> list[Launch]:
-    """The launches that fill `stats`: one, or two where rows are few."""
+    """The launches that fill `stats`: one, or two if there are few rows."""
     statistics, softcap = stats.shape[1], math.softcap
     valid = math.valid_columns(logits.shape[-1])
     rows, segments = weight.numel(), triton.cdiv(valid, shape.segment)

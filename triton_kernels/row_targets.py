@@ -1,8 +1,8 @@
-"""What each row is scored on: shift, packing, ignore_index and mask, in one launch without atomics.
+"""Target and weight of each row, from labels, mask, document boundaries and ignore_index.
 
-Program 0 walks all the rows for the count and the sum of the weights, in a fixed order; each of
-the others writes the targets and weights of one block. Labels and masks are a few bytes a row, so
-that one program can afford to read them all again.
+One launch, no atomics. Program 0 reads all rows, in a fixed order, for the count and the sum of the
+weights. Every other program writes the targets and weights of one block. Labels and masks are a few
+bytes per row, so one program can afford to read them all again.
 """
 
 import torch
@@ -14,17 +14,17 @@ from ..targets import Targets
 from .arithmetic import NOT_SCORED, OUT_OF_VOCABULARY, widen
 from .launch import Chip, Launch, targets_options
 
-#: Rows a program handles at a time. With documents twice as many need more scalar registers, for
-#: their lanes' masks, than AMD's processors have.
+#: Rows that a program handles at once. With documents, twice as many rows need more scalar
+#: registers, for the masks of their lanes, than AMD GPUs have.
 BLOCK = 2048
 
 
 @triton.jit
 def same_document_next(position, mask, cu_seqlens, stride, boundaries, STEPS: tl.constexpr):
-    """Whether position and position + 1 lie in one document: binary search for the boundaries."""
+    """Whether position and position + 1 lie in one document. Binary search in `cu_seqlens`."""
     low = tl.zeros_like(position)
     high = low + boundaries
-    for _ in range(STEPS):  # low: how many boundaries are <= position
+    for _ in range(STEPS):  # low becomes the number of boundaries <= position
         middle = (low + high) // 2
         searching = mask & (low < high)
         edge = tl.load(cu_seqlens + middle.to(tl.int64) * stride, mask=searching, other=0)
@@ -55,7 +55,7 @@ def scored_on(
     SHIFT: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """(target int64, weight fp32, whether the row is scored) of each row; row >= N is not."""
+    """(target int64, weight fp32, whether the row is scored) of each row; rows >= N are not."""
     b = (row // seq).to(tl.int64)
     at = (row % seq + SHIFT).to(tl.int64)
     scored = (row < rows) & (at < seq)
@@ -80,8 +80,8 @@ def scored_on(
                                "mask_stride_b", "mask_stride_s", "boundaries", "ignore_index",
                                "vocab_size"])  # fmt: skip
 def row_targets_kernel(
-    labels,  # (b, s) at b * labels_stride_b + s * labels_stride_s, any integer
-    loss_mask,  # (b, s) likewise, any dtype (bool as uint8), or None
+    labels,  # any integer dtype; (b, s) at b * labels_stride_b + s * labels_stride_s
+    loss_mask,  # any dtype (bool as uint8), or None; (b, s) likewise, with its own strides
     cu_seqlens,  # [boundaries] int32 or int64, or None
     target,  # [N] int64
     weight,  # [N] fp32
@@ -132,7 +132,7 @@ def plan(
     vocab_size: int,
     found: Targets,  # written
 ) -> list[Launch]:
-    """The one launch."""
+    """The launch that fills `found`, in a list."""
     labels, loss_mask, cu_seqlens, shift, ignore_index = scoring
     if loss_mask is not None and loss_mask.dtype == torch.bool:
         loss_mask = loss_mask.view(torch.uint8)
@@ -166,5 +166,5 @@ def plan(
 
 
 def row_strides(tensor: torch.Tensor) -> tuple[int, int]:
-    """Strides of batch and position, of `[b, s]` or `[n]`."""
+    """Strides of batch and position of a `[b, s]` or `[n]` tensor."""
     return tensor.stride() if tensor.dim() == 2 else (0, tensor.stride(0))

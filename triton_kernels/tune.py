@@ -1,4 +1,4 @@
-"""Which line of the launch table a call takes; with FUSED_SFT_LOSS_AUTOTUNE=1 a search for one."""
+"""Chooses a call's line of the launch table, or with FUSED_SFT_LOSS_AUTOTUNE=1 searches for one."""
 
 from collections.abc import Callable, Iterator
 from itertools import product
@@ -16,9 +16,9 @@ _found: dict[tuple, Shape] = {}
 def choose(chip: Chip, kernel: str, logits: torch.Tensor, launch: Callable[[Shape], None]) -> Shape:
     """The shape to launch `kernel` with on logits `[b, s, v]`.
 
-    A search times `launch` for each candidate, once per kernel, dtype and V_local. It
-    synchronises, and another run may find another shape, and with it other last bits: to keep a
-    result, put the line that it prints at the head of SHAPES and leave the variable out.
+    A search times `launch` with each candidate, once per chip, kernel, dtype and V_local. It
+    synchronises. Another run may find another shape, which gives other last bits. To keep a result,
+    put the line that the search prints at the head of SHAPES and unset the variable.
     """
     if not enabled(VARIABLE):
         return shape_for(chip, kernel, logits.shape[-1])
@@ -37,7 +37,7 @@ def search(
     timer: Callable[[Callable[[], None]], float] | None = None,
     report: Callable[[str], None] = print,
 ) -> Shape:
-    """The fastest candidate by `timer` (milliseconds; Triton's do_bench unless given)."""
+    """The fastest candidate by `timer`, which returns milliseconds (default: Triton's do_bench)."""
     if timer is None:
         from triton.testing import do_bench as timer
     times = {}
@@ -55,7 +55,7 @@ def search(
 
 
 def candidates(chip: Chip, kernel: str, columns: int) -> Iterator[Shape]:
-    """The table's own line, then every launch around it that can be made."""
+    """The table's line, then other threads and runs whose tile fits into the line's segment."""
     table = shape_for(chip, kernel, columns)
     yield table
     for threads, runs in product((64, 128, 256, 512, 1024), (1, 2, 4, 8)):

@@ -56,7 +56,7 @@ constexpr int kKernelSets = 0
 
 const RowKernels* fastest() {
   const RowKernels* k = all_kernels();
-  while (!runs_here(k->isa)) ++k;  // ends with `baseline`, which runs anywhere
+  while (!runs_here(k->isa)) ++k;  // the last one is `baseline`, which runs anywhere
   return k;
 }
 
@@ -74,7 +74,7 @@ char* at(const Rows& rows, int64_t row, int64_t column = 0) {
 
 int64_t chunks_of(const Rows& rows) { return (rows.valid + kChunk - 1) / kChunk; }
 
-// Whether the rows with a nonzero factor(row) are too few to keep the threads busy one row each.
+// Whether too few rows have a nonzero factor(row) to keep all threads busy with whole rows.
 template <class Factor>
 bool too_few(const Factor& factor, int64_t rows, int threads) {
   int64_t busy = 0;
@@ -102,7 +102,7 @@ void whole_row_stats(const StatsArgs& a, const RowKernels& kernels, int64_t row)
   write_stats(a, kernels, row, partial);
 }
 
-float quiet(float x) { return std::isnan(x) ? std::nanf("") : x; }  // payloads would upset bf16 rounding
+float quiet(float x) { return std::isnan(x) ? std::nanf("") : x; }  // see upper() in row_math.h
 
 float scale_of(const RowScale& s, int64_t row) {
   if (s.weight && s.weight[row] == 0) return 0;
@@ -121,10 +121,10 @@ RowConstants row_constants(const GradArgs& a, int64_t row, float any_scale) {
           scale * (1 - eps), a.target[row] < 0 ? -1 : a.target[row] - math.vocab_start};
 }
 
-// Zeros that bypass the caches where the machine can: an ordinary store first reads the line it overwrites,
-// and a gradient this large is out of the cache before anybody reads it (measured: 8.5 ms -> 3.9 ms for
-// 128 MiB on two cores).
-constexpr int64_t kStreamed = int64_t{16} << 20;  // bytes of a whole gradient
+// From this size in bytes, zeros of a gradient are written with stores that bypass the caches. An ordinary
+// store first reads the line that it overwrites, and the cache cannot keep a gradient this large until it is
+// read (measured: 8.5 ms -> 3.9 ms for 128 MiB on two cores).
+constexpr int64_t kStreamed = int64_t{16} << 20;
 
 void stream_zeros(char* begin, size_t bytes) {
 #if defined(__SSE2__)
@@ -147,7 +147,8 @@ void zero(const Rows& rows, int64_t row, int64_t begin, int64_t end) {
   else std::memset(at(rows, row, begin), 0, bytes);
 }
 
-// A gradient of its own, every byte of which is written: dense, in whatever order its rows lie.
+// Claims the pages of a new gradient. The gradient must be dense, so that every byte will be written; its
+// rows may lie in any order.
 void claim_gradient(const GradArgs& a, int threads) {
   const Rows& rows = a.grad;
   if (rows.data == a.logits.data || a.stored || rows.count() == 0) return;
@@ -157,7 +158,8 @@ void claim_gradient(const GradArgs& a, int threads) {
     claim_pages(rows.data, elements * static_cast<int64_t>(bytes_of(rows.dtype)), threads);
 }
 
-// Part `part` of a row's gradient, of parts of `width` columns.
+// Writes columns [part * width, part * width + width) of a row's gradient; the last part also zeroes the
+// padding.
 void write_grad(const GradArgs& a, const RowKernels& kernels, int64_t row, int64_t part, int64_t width) {
   const int64_t columns = a.logits.columns, valid = a.logits.valid;
   const float scale = scale_of(a.scale, row);
@@ -211,13 +213,13 @@ void row_grad(const GradArgs& a, int threads) {
   const int64_t width = split ? kChunk : valid;
   claim_gradient(a, threads);
   parallel_for(rows * parts, threads, [&](int64_t item) {
-    // Last row first: it is what forward left in the cache.
+    // Start with the last row: forward read it last, so the cache may still hold it.
     write_grad(a, kernels, rows - 1 - item / parts, item % parts, width);
   });
 }
 
-// Each row while it is in the core's own cache: the second pass over it moves nothing from memory. Few rows
-// are shared out instead, and their second pass reads the last-level cache.
+// One thread takes both passes over a row, so the second pass reads the core's own cache. If there are too
+// few rows, threads share each row instead, and the second pass reads the last-level cache.
 void row_stats_grad(const StatsGradArgs& a, int threads) {
   const RowKernels& kernels = *chosen();
   const GradArgs& g = a.grad;

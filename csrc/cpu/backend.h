@@ -1,4 +1,4 @@
-// The CPU backend: threads over rows, and over the vocabulary when rows are few.
+// The CPU backend. Threads share the rows, and the vocabulary too when there are few rows.
 #pragma once
 
 #include <string>
@@ -13,20 +13,20 @@ void row_grad(const GradArgs& args, int threads);
 void row_stats_grad(const StatsGradArgs& args, int threads);
 void row_rescale(const RescaleArgs& args, int threads);
 
-// What is wrong with values that were given. Python names the value and raises.
+// Invalid input values. Python finds the value and raises.
 enum Fault : int {
   kWeight = 1,
   kLabel = 2
 };  // a weight below 0 or not finite; a label outside the vocabulary
 
-int row_targets(const TargetsArgs& args);  // a sum of Faults
+int row_targets(const TargetsArgs& args);  // returns a sum of Faults
 void merge(const MergeArgs& args);
 void reduce(const ReduceArgs& args);
-int loss(const LossArgs& args, int threads);  // a sum of Faults
+int loss(const LossArgs& args, int threads);  // returns a sum of Faults
 void merge_row(const MergeArgs& args, int64_t row);
 void exp(const float* in, float* out, int64_t n, float scale2);
 
-std::vector<std::string> isas();       // what this processor runs, fastest first
+std::vector<std::string> isas();       // those that this processor runs, fastest first
 void use_isa(const std::string& isa);  // throws std::invalid_argument; for tests and measurements
 std::string isa();
 std::string threading();

@@ -1,4 +1,4 @@
-// _cpu: addresses and numbers in, exceptions out; fused_sft_loss/backends/cpu.py is its only caller.
+// The Python module _cpu. fused_sft_loss/backends/cpu.py calls it with addresses and numbers.
 #include <pybind11/stl.h>
 
 #include "../bindings.h"

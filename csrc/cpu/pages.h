@@ -1,6 +1,6 @@
-// Memory that is fresh from the system has no pages yet: each is given, and cleared, when it is first
-// written. For a new gradient that takes longer than its arithmetic. On Linux they can be had in one go, in
-// huge pages where there are some, and by all threads together.
+// The system gives and clears each page of new memory when it is first written. For a new gradient these page
+// faults take longer than the arithmetic. On Linux, claim_pages populates the pages beforehand: with all
+// threads, in large pieces, and with huge pages if the system has them.
 #pragma once
 
 #include <algorithm>
@@ -16,17 +16,17 @@
 namespace fsl {
 
 #if defined(__linux__)
-// Less may lie in memory that the C library keeps, among what others have allocated.
+// Smaller blocks are left alone: the C library may have placed them among other allocations.
 constexpr int64_t kClaimed = int64_t{8} << 20;
-constexpr uintptr_t kClaim = uintptr_t{8} << 20;  // that one thread asks for at a time: whole huge pages
+constexpr uintptr_t kClaim = uintptr_t{8} << 20;  // bytes per madvise call: whole huge pages
 #ifdef MADV_POPULATE_WRITE
 constexpr int kPopulate = MADV_POPULATE_WRITE;
 #else
-constexpr int kPopulate = 23;  // Linux 5.14 and later; the headers may be older
+constexpr int kPopulate = 23;  // Linux 5.14 and newer; the headers may be older than the kernel
 #endif
 
-// Give [begin, begin + bytes), all of which the caller is about to write, its pages. Nothing else changes,
-// and where the system does not know how, nothing does.
+// Populates the pages of [begin, begin + bytes), which the caller is about to write in full. The contents do
+// not change. On a system without MADV_POPULATE_WRITE those calls fail without an effect.
 inline void claim_pages(void* begin, int64_t bytes, int threads) {
   if (bytes < kClaimed) return;
   const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));

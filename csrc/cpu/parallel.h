@@ -1,4 +1,4 @@
-// Run fn(item) for every item of [0, items) on up to `threads` threads, in no particular order.
+// parallel_for runs fn(item) for every item of [0, items) on at most `threads` threads, in any order.
 #pragma once
 
 #include <atomic>
@@ -8,9 +8,10 @@
 
 namespace fsl {
 
-// GOMP_parallel of the OpenMP runtime that torch has already loaded, or null. Borrowing it matters: its
-// workers spin for milliseconds after each torch operator, and threads of our own would share their cores.
-// (GNU's, LLVM's and Intel's runtimes all export the symbol.) Without one: std::thread, started per call.
+// GOMP_parallel of the OpenMP runtime that torch has already loaded, or null. The runtimes of GNU, LLVM and
+// Intel all export it. Using torch's threads matters: they spin for milliseconds after each torch operator,
+// and threads of our own would compete with them for the cores. Without OpenMP, each call starts
+// std::threads.
 using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 GompParallel loaded_openmp();
 

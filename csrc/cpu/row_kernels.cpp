@@ -1,5 +1,5 @@
-// Compiled once per instruction set with FSL_ISA naming it. Plain loops over a fixed number of lanes, which
-// the compiler turns into vectors of whatever width it has; the one thing written out is the prefetch.
+// Compiled once per instruction set; FSL_ISA is its name. The loops run over a fixed number of lanes, and the
+// compiler turns them into vectors of the set's width. Only the prefetch uses an intrinsic.
 #include "row_kernels.h"
 
 #include "row_math.h"
@@ -52,24 +52,24 @@ float max_of(const void* row, int64_t begin, int64_t end) {
   return max;
 }
 
-// The sums of a chunk against any finite reference, all in units of x. `top` is the largest logit's bits when
-// some logit is not negative (among those, integers order as floats do, and an integer maximum costs half of
-// a float's), and negative otherwise.
+// The sums of a chunk relative to any finite reference, in units of x. `top` holds the bits of the largest
+// logit, or is negative if all logits are negative. Bits of non-negative floats order as integers, and an
+// integer maximum costs half of a float maximum.
 struct Sums {
   int32_t top;
   float denominator, sum, weighted;
 };
 
-// u times its exponential e, and 0 where that vanishes: a masked-out column has no entropy.
+// u * e with e = exp(u), and 0 if e is 0: a masked-out column (u = -inf) adds nothing to the entropy.
 FSL_INLINE float weighted_by(float u, float e) { return e == 0.0f ? 0.0f : u * e; }
 
-// A sum is kept in kLanes parts whatever the width of the registers, so that every instruction set adds in
-// the same order. The inner loops over lanes are what the compiler turns into vectors.
+// A sum has kLanes partial sums on every instruction set, so that all of them add in the same order. The
+// compiler turns the inner loops over lanes into vectors.
 constexpr int kLanes = 16;                    // words
 constexpr int64_t kLine = 64, kAhead = 4096;  // bytes
 
-// Arithmetic fills the reorder window before the hardware has enough lines in flight (measured on Ice Lake:
-// 14.5 ms -> 9.5 ms for 128 MiB of bf16 on two cores).
+// Without prefetching, arithmetic fills the reorder window before enough cache lines are in flight (measured
+// on Ice Lake: 14.5 ms -> 9.5 ms for 128 MiB of bf16 on two cores).
 template <class T>
 FSL_INLINE void prefetch_ahead(const Word<T>* w) {
   for (int64_t byte = 0; byte < kLanes * static_cast<int64_t>(sizeof(Word<T>)); byte += kLine)
@@ -129,20 +129,20 @@ Sums sums_against(const Z& z, const void* row, int64_t begin, int64_t end, float
           a.weighted + b.weighted};
 }
 
-// Sums against one maximum restated against another: delta = unit * (old - new), factor = e^delta.
+// Makes the sums relative to a new maximum: delta = unit * (old - new), factor = e^delta.
 void move_maximum(Partial* p, float delta, float factor) {
   p->weighted = (p->weighted + delta * p->denominator) * factor;
   p->denominator *= factor;
 }
 
-// Sums of e^(unit * (x - reference)) cannot overflow while no z is further than this above the reference.
+// Sums of e^(unit * (x - reference)) cannot overflow if every z is at most this far above the reference.
 constexpr float kHeadroom = 64.0f;
 constexpr int64_t kGuess = 64;
 
-// One pass over the chunk: exponentials against a reference guessed from its first columns (arithmetic and
-// memory overlap, where a pass for the maximum would make them take turns), restated against the maximum
-// afterwards. A guess that proves to be far too low, be it by more than an fp32 number can say, costs a
-// second pass.
+// One pass over the chunk. The reference of the exponentials is guessed from the first columns, and the sums
+// are made relative to the maximum afterwards. So arithmetic and memory overlap; with a separate pass for the
+// maximum they would alternate. If the guess is far too low, there is a second pass, also if max - reference
+// overflows.
 template <class T, Want want, class Z>
 Partial chunk_stats(const Z& z, const void* row, int64_t begin, int64_t end) {
   float guess = max_of<T>(row, begin, begin + kGuess < end ? begin + kGuess : end);
@@ -157,9 +157,9 @@ Partial chunk_stats(const Z& z, const void* row, int64_t begin, int64_t end) {
   }
   Partial out{max, sums.denominator, sums.sum, sums.weighted * z.unit, begin};
   if (max != -kInf) {
-    // By the maximum's own exponential, whose error is then taken out of the sum: it counts as 1.
+    // Dividing by the maximum's own computed exponential cancels its error: its term in the sum is 1.
     move_maximum(&out, (reference - max) * z.unit, 1.0f / exp_nonpositive(max - reference, z.unit2));
-    if (out.denominator < 1) out.denominator = 1;  // but for a last rounding, so that no loss is negative
+    if (out.denominator < 1) out.denominator = 1;  // undo a last rounding, or a loss could be negative
   }
   if constexpr (want == Want::metrics) {
     while (out.argmax < end - 1 && element<T>(row, out.argmax) != top) ++out.argmax;
@@ -172,7 +172,7 @@ void merge(Partial* into, const Partial& next, float unit) {
   const bool higher = right.max > into->max;
   Partial& lower = higher ? *into : right;
   const float max = higher ? right.max : into->max, delta = (lower.max - max) * unit;
-  if (delta < -88.0f) {  // vanishes, unless it is NaN; a maximum of -inf has no exponential
+  if (delta < -88.0f) {  // the lower sums vanish, but a NaN must stay; delta may be -inf
     lower.denominator *= 0.0f;
     lower.weighted *= 0.0f;
   } else if (lower.max != max) {
@@ -214,14 +214,14 @@ float grad_at_target(const Z& z, const RowConstants& g, float x) {
 template <class T, class Z>
 void grad_range(const Z& z, const RowConstants& g, const void* row, void* out, int64_t begin, int64_t end) {
   const bool owns = g.target_column >= begin && g.target_column < end;
-  // In place the target's logit is gone after the loop: its gradient is computed before.
+  // Computed before the loop, because in place the loop overwrites the target's logit.
   const float at_target = owns ? grad_at_target<T>(z, g, element<T>(row, g.target_column)) : 0.0f;
   const Word<T>* w = words<T>(row, begin);
   Word<T>* o = const_cast<Word<T>*>(words<T>(out, begin));
   const int64_t n = (end - begin) / 2;
   const RowConstants local = g;
   const Z transform = z;
-  // Word i is written after word i was read, and out is row or does not overlap it.
+  // Safe in place: `out` is `row` or does not overlap it, and word i is read before it is written.
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
     prefetch_ahead<T>(w + i);
@@ -240,7 +240,7 @@ void grad_range(const Z& z, const RowConstants& g, const void* row, void* out, i
 Plain plain(const RowMath& m) { return {m.logit_scale, m.logit_scale * kLog2e}; }
 Capped capped(const RowMath& m) { return {m.logit_scale / m.softcap, m.softcap, m.logit_scale}; }
 
-// Calls run(dtype tag, transform) with the types the arguments name.
+// Calls run(dtype tag, Plain or Capped).
 template <class Run>
 void with_types(Dtype dtype, const RowMath& math, Run run) {
   auto with_dtype = [&](auto tag) {
@@ -277,7 +277,7 @@ void grad(const GradArgs& a, const RowConstants& g, const void* row, void* out, 
 
 template <class T>
 void rescale_row(void* row, int64_t columns, float factor) {
-  Word<T>* w = const_cast<Word<T>*>(words<T>(row, 0));  // not auto: that would forget how it is aligned
+  Word<T>* w = const_cast<Word<T>*>(words<T>(row, 0));  // not auto, which would drop Word's alignment
   const int64_t n = columns / 2;
   const auto scaled = [factor](float x) { return canonical(x * factor); };
   int64_t i = 0;

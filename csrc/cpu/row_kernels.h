@@ -1,17 +1,17 @@
-// The row kernels of one instruction set, over a range of columns of one row.
+// The row kernels of one instruction set. Each works on a range of columns of one row.
 #pragma once
 
 #include "../args.h"
 
 namespace fsl {
 
-// Columns are cut at fixed places, so the order of every sum, and with it every bit of the result, is the
-// same however many threads there are. 8192 columns of the widest dtype are 32 KiB: where a chunk takes a
-// second pass, because its first columns misled, it is still in the L1 cache.
+// Rows are cut into chunks at fixed columns. So the order of every sum, and every bit of the result, does not
+// depend on the number of threads. 8192 columns of fp32 are 32 KiB, so the second pass that chunk_stats
+// sometimes takes over a chunk reads the L1 cache.
 constexpr int64_t kChunk = 8192;
 
-// Statistics of some columns of a row, in units of x (see RowMath::unit); merging is exact in the maximum
-// and ordered in the sums.
+// Statistics of some columns of a row, in units of x (see RowMath::unit). Merging keeps the maximum exact;
+// sums are added in the order of the columns.
 struct Partial {
   float max = -__builtin_inff();
   float denominator = 0;  // sum of exp(u), u = unit * (x - max)
@@ -20,9 +20,9 @@ struct Partial {
   int64_t argmax = 0;     // first column that holds the maximum
 };
 
-// What the gradient of one row needs besides its logits:
-// dz/dx * (p * softmax_factor - smoothing), and target_factor less at the target.
-// p = exp(unit * (x - reference)), whose sum the factor holds.
+// The constants of one row's gradient, which is
+// dz/dx * (p * softmax_factor - smoothing - [target] * target_factor) with p = exp(unit * (x - reference)).
+// softmax_factor includes the division by the sum of p.
 struct RowConstants {
   float reference, softmax_factor, smoothing, target_factor;
   int64_t target_column;  // outside the row: none
@@ -30,7 +30,7 @@ struct RowConstants {
 
 struct RowKernels {
   const char* isa;
-  // Columns [begin, end) of a row, begin a multiple of kChunk, merged in order into `partial`.
+  // Merges columns [begin, end) of a row into `partial`, in order. `begin` is a multiple of kChunk.
   void (*stats)(const StatsArgs&, const void* row, int64_t begin, int64_t end, Partial* partial);
   void (*grad)(const GradArgs&, const RowConstants&, const void* row, void* out, int64_t begin, int64_t end);
   void (*rescale)(Dtype dtype, void* row, int64_t columns, float factor);

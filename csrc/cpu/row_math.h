@@ -1,6 +1,6 @@
-// Scalar arithmetic that the compiler turns into vectors: exp, tanh, and the three dtypes' bits.
-// Everything is static inline on purpose: each instruction set compiles its own copy, and a shared
-// (external) symbol would let the linker pick the AVX-512 one for a machine that has none.
+// Scalar arithmetic that the compiler turns into vectors: exp, tanh, conversion of the three dtypes.
+// Everything must be static inline. Each instruction set compiles its own copy; with external symbols the
+// linker could pick the AVX-512 copy for a machine without AVX-512.
 #pragma once
 
 #include <cstdint>
@@ -28,8 +28,8 @@ constexpr float kInf = __builtin_inff();
 
 FSL_INLINE float canonical(float x) { return x == x ? x : __builtin_nanf(""); }
 
-// a * b + c, rounded once where there is an instruction for it. Left to the compiler's contraction, the same
-// expression could round once in a loop and twice outside of it.
+// a * b + c, rounded once if the instruction set has FMA. If contraction were left to the compiler, the same
+// expression could round once in a loop and twice outside it.
 FSL_INLINE float multiply_add(float a, float b, float c) {
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
   return __builtin_fmaf(a, b, c);
@@ -38,14 +38,17 @@ FSL_INLINE float multiply_add(float a, float b, float c) {
 #endif
 }
 
-// e^(scale * u) for scale * u <= 88, given scale2 = scale * log2(e); NaN for a NaN whose low 9 bits are
-// clear. u * scale2 = n + f with |f| <= 1/2, and 2^f is a polynomial of degree 5 with p(0) = 1 (Lawson's
-// weighted least squares for the smallest maximal relative error: 9.2e-8). The scale is part of the
-// reduction, so that u is a difference of logits and no product is rounded before it is taken. Relative error
-// at most 2e-7 + |z| * 3e-8 with z = scale * u; without FMA instructions, where the product rounds before n
-// is taken off, 2e-7 + |z| * 9e-8; and |z| * 6e-8 more where scale2 is rounded. Results under 2^-126 carry
-// an absolute error of at most 2^-126; the result is exactly 0 from n = -127 down (2^-126.5), for -inf
-// included. u = +inf gives NaN: it arises only in a row that holds +inf, and in sums that are not used.
+// e^(scale * u) for scale * u <= 88, given scale2 = scale * log2(e).
+//
+// u * scale2 = n + f with |f| <= 1/2, and 2^f is a polynomial of degree 5 with p(0) = 1. Its coefficients
+// come from Lawson's weighted least squares for the smallest maximal relative error, which is 9.2e-8. The
+// scale is applied here, so that u is a difference of logits and not of rounded products.
+//
+// With z = scale * u the relative error is at most 2e-7 + |z| * 3e-8. Without FMA the product is rounded
+// before n is subtracted, and the bound is 2e-7 + |z| * 9e-8. If scale2 is itself rounded, add |z| * 6e-8.
+// Results below 2^-126 have an absolute error of at most 2^-126. The result is exactly 0 for n <= -127
+// (2^-126.5) and for -inf. A NaN gives NaN if its low 9 bits are clear. u = +inf gives NaN; it arises only in
+// rows that contain +inf and in sums that are then discarded.
 FSL_INLINE float exp_nonpositive(float u, float scale2) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
   const float shifted = multiply_add(u, scale2, kRound);
@@ -60,8 +63,8 @@ FSL_INLINE float exp_nonpositive(float u, float scale2) {
   return shifted <= kRound - 127 ? 0.0f : scaled;
 }
 
-// tanh(u) and its derivative. Away from 0 by e^{-2|u|}, which loses no digits there; near 0 by its odd
-// Taylor series (next term 1382/155925 u^11: under 4e-8 relative for |u| < 0.25).
+// tanh(u) and its derivative. For |u| >= 0.25, e^{-2|u|} gives tanh(u) without cancellation. Below, the odd
+// Taylor series does; the first term left out, 1382/155925 u^11, is under 4e-8 relative.
 struct Tanh {
   float value, slope;
 };
@@ -80,14 +83,14 @@ FSL_INLINE Tanh tanh_and_slope(float u) {
   return {magnitude < 0.25f ? near : far, 4.0f * e * inverse * inverse};
 }
 
-// A dtype is read and written two logits, one word, at a time: 16-bit logits are widened where they lie,
-// which spares the lane shuffles of a uint16 -> uint32 conversion, and as fp32 is taken in pairs too, sums
-// run in the same order for every dtype. `lo` and `hi` unpack; `pack` (a word) and `round` (one element)
-// round to nearest even.
+// A dtype is read and written one word, which is two logits, at a time. 16-bit logits are widened inside the
+// word, which avoids the lane shuffles of a uint16 -> uint32 conversion. fp32 is read in pairs too, so that
+// sums have the same order for every dtype. `lo` and `hi` unpack a word; `pack` (a word) and `round` (one
+// element) round to nearest even.
 struct F32 {
   using Element = uint32_t;
   typedef uint64_t Word __attribute__((aligned(4), may_alias));
-  // One NaN for all: exp_nonpositive shifts low bits into the exponent, where a payload would do harm.
+  // NaNs lose their payload, because exp_nonpositive shifts low bits into the exponent.
   FSL_INLINE float lo(uint64_t word) { return canonical(as_float(static_cast<uint32_t>(word))); }
   FSL_INLINE float hi(uint64_t word) { return canonical(as_float(static_cast<uint32_t>(word >> 32))); }
   FSL_INLINE uint32_t round(float x) { return as_bits(x); }
@@ -99,11 +102,12 @@ struct BF16 {
   typedef uint32_t Word __attribute__((aligned(2), may_alias));  // a row may start at any element
   FSL_INLINE float lo(uint32_t word) { return as_float(word << 16); }
   FSL_INLINE float hi(uint32_t word) { return as_float(word & 0xffff0000u); }
-  // Rounded bf16 in the upper half. A NaN must be quiet with a clear low half or the carry could make it
-  // an infinity: the callers' NaNs come from arithmetic on bf16 logits and canonical row constants.
+  // The rounded bf16 in the upper half. A NaN must be quiet with a clear low half, or the carry could change
+  // it to an infinity. The callers' NaNs are: they come from arithmetic on bf16 logits and canonical row
+  // constants.
   FSL_INLINE uint32_t upper(float x) {
     const uint32_t bits = as_bits(x);
-    return bits + (bits & 0x10000u ? 0x8000u : 0x7fffu);  // half to even; a select is one instruction less
+    return bits + (bits & 0x10000u ? 0x8000u : 0x7fffu);  // half to even; the select saves an instruction
   }
   FSL_INLINE uint32_t round(float x) { return upper(x) >> 16; }
   FSL_INLINE uint32_t pack(float low, float high) { return (upper(low) >> 16) | (upper(high) & 0xffff0000u); }
@@ -112,7 +116,7 @@ struct BF16 {
 struct F16 {
   using Element = uint16_t;
   typedef uint32_t Word __attribute__((aligned(2), may_alias));
-  // The exponent is moved by a multiplication with 2^112, which also makes subnormal halves right.
+  // Multiplying by 2^112 corrects the exponent, also of subnormal halves.
   FSL_INLINE float widen(uint32_t half) {
     const uint32_t magnitude = (half & 0x7fffu) << 13;
     const float finite = as_float(magnitude) * 0x1p112f;
@@ -126,7 +130,7 @@ struct F16 {
     const uint32_t sign = as_bits(x) >> 16 & 0x8000u;
     const uint32_t bits = as_bits(x) & 0x7fffffffu;
     const uint32_t normal = (bits - 0x38000000u + 0xfffu + (bits >> 13 & 1u)) >> 13;
-    // Below 2^-14 the sum with 0.5 puts the half's last bit on the float's last bit: the FPU rounds.
+    // Below 2^-14: after adding 0.5, the float's last bit is the half's last bit, so the addition rounds.
     const uint32_t subnormal = as_bits(as_float(bits) + 0.5f) - 0x3f000000u;
     const uint32_t special = bits > 0x7f800000u ? 0x7e00u : 0x7c00u;
     const uint32_t finite = bits < 0x38800000u ? subnormal : normal;

@@ -1,5 +1,5 @@
-// What is done once per row rather than per logit. One call each: torch operators would do, but two dozen of
-// them on vectors of N rows cost a millisecond when the logits have just swept the caches.
+// The work per row, not per logit. Each function replaces several torch operators: two dozen of them on
+// vectors of N rows take a millisecond when the logits have just swept the caches.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -9,7 +9,7 @@
 namespace fsl::cpu {
 namespace {
 
-// Positions p and p + 1 lie in one document [cu_seqlens[i], cu_seqlens[i + 1]).
+// Whether positions p and p + 1 lie in one document [cu_seqlens[i], cu_seqlens[i + 1]).
 bool same_document_next(const TargetsArgs& a, int64_t p) {
   if (!a.cu_seqlens) return true;
   const int64_t* end = a.cu_seqlens + a.boundaries;
@@ -17,7 +17,7 @@ bool same_document_next(const TargetsArgs& a, int64_t p) {
   return next != a.cu_seqlens && next != end && p + 1 < *next;
 }
 
-// exp(unit * (part - maximum)), and 0 for a part of -inf, where -inf - -inf would make a NaN.
+// exp(unit * (part - maximum)), and 0 if part is -inf, because -inf - -inf is NaN.
 float rescale(float part, float maximum, float unit) {
   return part == -std::numeric_limits<float>::infinity() ? 0.0f : std::exp((part - maximum) * unit);
 }
@@ -53,8 +53,8 @@ int row_targets(const TargetsArgs& a) {
   return (weights_right ? 0 : kWeight) + (labels_right ? 0 : kLabel);
 }
 
-// The arithmetic of fused_sft_loss.shards.merge, which says why; ranks in order, so every rank has the same
-// bits.
+// The same arithmetic as fused_sft_loss.shards.merge; see there. Shards are added in rank order, so that
+// every rank gets the same bits.
 void merge_row(const MergeArgs& a, int64_t row) {
   const RowMath& math = a.math;
   const float eps = math.label_smoothing, unit = math.unit();

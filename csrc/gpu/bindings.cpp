@@ -1,5 +1,5 @@
-// _cuda and _hip: addresses, numbers and a stream in, exceptions out. Which device is current is the caller's
-// affair (fused_sft_loss/backends/gpu.py, its only caller).
+// The Python modules _cuda and _hip. fused_sft_loss/backends/gpu.py calls them with addresses, numbers and a
+// stream, after it has made the right device the current one.
 #include "../bindings.h"
 #include "launch.h"
 

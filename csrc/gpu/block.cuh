@@ -1,11 +1,12 @@
-// Statistics of columns, merged in one fixed order: inside a thread, a block, a row, and over ranks.
+// Statistics of columns, and their reduction over a warp, a block, the segments of a row and the ranks. The
+// order of every reduction is fixed.
 #pragma once
 
 #include "row_math.cuh"
 
 namespace fsl::gpu {
 
-// Of some columns of a row, in units of x (see args.h, enum Stat; the target's x travels apart).
+// Statistics of some columns of a row, in units of x (see enum Stat in args.h), without the target's x.
 struct Stats {
   float top = -kInfinity;  // maximum
   float total = 0;         // sum of exp(u), u = unit * (x - maximum)
@@ -14,8 +15,9 @@ struct Stats {
   float moment = 0;          // sum of u * exp(u)
 };
 
-// The one merge there is, always left to right. A side that vanishes (its factor is 0) has no moment to move:
-// -inf * 0 is no entropy.
+// Merges the statistics of two column ranges, `a` left of `b`. Segments, blocks of a cluster and ranks are
+// all merged with this function, left to right. If a side's factor is 0, its delta may be -inf and is
+// replaced by 0, because -inf * 0 is NaN.
 FSL_DEVICE Stats fold(const Stats& a, const Stats& b, float unit) {
   const float top = max(a.top, b.top), reference = not_minus_infinity(top);
   const float delta_a = (a.top - reference) * unit, delta_b = (b.top - reference) * unit;
@@ -40,7 +42,7 @@ FSL_DEVICE Stats load_stats(const float* at) {
   return s;
 }
 
-// All but the target's x, which is the caller's.
+// Stores everything except the target's x; the caller stores that.
 template <int kStatistics>
 FSL_DEVICE void store_stats(float* at, const Stats& s) {
   at[kMax] = s.top;
@@ -55,8 +57,9 @@ FSL_DEVICE T warp_reduce(T value, Op op) {
   return value;
 }
 
-// Block reduce; every thread gets the result. Within a warp by a butterfly, which gives all lanes the same
-// bits, then warp by warp. `scratch` holds kMaxWarps; a barrier must pass before it is written again.
+// Block reduce; every thread gets the result. A butterfly reduces each warp and gives all lanes the same
+// bits; then every thread combines the warps' results in order. `scratch` holds kMaxWarps values. The caller
+// needs a barrier before `scratch` is written again.
 template <class T, class Op>
 FSL_DEVICE T block_reduce(T value, Op op, T* scratch) {
   value = warp_reduce(value, op);

@@ -1,4 +1,4 @@
-// From what a call says at run time to the kernel compiled for it.
+// Selects the kernel instance for a call's run-time values.
 #pragma once
 
 #include <type_traits>
@@ -7,7 +7,7 @@
 
 namespace fsl::gpu {
 
-// fn(dtype tag)
+// Calls fn(F32{}), fn(BF16{}) or fn(F16{}).
 template <class Fn>
 void with_dtype(Dtype dtype, const Fn& fn) {
   switch (dtype) {
@@ -20,13 +20,13 @@ void with_dtype(Dtype dtype, const Fn& fn) {
   }
 }
 
-// fn(std::bool_constant)
+// Calls fn(std::true_type{}) or fn(std::false_type{}).
 template <class Fn>
 void with_bool(bool value, const Fn& fn) {
   value ? fn(std::true_type{}) : fn(std::false_type{});
 }
 
-// fn(std::integral_constant: number of statistics)
+// Calls fn(std::integral_constant) with the number of statistics.
 template <class Fn>
 void with_statistics(Want want, const Fn& fn) {
   switch (want) {
@@ -39,7 +39,7 @@ void with_statistics(Want want, const Fn& fn) {
   }
 }
 
-// Bytes that row starts lie past a multiple of 16 when all rows agree, else -1.
+// How many bytes past a multiple of 16 the rows start; -1 if rows differ.
 inline int common_skew(const Rows& rows) {
   const int64_t bytes = rows.dtype == Dtype::f32 ? 4 : 2;
   const bool agree = (rows.batch == 1 || rows.stride_b * bytes % 16 == 0) &&
@@ -47,7 +47,7 @@ inline int common_skew(const Rows& rows) {
   return agree ? static_cast<int>(reinterpret_cast<uintptr_t>(rows.data) % 16) : -1;
 }
 
-// Whether a row of `a` and the same row of `b` always lie equally far past a multiple of 16 bytes.
+// Whether each row of `a` and the same row of `b` start equally many bytes past a multiple of 16.
 inline bool same_skew(const Rows& a, const Rows& b) {
   const bool same = a.data == b.data && a.stride_b == b.stride_b && a.stride_s == b.stride_s;
   return same || (common_skew(a) >= 0 && common_skew(a) == common_skew(b));

@@ -1,5 +1,5 @@
-// Launch policy as data: for a chip, a kernel and a width, how many threads take a row and in which units it
-// is shared out.
+// The launch table: for a chip, a kernel and a row width, the threads per block and the segment in which
+// blocks share a row.
 #pragma once
 
 #include <algorithm>
@@ -13,27 +13,27 @@ namespace fsl::gpu {
 
 enum class Kernel : unsigned { row_stats = 1, row_grad = 2, row_stats_grad = 4 };
 
-// Kernels that share a line. row_rescale is launched as row_grad.
+// Groups of kernels that share a line. row_rescale takes the line of row_grad.
 constexpr unsigned kTwoReads = 1 | 2, kOneRead = 4;
 
-// Threads, not warps: the 32 warps that fill an NVIDIA block would be 2048 threads on AMD, which no launch
-// can have.
+// Counted in threads, not warps: the 32 warps that fill an NVIDIA block would be 2048 threads on AMD, more
+// than a block can have.
 struct Line {
-  int generation;    // this one and newer ones of its vendor
+  int generation;    // for this generation and newer ones of the same vendor
   unsigned kernels;  // bits of Kernel
   int64_t columns;   // for V_local up to this
   int threads;
-  int segment;  // columns; whole tiles of 32 logits a thread. Of row_stats_grad those that a block takes
+  int segment;  // columns, in whole tiles of 32 logits per thread; for row_stats_grad, columns per block
   const char* why;
 };
 
 constexpr int64_t kAny = INT64_MAX;
 constexpr int kWholeRow = 1 << 30;
 
-// The first line that serves is taken. An H100 alone was timed. For other chips the choices rest on registers
-// and bytes in flight, as nvcc 13 and clang 19 compile the kernels: bench/without_gpu/codegen/budgets.py
-// lists them, and tests compare. Lines serve all dtypes alike, or a bf16 loss would differ in its last bits
-// from that of the same numbers in fp32.
+// The first line that matches is used. Measured chip: one H100. For other chips the lines were chosen by
+// registers and bytes in flight, as nvcc 13 and clang 19 compile the kernels;
+// bench/without_gpu/codegen/budgets.py lists both, and tests compare them. A line serves all dtypes, because
+// otherwise the last bits of a bf16 loss could differ from those of an fp32 loss of the same numbers.
 constexpr Line kTable[] = {
     {80, kTwoReads, 4096, 64, 4096, "two tiles at most, few columns idle"},
     {80, kTwoReads, kAny, 128, 16384,
@@ -52,15 +52,15 @@ constexpr Line kTable[] = {
     {0x90a, kOneRead, kAny, 1024, kWholeRow, "64 registers of a lane hold logits: 131072 of bf16"},
 };
 
-// Whether a line is for a generation and a kernel; its width is another question.
+// Whether a line is for a generation and a kernel. The caller compares the width.
 inline bool is_for(const Line& line, int generation, Kernel kernel) {
   const auto vendor = [](int any) { return any >= 0x900; };
   return (line.kernels & static_cast<unsigned>(kernel)) && vendor(line.generation) == vendor(generation) &&
          line.generation <= generation;
 }
 
-// Blocks per multiprocessor that `splits` asks for, about three times what is resident: with one row in three
-// scored every multiprocessor still has its full load.
+// Blocks per multiprocessor that `splits` aims for. It is about three times the number of resident blocks: if
+// only one row in three is scored, every multiprocessor still has a full load.
 constexpr int kBlocks = 32;
 
 inline const Line& line_for(const Chip& chip, Kernel kernel, int64_t columns) {
@@ -71,8 +71,8 @@ inline const Line& line_for(const Chip& chip, Kernel kernel, int64_t columns) {
       std::to_string(chip.generation));
 }
 
-// Blocks per row, so that even few rows fill the chip. How many rows are scored is not known without a
-// synchronisation, hence kBlocks; the blocks of a masked row cost an exit each.
+// Blocks per row, so that few rows fill the chip too. The number of scored rows is unknown without a
+// synchronisation, so kBlocks allows for masked rows. In row_stats each block of a masked row exits at once.
 inline int splits(const Chip& chip, int64_t rows, int64_t segments) {
   const int64_t wanted = int64_t{chip.multiprocessors} * kBlocks,
                 each = (wanted + rows - 1) / std::max<int64_t>(rows, 1);

@@ -1,5 +1,5 @@
-// Loss of a row from its statistics, and a kernel that gives the loss, or metrics, of each row from the
-// statistics of all shards, folded in rank order; a row a thread.
+// Folds each row's statistics over the shards, in rank order, and computes its loss, normalizer and metrics.
+// One thread takes one row.
 #pragma once
 
 #include "block.cuh"
@@ -7,10 +7,10 @@
 
 namespace fsl::gpu {
 
-// Not weighted; NaN where the label is no vocabulary id.
+// The unweighted loss and the normalizer. All are NaN if the label is out of the vocabulary.
 struct RowLoss {
   float loss;
-  float top, total;  // the row's normalizer
+  float top, total;  // the normalizer
 };
 
 FSL_DEVICE void store_normalizer(float* normalizers, int64_t n, float top, float total) {
@@ -21,7 +21,7 @@ FSL_DEVICE void store_normalizer(float* normalizers, int64_t n, float top, float
 FSL_DEVICE RowLoss row_loss(const Stats& all, float x_target, int64_t target, float unit,
                             const RowMath& math) {
   const float log_total = log(all.total), poison = target == kOutOfVocabulary ? nan() : 0.0f;
-  // (maximum - x_y) first: both are logits, so their difference is exact when it matters.
+  // (maximum - x_y) first: both are logits, so the difference is exact if they are close.
   float loss = fma(all.top - x_target, unit, log_total);
   if (math.label_smoothing > 0) {
     const float smooth = fma(all.top - all.x_sum / static_cast<float>(math.vocab_size), unit, log_total);

@@ -1,6 +1,6 @@
-// The platform under the kernels: lanes, barriers, shared memory, a few instructions, launches. CUDA and HIP
-// differ in platform_cuda.h and platform_hip.h alone. Each defines the same macros and functions; a build may
-// name another header instead (bench/without_gpu/simt does).
+// The platform under the kernels: lanes, barriers, shared memory, a few instructions, launches. Only
+// platform_cuda.h and platform_hip.h differ between CUDA and HIP; both define the same macros and functions.
+// A build may name another header instead (bench/without_gpu/simt does).
 #pragma once
 
 #include <array>
@@ -25,7 +25,8 @@ struct Grid {
   int cluster = 1;       // blocks that see each other's shared memory
 };
 
-// A launch the device refuses must never pass for a result. `error` is null when it was accepted.
+// Throws if the device refused a launch, because the output would then hold garbage. `error` is null if the
+// launch was accepted.
 inline void check(const char* error, const char* kernel, const Grid& grid) {
   if (!error) return;
   throw std::runtime_error(std::string(kernel) + ": " + error + " (grid of " + std::to_string(grid.blocks) +
@@ -34,7 +35,7 @@ inline void check(const char* error, const char* kernel, const Grid& grid) {
                            " bytes of shared memory)");
 }
 
-// The addresses of a kernel's arguments, as the runtimes take them.
+// The addresses of a kernel's arguments, as the CUDA and HIP runtimes take them.
 template <class... Params>
 std::array<void*, sizeof...(Params)> addresses_of(std::tuple<Params...>& values) {
   return std::apply([](auto&... value) { return std::array<void*, sizeof...(Params)>{&value...}; }, values);

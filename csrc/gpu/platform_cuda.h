@@ -1,13 +1,13 @@
-// The platform of NVIDIA GPUs, by CUDA.
+// The platform for NVIDIA GPUs: CUDA.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #define FSL_DEVICE __device__ __forceinline__
-// At most `threads` per block, one of which must fit: without the 1 ptxas would rather spill than take more
-// than 64 registers. AMD's compiler uses `waves`.
+// At most `threads` per block; at least one block must fit on a multiprocessor. Without the 1, ptxas spills
+// rather than use more than 64 registers. Only platform_hip.h uses `waves`.
 #define FSL_KERNEL(threads, waves) __global__ void __launch_bounds__(threads, 1)
-// The bound of a kernel whose blocks are as large as a chip allows: FSL_KERNEL(FSL_VENDOR(512, 1024), ...).
+// Selects a number by vendor: FSL_KERNEL(FSL_VENDOR(512, 1024), ...) allows larger blocks on AMD.
 #define FSL_VENDOR(nvidia, amd) nvidia
 #define FSL_SHARED(type, name, count) __shared__ type name[count]
 #define FSL_UNROLL _Pragma("unroll")
@@ -18,7 +18,7 @@ namespace fsl::gpu {
 
 constexpr int kWarp = 32;
 
-// Whether 16 bytes may be loaded from, and stored to, any address.
+// Whether 16-byte loads and stores work at any address.
 constexpr bool kUnalignedAccess = false;
 
 FSL_DEVICE int thread_id() { return threadIdx.x; }
@@ -26,7 +26,7 @@ FSL_DEVICE int block_threads() { return blockDim.x; }
 FSL_DEVICE uint32_t block_id() { return blockIdx.x; }
 FSL_DEVICE uint32_t grid_blocks() { return gridDim.x; }
 FSL_DEVICE void barrier() { __syncthreads(); }
-// nvcc needs none of these; see platform_hip.h.
+// nvcc needs none of the next five; see platform_hip.h.
 FSL_DEVICE void scheduling_barrier() {}
 FSL_DEVICE void optimisation_barrier(uint32_t&) {}
 FSL_DEVICE void optimisation_barrier(float&) {}
@@ -71,7 +71,8 @@ FSL_DEVICE uint32_t pack_bf16(float low, float high) {
 }
 
 FSL_DEVICE Chunk load_chunk(const char* at) { return *reinterpret_cast<const Chunk*>(at); }
-// Volatile: from a choice between loaded words the compiler would otherwise make loads from chosen addresses.
+// Volatile, because the compiler would otherwise turn a select between loaded words into a load from a
+// selected address.
 FSL_DEVICE Chunk load_chunk_volatile(const char* at) {
   Chunk c;
   asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -83,18 +84,18 @@ template <class T>
 FSL_DEVICE void store(char* at, const T& value) {
   *reinterpret_cast<T*>(at) = value;
 }
-// Only templates for kUnalignedAccess name these. NVIDIA instantiates none of them, so these have no
+// Only templates for kUnalignedAccess name these. CUDA never instantiates those templates, so there is no
 // definition.
 __device__ Chunk load_chunk_unaligned(const char* at);
 __device__ void store_chunk_unaligned(char* at, const Chunk& chunk);
 
-// The launch's shared_bytes, from a multiple of 16 on.
+// The launch's dynamic shared memory (Grid::shared_bytes), aligned to 16 bytes.
 FSL_DEVICE char* dynamic_shared() {
   extern __shared__ Chunk dynamic[];
   return reinterpret_cast<char*>(dynamic);
 }
-// Asynchronous copy of 16 aligned bytes past registers and the L1 cache. This thread may read them after
-// async_wait.
+// Asynchronous copy of 16 aligned bytes that bypasses the registers and the L1 cache. This thread may read
+// them after async_wait.
 FSL_DEVICE void async_copy(char* shared, const char* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
                :
@@ -103,7 +104,7 @@ FSL_DEVICE void async_copy(char* shared, const char* global) {
                : "memory");
 }
 FSL_DEVICE void async_wait() { asm volatile("cp.async.wait_all;" : : : "memory"); }
-// Before compute capability 9.0 a cluster is one block, which calls neither.
+// Before compute capability 9.0 a cluster is one block, and the kernels call neither of these.
 FSL_DEVICE void cluster_barrier() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;"
@@ -124,10 +125,10 @@ FSL_DEVICE float cluster_read(float* mine, int rank) {
 
 // --- runtime ---------------------------------------------------------------------------------------------
 
-// Null, or the error.
+// Null, or the error message.
 inline const char* error_of(cudaError_t error) { return error ? cudaGetErrorString(error) : nullptr; }
 
-// What a block may have, static and dynamic together, on the current device.
+// The shared memory that a block may have on the current device, static and dynamic together.
 inline int most_shared_bytes() {
   int device = 0, bytes = 0;
   check(error_of(cudaGetDevice(&device)), "cudaGetDevice", {});
@@ -136,12 +137,12 @@ inline int most_shared_bytes() {
   return bytes;
 }
 
-// Null, or the error.
+// Launches a kernel. Returns null, or the error message.
 template <class... Params, class... Args>
 const char* enqueue(const char* name, void (*kernel)(Params...), const Grid& grid, void* stream,
                     Args... args) {
   const void* function = reinterpret_cast<const void*>(kernel);
-  if (grid.shared_bytes > 48 << 10)  // more must be asked for
+  if (grid.shared_bytes > 48 << 10)  // more is opt-in
     check(error_of(
               cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, grid.shared_bytes)),
           name, grid);

@@ -1,13 +1,13 @@
-// The platform of AMD GPUs, by HIP.
+// The platform for AMD GPUs: HIP.
 #pragma once
 
 #include <hip/hip_runtime.h>
 
 #define FSL_DEVICE __device__ __forceinline__
-// At most `threads` per block. The compiler must leave registers for `waves` per SIMD.
+// At most `threads` per block. The compiler limits registers so that at least `waves` waves fit on a SIMD.
 #define FSL_KERNEL(threads, waves) \
   __global__ void __launch_bounds__(threads) __attribute__((amdgpu_waves_per_eu(waves)))
-// The bound of a kernel whose blocks are as large as a chip allows: FSL_KERNEL(FSL_VENDOR(512, 1024), ...).
+// Selects a number by vendor: FSL_KERNEL(FSL_VENDOR(512, 1024), ...) allows larger blocks on AMD.
 #define FSL_VENDOR(nvidia, amd) amd
 #define FSL_SHARED(type, name, count) __shared__ type name[count]
 #define FSL_UNROLL _Pragma("unroll")
@@ -18,14 +18,14 @@
 
 namespace fsl::gpu {
 
-// Lanes that run in step. A kernel must be right for 32 and for 64.
+// Lanes per wave. Kernels must be correct for 32 and for 64.
 #if defined(__GFX9__) || !defined(__HIP_DEVICE_COMPILE__)
 constexpr int kWarp = 64;
 #else
 constexpr int kWarp = 32;
 #endif
 
-// Whether 16 bytes may be loaded from, and stored to, any address.
+// Whether 16-byte loads and stores work at any address.
 constexpr bool kUnalignedAccess = true;
 
 FSL_DEVICE int thread_id() { return __builtin_amdgcn_workitem_id_x(); }
@@ -39,16 +39,16 @@ FSL_DEVICE void barrier() {
   __builtin_amdgcn_s_barrier();
   __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "workgroup");
 }
-// Scheduling barrier: the compiler moves nothing across. Without it, it hoists instructions and runs out of
-// registers.
+// Scheduling barrier: the compiler moves no instruction across it. Without it the compiler hoists
+// instructions and runs out of registers.
 FSL_DEVICE void scheduling_barrier() { __builtin_amdgcn_sched_barrier(0); }
-// Optimisation barrier: the compiler must compute the value here, and knows nothing about it afterwards. What
-// depends on it is computed again instead of kept in a register.
+// Optimisation barrier: the compiler must compute the value here and knows nothing about it afterwards. So it
+// recomputes what depends on the value instead of keeping it in a register.
 FSL_DEVICE void optimisation_barrier(uint32_t& word) { asm volatile("" : "+v"(word)); }
 FSL_DEVICE void optimisation_barrier(float& x) { asm volatile("" : "+v"(x)); }
-// The same for a number that all lanes share, in a scalar register.
+// The same for a number that is equal in all lanes and lives in a scalar register.
 FSL_DEVICE void optimisation_barrier_uniform(int& number) { asm volatile("" : "+s"(number)); }
-// Moves a number that all lanes share into a scalar register.
+// Moves a number that is equal in all lanes into a scalar register.
 FSL_DEVICE float broadcast_first_lane(float x) {
   return __builtin_bit_cast(float, __builtin_amdgcn_readfirstlane(__builtin_bit_cast(int, x)));
 }
@@ -61,7 +61,7 @@ FSL_DEVICE T shuffle_xor(T value, int mask) {
 }
 FSL_DEVICE float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 FSL_DEVICE float max(float a, float b) { return __builtin_fmaxf(a, b); }
-// The bare instruction: results under 2^-126 are 0, without three instructions more to rescue them.
+// The bare instruction: results below 2^-126 become 0. Keeping them would take three more instructions.
 FSL_DEVICE float exp2(float x) { return __builtin_amdgcn_exp2f(x); }
 FSL_DEVICE float log(float x) { return __builtin_logf(x); }
 FSL_DEVICE float reciprocal(float x) { return __builtin_amdgcn_rcpf(x); }
@@ -80,8 +80,8 @@ FSL_DEVICE uint32_t pack_half(float low, float high) {
 }
 FSL_DEVICE uint32_t pack_bf16(float low, float high) { return pack_bf16_bits(bits(low), bits(high)); }
 
-// Global memory by its address space. The compiler takes a pointer inside a kernel's argument for a generic
-// one, and a generic access counts as one of LDS too.
+// A type in global memory. The compiler treats a pointer inside a kernel argument as generic, and a generic
+// access also counts as an LDS access.
 template <class T>
 using Global = __attribute__((address_space(1))) T;
 typedef uint32_t Words __attribute__((ext_vector_type(4)));
@@ -101,8 +101,8 @@ FSL_DEVICE void store_chunk_unaligned(char* at, const Chunk& c) {
   *(Global<WordsAnywhere>*)at = Words{c.word[0], c.word[1], c.word[2], c.word[3]};
 }
 
-// Only templates that hold rows in shared memory name these. AMD instantiates none of them, so these have no
-// definition.
+// Only templates that hold rows in shared memory name these. HIP never instantiates those templates, so there
+// is no definition.
 __device__ char* dynamic_shared();
 __device__ void async_copy(char* shared, const char* global);
 __device__ void async_wait();
@@ -113,10 +113,10 @@ FSL_DEVICE float cluster_read(float* mine, int) { return *mine; }
 
 // --- runtime ---------------------------------------------------------------------------------------------
 
-// What a block may have, static and dynamic together, on the current device.
+// The shared memory that a block may have on the current device, static and dynamic together.
 inline int most_shared_bytes() { return 64 << 10; }
 
-// Null, or the error.
+// Launches a kernel. Returns null, or the error message.
 template <class... Params, class... Args>
 const char* enqueue(const char*, void (*kernel)(Params...), const Grid& grid, void* stream, Args... args) {
   std::tuple<Params...> values{static_cast<Params>(args)...};

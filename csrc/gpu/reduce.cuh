@@ -5,7 +5,7 @@
 
 namespace fsl::gpu {
 
-// One block, in a fixed order.
+// One block adds all rows in a fixed order.
 FSL_KERNEL(512, 4)
 reduce_kernel(ReduceArgs a) {
   FSL_SHARED(float, sums, kMaxWarps);

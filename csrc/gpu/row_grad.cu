@@ -1,4 +1,4 @@
-// Which row_grad kernel is launched, and how.
+// Selects and launches a row_grad kernel.
 #include "row_grad.cuh"
 
 #include "dispatch.h"

@@ -1,20 +1,21 @@
-// Gradient of the logits, row by row, from the logits and each row's normalizer. Computed in fp32 and
-// rounded once; element by element, so it may overwrite the logits. A row with scale 0 is not read: it gets
-// stored zeros.
+// Gradient of the logits, row by row, from the logits and each row's normalizer (docs/design.md, The
+// gradient). It is computed in fp32 and rounded once. Each element depends only on its own logit, so it may
+// overwrite the logits. A row with scale 0 is not read: it gets stored zeros.
 //
-// Stores decide the shape: 16 aligned bytes of the output at a time, from the first such address in the row
-// on, with the logits before it (the head) and after the last whole vector done one by one.
+// A thread stores 16 aligned bytes of the output at a time, from the row's first aligned address on. Columns
+// before it (the head) and after the last whole vector are written one by one.
 #pragma once
 
 #include "rows.cuh"
 
 namespace fsl::gpu {
 
-// The constants of a row's gradient. gradient = dz/dx * (p * softmax_factor - smoothing - [target] *
-// target_factor), where p but for its normalizer and what rounding left out is 2^(x * scale - reference).
+// The constants of a row's gradient, which is
+// dz/dx * (p * softmax_factor - smoothing - [target] * target_factor) with p = 2^(x * scale - reference).
+// softmax_factor includes the division by the sum and the factor 2^-rest (see reference_of).
 struct GradConstants {
   float scale, reference, softmax_factor, smoothing, target_factor;
-  int own;  // the target's column, -1 when it is not here
+  int own;  // the target's column, -1 if it is not in this shard
 };
 
 FSL_DEVICE float scale_of(const RowScale& s, uint32_t n) {
@@ -49,8 +50,8 @@ FSL_DEVICE float gradient(float x, const GradConstants& g, const Scales& z, bool
   return kSoftcap ? grad * (c.slope * z.slope) : grad;
 }
 
-// Writes columns [begin, end) of one row, of which those from `valid` on are padding. `begin` is where the
-// output is a multiple of 16 bytes; there the logits lie `skew` bytes past one.
+// Writes columns [begin, end) of one row; columns from `valid` on are padding. At `begin` the output is
+// aligned to 16 bytes, and the logits are `skew` bytes past a multiple of 16.
 template <class T, bool kSoftcap, bool kShifted>
 struct GradWriter {
   static FSL_DEVICE void zeros(const Row& out, int begin, int end) {
@@ -77,7 +78,7 @@ struct GradWriter {
     T::put(words, x);
   }
 
-  // kRuns independent loads, then the arithmetic and the stores. `first` is the thread's own column.
+  // kRuns independent loads, then the arithmetic and the stores. `first` is the thread's first column.
   static FSL_DEVICE void whole_tile(const Row& in, const Row& out, const GradConstants& g, const Scales& z,
                                     int first, int skew) {
     const int stride = 8 * block_threads();
@@ -90,8 +91,9 @@ struct GradWriter {
     }
   }
 
-  // A tile at either end of the row, vector by vector: more of them at once would cost all tiles registers.
-  // Those that reach beyond `last`, or whose chunks reach out of the row, logit by logit up to `end`.
+  // A tile at either end of the row, one vector at a time: several at once would cost all tiles registers. A
+  // vector that reaches beyond `last`, or whose chunks reach out of the row, is done logit by logit, up to
+  // `end`.
   static FSL_DEVICE void edge_tile(const Row& in, const Row& out, const GradConstants& g, const Scales& z,
                                    int first, int skew, int last, int padding, int end) {
     const int stride = 8 * block_threads();
@@ -109,7 +111,7 @@ struct GradWriter {
     }
   }
 
-  // Where the vocabulary ends in columns [begin, end).
+  // The end of the vocabulary within columns [begin, end).
   static FSL_DEVICE int last_of(int begin, int end, int valid) {
     return valid < begin ? begin : valid < end ? valid : end;
   }
@@ -118,7 +120,7 @@ struct GradWriter {
                                  int begin, int end, int valid, int skew) {
     const int mine = 8 * thread_id(), tile = 8 * kRuns * block_threads(), last = last_of(begin, end, valid);
     const int padding =
-        last == end ? end : begin + (last - begin + 7) / 8 * 8;  // from there on whole vectors
+        last == end ? end : begin + (last - begin + 7) / 8 * 8;  // from here on zeros, in whole vectors
     const auto edge = [&](int first) {
       edge_tile(in, out, g, z, first + mine, skew, last, padding, end);
       return first + tile;
@@ -131,14 +133,15 @@ struct GradWriter {
     zeros(out, padding, end);
   }
 
-  // The thread that stores a column of those that columns() is given, whose vocabulary ends at `last`.
+  // The thread that stores `column` in a call of columns() that starts at `begin`, if the vocabulary ends at
+  // `last`.
   static FSL_DEVICE int writer(int begin, int last, int column) {
     const int past = column - begin, thread = past / 8 % block_threads(), tile = 8 * kRuns * block_threads();
     const bool traded = kTrades<T, kShifted> && begin + past / tile * tile + tile <= last;
     return traded ? thread / 2 * 2 + past / 4 % 2 : thread;
   }
 
-  // The same two from any column on. All columns are vocabulary.
+  // zeros() and columns() for a range that starts at any column. any_columns() takes no padding.
   static FSL_DEVICE void zero_columns(const Row& out, int begin, int end) {
     const int first = aligned_column<T>(out, begin), odd = begin + thread_id();
     if (odd < first && odd < end) T::put(out.start + int64_t{odd} * T::kBytes, 0.0f);
@@ -157,8 +160,8 @@ template <class T, bool kSoftcap, bool kShifted>
 FSL_KERNEL(512, kSoftcap ? 4 : 8)
 row_grad_kernel(GradArgs a, Scales z, int splits, int segment) {
   using Kernel = GradWriter<T, kSoftcap, kShifted>;
-  // From the last row, which forward read last and may have left in the L2 or Infinity Cache. Measured on an
-  // H100: no difference at 1 GiB of logits, up to a quarter of both passes' time at 250 to 800 MB.
+  // Start with the last row: forward read it last, so the L2 or Infinity Cache may still hold it. Measured on
+  // an H100: no difference at 1 GiB of logits, up to a quarter of both passes' time saved at 250 to 800 MB.
   const uint32_t program = grid_blocks() - 1 - block_id();
   const uint32_t n = program / splits, part = program % splits;
   const float scale = scale_of(a.scale, n);
@@ -176,8 +179,8 @@ row_grad_kernel(GradArgs a, Scales z, int splits, int segment) {
   }
   const float* normalizer = a.normalizer + int64_t{n} * kNormalizer;
   const GradConstants g = grad_constants<kSoftcap>(a, z, n, scale, normalizer[kRowMax], normalizer[kRowSum]);
-  // The target's own logit is done again by the thread that writes it, which spares all others a comparison.
-  // In place, it must be read before it is written.
+  // The thread that writes the target's column computes its gradient again, so that no other thread compares
+  // columns. It reads the logit first, because in place the gradient overwrites it.
   const bool owner =
       g.own < head ? in_head && g.own == thread_id()
                    : g.own >= begin && g.own < end &&

@@ -1,5 +1,5 @@
-// Arithmetic of the GPU kernels: exponentials, the softcap, the three dtypes' bits. Compiled without
-// contraction: FMAs are written out, so a number has the same bits in whichever kernel it is computed.
+// Arithmetic of the GPU kernels: exponentials, the softcap, conversion of the three dtypes. Compiled without
+// contraction; FMAs are written out. So a formula gives the same bits in every kernel.
 #pragma once
 
 #include <algorithm>
@@ -15,22 +15,22 @@ constexpr float kInfinity = __builtin_huge_valf();
 
 FSL_DEVICE float magnitude(float x) { return from_bits(bits(x) & 0x7fffffffu); }
 FSL_DEVICE float nan() { return from_bits(0x7fc00000u); }
-// A NaN without a payload, which would upset the rounding to bf16.
+// Drops a NaN's payload, which the rounding to bf16 could turn into an infinity.
 FSL_DEVICE float quiet(float x) { return x == x ? x : nan(); }
 
 // e^u; 0 for -inf, NaN for NaN.
 FSL_DEVICE float exp(float u) { return exp2(u * kLog2e); }
 
-// A maximum that may be subtracted: 0 for -inf, where -inf - -inf would make a NaN.
+// A maximum that may be subtracted: 0 instead of -inf, because -inf - -inf is NaN.
 FSL_DEVICE float not_minus_infinity(float m) { return m == -kInfinity ? 0.0f : m; }
 
-// What kernels need to know of z; made on the host, where divisions are exact.
+// The constants of z = unit * x, computed on the host, where divisions round correctly.
 struct Scales {
-  float unit;  // z = unit * x, where x has been capped first
+  float unit;  // z = unit * x, with x capped first
   float log2;  // unit * log2(e): an exponential is one FMA and one exp2
-  float far;   // |x| from here on: see reference_of
+  float far;   // large |x| start here; see reference_of
   float inward, cap;
-  float slope;  // dz/dx, but for the slope of the cap
+  float slope;  // dz/dx without the factor Capped::slope
 };
 
 inline Scales scales_of(const RowMath& m) {
@@ -42,32 +42,35 @@ inline Scales scales_of(const RowMath& m) {
   return {unit, log2, far, capped ? m.logit_scale / m.softcap : 0.0f, m.softcap, m.logit_scale};
 }
 
-// What 2^(x * log2 - m * log2), m being a maximum, is computed against: one FMA and one exp2, of x * scale -
-// rounded.
+// The reference of 2^(x * log2 - m * log2), where m is a maximum. It is computed as 2^(x * scale - rounded):
+// one FMA and one exp2.
 struct Reference {
   float scale, rounded, rest;
 };
 
-// Against the rounded product m * log2. The rounding is one factor for all x, 2^rest, of up to half a unit of
-// the product: too much for a sum, so it is taken out once, at the end.
+// `rounded` is the rounded product m * scale. Its rounding error, rest, is up to half a unit in the last
+// place of the product. It multiplies the exponentials of all x by the same 2^rest, which is too much for a
+// sum, so it is removed once, at the end.
 //
-// From |m| = far on that half unit would be 2^64 and soon more than exp2 can say. But there the fp32 numbers
-// beside m are 64 and more below it in the exponent: a logit is as large as m or it vanishes. That is what
-// any larger scale says, too: the power of two that makes the product 2^32 to 2^33 has no rounding (rest is
-// 0), gives 0 for x = m, -256 at most for any other, and never overflows upwards.
+// From |m| = far on, half a unit is 64 or more, and 2^rest soon overflows. But there the next fp32 number
+// below m is at least 64 lower in the exponent, so a logit either equals m or vanishes. Any larger scale
+// gives the same result. So the scale becomes the power of two that makes the product 2^32 to 2^33. This
+// product is exact (rest is 0), and the exponent is 0 for x = m, at most -256 for any other x, and never
+// positive.
 //
-// Sums against an older maximum `old` <= m are moved by 2^(old * scale - rounded). That is right across `far`
-// as well, with no comparison: it is a power of two, so old = -far has an exact product, and any m above it
-// another one, at least a unit (128) higher, of which rest is half at most.
+// Sums relative to an older maximum `old` <= m are multiplied by 2^(old * scale - rounded). No comparison is
+// needed if `old` and m lie on different sides of far: far is a power of two, so the product of old = -far is
+// exact, and the product of any m above it is at least one unit (128) higher, while rest is at most half a
+// unit.
 FSL_DEVICE Reference reference_of(float m, const Scales& z) {
   const float power = from_bits(0x8f000000u - (bits(m) & 0x7f800000u));  // its exponent is 286 - that of m
   const float scale = magnitude(m) >= z.far ? power : z.log2, rounded = m * scale;
   return {scale, rounded, fma(m, scale, -rounded)};
 }
 
-// z = cap * tanh(x * inward), infinities as they are, and the derivative over cap * inward. tanh by
-// e^{-2|u|}, near 0 by its odd Taylor series (the next term is 1382/155925 u^11: under 4e-8 relative for |u|
-// < 0.25).
+// z = cap * tanh(x * inward), with infinities unchanged, and its derivative divided by cap * inward.
+// e^{-2|u|} gives tanh(u); for |u| < 0.25 the odd Taylor series does. The first term left out, 1382/155925
+// u^11, is under 4e-8 relative.
 struct Capped {
   float value, slope;
 };
@@ -84,13 +87,13 @@ FSL_DEVICE Capped softcapped(float x, float inward, float cap) {
   return {magnitude(x) == kInfinity ? x : value, 4.0f * e * inverse * inverse};
 }
 
-// What an exponential is taken of.
+// x with the softcap applied if there is one.
 template <bool kSoftcap>
 FSL_DEVICE float capped(float x, const Scales& z) {
   return kSoftcap ? softcapped(x, z.inward, z.cap).value : x;
 }
 
-// A dtype: eight neighbouring logits are kWords 32-bit words, in memory order.
+// The dtypes. Eight neighbouring logits are kWords 32-bit words, in memory order.
 struct F32 {
   static constexpr int kBytes = 4, kWords = 8;
   static FSL_DEVICE float element(const uint32_t* words, int i) { return from_bits(words[i]); }

@@ -1,5 +1,5 @@
-// A gradient that was stored for another scale, times the ratio: those rows alone whose scale differs. What
-// backward does under grad_in_forward where the logits are gone.
+// Multiplies the rows of a stored gradient whose scale has changed by new scale / old scale. Backward needs
+// it with grad_in_forward in place, because the gradient has overwritten the logits.
 #pragma once
 
 #include "row_grad.cuh"

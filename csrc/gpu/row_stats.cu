@@ -1,4 +1,4 @@
-// Which row_stats kernel is launched, and how.
+// Selects and launches a row_stats kernel.
 #include "row_stats.cuh"
 
 #include "dispatch.h"

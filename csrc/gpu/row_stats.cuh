@@ -1,11 +1,11 @@
 // Softmax statistics of each scored row, from one read of it.
 //
-// A row is cut into segments of a fixed number of columns, a segment into tiles. Each thread keeps the
-// running maximum and sums of its own columns (one rescale per tile, no exchange); threads meet at the end of
-// a segment, and segments are folded left to right. Where rows are too few for the chip, a row's segments go
-// to several blocks, their statistics to memory, and a second kernel folds them: the same function in the
-// same order, hence the same bits. Which columns a thread takes depends on neither dtype nor address, for the
-// same reason.
+// A row is cut into segments of a fixed number of columns, and a segment into tiles. Each thread keeps the
+// running maximum and sums of its own columns; it rescales once per tile and exchanges nothing. At the end of
+// a segment the block reduces its threads, and segments are folded left to right. If there are too few rows
+// for the chip, several blocks share a row's segments and write their statistics to memory, and a second
+// kernel folds them with the same function in the same order, so the bits are the same. The columns that a
+// thread takes depend on neither dtype nor address, so the bits do not either.
 #pragma once
 
 #include "block.cuh"
@@ -13,30 +13,30 @@
 
 namespace fsl::gpu {
 
-// How the blocks of row_stats divide a row.
+// How the blocks of row_stats share a row.
 struct RowSplit {
   int blocks;    // per row
   int segment;   // columns
-  float* parts;  // [N, segments, columns of stats], when blocks > 1; their column kTarget is unused
+  float* parts;  // [N, segments, statistics] if blocks > 1; kTarget is unused
 };
 
 // One thread's statistics of its own columns, in units of x.
 struct Running {
   float top = -kInfinity;
-  float total = 0;  // sum of 2^u, u as reference_of(top) says
+  float total = 0;  // sum of 2^u with u = x * scale - rounded, from reference_of(top)
   float x_sum = 0;
   int top_at = 0x7fffffff;
   float moment = 0;  // sum of u * 2^u
 };
 
-// Sum of eight numbers, pair by pair.
+// Sum of eight numbers, added in pairs.
 FSL_DEVICE float sum_eight(const float* x) {
   return ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
 }
 
-// Take the kRuns vectors that a thread has of a tile: `eight(x, r)` gives the fp32 logits of vector r, which
-// starts at column first + r * stride, and -inf for those that are not there; `sum(x, r)` adds up those that
-// are.
+// Adds a thread's kRuns vectors of a tile to its statistics. Vector r starts at column first + r * stride.
+// `eight(x, r)` writes its fp32 logits to x, -inf for columns that do not exist. `sum(x, r)` adds up the
+// columns that exist.
 template <int kStatistics, class Eight, class Sum>
 FSL_DEVICE void accumulate(Running& s, const Eight& eight, const Sum& sum, int first, int stride,
                            const Scales& z) {
@@ -80,7 +80,7 @@ FSL_DEVICE void accumulate(Running& s, const Eight& eight, const Sum& sum, int f
 
 template <class T, int kStatistics, bool kSoftcap, bool kShifted>
 struct RowStats {
-  // A tile all of whose chunks lie in the row: kRuns independent loads, then the arithmetic.
+  // A tile whose chunks all lie in the row: kRuns independent loads, then the arithmetic.
   static FSL_DEVICE void whole_tile(Running& s, const Row& row, int first, const Scales& z) {
     const int stride = 8 * block_threads();
     uint32_t words[kRuns][T::kWords];
@@ -92,7 +92,7 @@ struct RowStats {
     accumulate<kStatistics>(s, eight, [](const float* x, int) { return sum_eight(x); }, first, stride, z);
   }
 
-  // The tile at either end of a row: vectors that lie in it as those of a whole one, others logit by logit.
+  // The tile at either end of a row. Vectors that lie in the row are loaded whole, others logit by logit.
   static FSL_DEVICE void edge_tile(Running& s, const Row& row, int first, int end, const Scales& z) {
     const int stride = 8 * block_threads();
     uint32_t words[kRuns][T::kWords];
@@ -118,7 +118,7 @@ struct RowStats {
     accumulate<kStatistics>(s, eight, sum, first, stride, z);
   }
 
-  // Columns [begin, end) on top of those in `s`.
+  // Adds columns [begin, end) to `s`.
   static FSL_DEVICE Running columns(const Row& row, int begin, int end, const Scales& z, Running s = {}) {
     const int tile = 8 * kRuns * block_threads(), mine = 8 * thread_id();
     for (int first = begin; first < end; first += tile) {
@@ -130,8 +130,8 @@ struct RowStats {
     return s;
   }
 
-  // Block reduce; every thread gets the result. A thread's sums are relative to its own maximum, rounded; the
-  // block's sum has that rounding taken out.
+  // Block reduce; every thread gets the result. A thread's sums include the factor 2^rest of reference_of;
+  // the result does not.
   static FSL_DEVICE Stats reduce_block(const Running& s, const Scales& z, int64_t vocab_start) {
     FSL_SHARED(float, tops, kMaxWarps);
     FSL_SHARED(float, totals, kMaxWarps);
@@ -141,7 +141,7 @@ struct RowStats {
     Stats result;
     result.top = top;
     result.total = block_reduce(s.total * shrink, Add{}, totals);
-    // The maximum's own term is 1, but for the rounding of two exponentials: no loss is negative.
+    // The maximum's own term is 1 before rounding. A sum below 1 could make a loss negative.
     if (top > -kInfinity && result.total < 1) result.total = 1;
     if (kStatistics > kSum) {
       FSL_SHARED(float, sums, kMaxWarps);
@@ -160,7 +160,7 @@ struct RowStats {
   }
 };
 
-// x of the row's target, 0 when it is not among these columns.
+// x of the row's target, 0 if this shard does not hold it.
 template <class T, bool kSoftcap>
 FSL_DEVICE float target_value(const StatsArgs& a, const Row& row, uint32_t n, const Scales& z) {
   const int own = own_column(a.target[n], a.math.vocab_start, a.logits);
@@ -194,7 +194,7 @@ row_stats_kernel(StatsArgs a, Scales z, RowSplit split) {
   if (split.blocks == 1) store_stats<kStatistics>(stats, all);
 }
 
-// The parts of each row that was shared out, folded; a row a thread. Its target's x is there already.
+// Folds the parts of each row, one row per thread. row_stats_kernel has already written the target's x.
 template <int kStatistics>
 FSL_KERNEL(256, 4)
 fold_segments_kernel(const float* parts, const float* weight, float* stats, int64_t rows, int segments,

@@ -1,4 +1,4 @@
-// Which row_stats_grad and row_rescale kernels are launched, and how.
+// Selects and launches row_stats_grad and row_rescale kernels.
 #include "row_stats_grad.cuh"
 
 #include "dispatch.h"
@@ -8,20 +8,21 @@
 namespace fsl::gpu {
 namespace {
 
-// What every device allows; larger clusters must be asked for.
+// The cluster size that every device allows; larger clusters are opt-in.
 constexpr int kMostBlocks = 8;
 
-// Enough blocks that each takes at most a segment of the row.
+// The number of blocks, up to kMostBlocks, with which each block takes at most one segment of the row.
 int cluster_of(int64_t columns, int64_t segment) {
   int cluster = 1;
   while (cluster < kMostBlocks && columns > cluster * segment) cluster *= 2;
   return cluster;
 }
 
-// Beside the row: statistics that warps and blocks exchange, and a chunk that is read past the row's end.
+// Shared memory besides the row: statistics that warps and blocks exchange, and a chunk read past the row's
+// end.
 constexpr int kStaticBytes = 1024, kSpare = 16;
 
-// Columns of a block's part that its shared memory holds, and the bytes to ask for.
+// How many columns of a block's part fit into shared memory, and the bytes of dynamic shared memory.
 struct Room {
   int columns, bytes;
 };

@@ -1,10 +1,11 @@
-// Loss and gradient of a row from one read of it: the row stays on chip between its statistics and its
-// gradient. For a vocabulary that is whole here, and an upstream gradient that forward knows.
+// Loss and gradient of a row from one read of it (docs/design.md, One read): the row stays on the chip
+// between its statistics and its gradient. This needs the whole vocabulary on this device, and the upstream
+// gradient in forward.
 //
-// NVIDIA: in shared memory, that of a cluster where one block's is too small, by asynchronous copies; blocks
-// of a cluster read each other's statistics there. AMD: in registers, of up to 1024 lanes. What fits neither
-// is read twice, the second time out of a cache one hopes. Which columns a thread takes, and in which order,
-// depends on neither dtype nor address, so neither do the bits of the loss.
+// On NVIDIA, asynchronous copies bring the row into shared memory, of a cluster if one block's is too small;
+// blocks of a cluster read each other's statistics there. On AMD the row stays in registers of up to 1024
+// lanes. Columns that do not fit are read twice; the second read usually hits L2. The columns that a thread
+// takes, and their order, depend on neither dtype nor address, so the bits of the loss do not either.
 #pragma once
 
 #include <type_traits>
@@ -15,16 +16,18 @@
 
 namespace fsl::gpu {
 
-// How a row is shared out and kept.
+// How blocks share a row, and how much of it they keep.
 struct Holding {
   int cluster;  // blocks per row
-  int columns;  // of its part that a block keeps in shared memory: all, or whole tiles
+  int columns;  // columns that a block keeps in shared memory: its whole part, or whole tiles of it
 };
 
-// Registers of a lane that hold logits; half as many with a softcap, whose arithmetic needs more itself.
+// Registers per lane that hold logits. Half as many hold them with a softcap, because its arithmetic needs
+// more registers.
 constexpr int kHeldWords = 64;
 
-// Statistics of kRuns vectors that are held, those that are there whole: `there(r)`.
+// Adds kRuns vectors on the chip to the statistics. `there(r)` says whether vector r exists; the words of the
+// others are -inf.
 template <bool kSoftcap, class T, class There>
 FSL_DEVICE void held_tile(Running& s, uint32_t (&words)[kRuns][T::kWords], T, const There& there,
                           const Scales& z) {
@@ -43,7 +46,7 @@ FSL_DEVICE void nothing(uint32_t* words) {
   T::put(words, x);
 }
 
-// Columns [begin, end) of a row, whole vectors, in shared memory, one after the other.
+// Columns [begin, end) of a row in shared memory: whole vectors, one after the other.
 template <class T, bool kSoftcap, bool kShifted>
 struct HeldInShared {
   char* memory;
@@ -51,7 +54,7 @@ struct HeldInShared {
 
   FSL_DEVICE char* at(int column) const { return memory + (column - begin) * T::kBytes; }
 
-  // A thread brings in those vectors that it takes statistics of: it waits for no other's.
+  // A thread loads the vectors that its own statistics use, so it waits for no other thread.
   FSL_DEVICE HeldInShared(const Row& row, int begin, int end, int columns)
       : memory(dynamic_shared()), begin(begin), end(end - begin < columns ? end : begin + columns) {
     FSL_UNROLL_BY(4)
@@ -65,7 +68,8 @@ struct HeldInShared {
     async_wait();
   }
 
-  // The first or the last vector, by the thread whose it is, when a chunk of it reaches out of the row.
+  // Loads the vector at `column` logit by logit if one of its chunks reaches out of the row. Only the first
+  // and the last vector can. The thread that owns the vector does it.
   FSL_DEVICE void bring_by_ones(const Row& row, int column) const {
     if (chunks_inside<T, kShifted>(row, column, 8, row.skew)) return;
     if (column < end && (column - begin) / 8 % block_threads() == thread_id())
@@ -96,7 +100,7 @@ struct HeldInShared {
     }
   }
 
-  // Columns [end, whole), which did not fit.
+  // Adds columns [end, whole), which did not fit.
   FSL_DEVICE void rest(Running& s, const Row& row, int whole, const Scales& z) const {
     s = RowStats<T, 4, kSoftcap, kShifted>::columns(row, end, whole, z, s);
   }
@@ -106,8 +110,9 @@ struct HeldInShared {
     return T::element(&word, 0);
   }
 
-  // The gradient's vectors begin where its memory is a multiple of 16 bytes, the logits' at `begin`: a thread
-  // may need what others brought. It is there, since the block has met for its statistics.
+  // The vectors of the gradient start at an aligned address, those of the logits at `begin`. So a thread may
+  // need logits that other threads loaded. They are complete, because the block reduce of the statistics
+  // contains a barrier.
   FSL_DEVICE void gradient_to(const Row& out, const GradConstants& g, const Scales& z) const {
     const int aligned = kShifted ? aligned_column<T>(out, begin) : begin,
               first = aligned < end ? aligned : end;
@@ -122,23 +127,23 @@ struct HeldInShared {
       store_eight<T>(out.start + int64_t{column} * T::kBytes, words);
     }
     if (!kShifted) return;
-    // Fewer than eight before those and fewer than eight after them, a thread each.
+    // Up to seven columns before the whole vectors and up to seven after them, one thread each.
     const int before = begin + thread_id(), odd = before < first ? before : last + before - first;
     if (odd < end) T::put(out.start + int64_t{odd} * T::kBytes, gradient<kSoftcap>(one(odd), g, z, false));
   }
 };
 
-// Columns [begin, end) of a row, whole vectors, in the registers of the lanes that take statistics and
-// gradient of them. Optimisation barriers make the compiler compute addresses and fp32 logits again; kept,
-// they would need registers that hold logits.
+// Columns [begin, end) of a row, whole vectors, in the registers of the lanes that compute their statistics
+// and gradient. Optimisation barriers make the compiler recompute addresses and fp32 logits; otherwise it
+// would keep them in registers that should hold logits.
 template <class T, bool kSoftcap>
 struct HeldInRegisters {
   static constexpr int kTiles = (kSoftcap ? kHeldWords / 2 : kHeldWords) / T::kWords / kRuns;
   uint32_t words[kTiles][kRuns][T::kWords];
   int begin, end;
-  uint32_t lane;  // its column in the first vectors
+  uint32_t lane;  // this lane's column relative to first()
 
-  // The column of thread 0's vector. The same for all, hence in scalar registers.
+  // The column of thread 0's vector. It is equal in all lanes, so it stays in scalar registers.
   FSL_DEVICE int first(int tile, int r) const { return begin + (tile * kRuns + r) * block_threads() * 8; }
 
   FSL_DEVICE void recompute_addresses() {
@@ -146,8 +151,8 @@ struct HeldInRegisters {
     optimisation_barrier_uniform(begin);
   }
 
-  // The vectors of a tile that ends at `last` at the latest, of which there is at least one. Lanes load what
-  // is not theirs rather than nothing: a branch would wait for each load.
+  // Loads the vectors of a tile; `last` is where the columns end. A lane beyond `last` loads the last vector
+  // instead: a branch would make it wait for each load. There must be at least one vector.
   FSL_DEVICE void load_tile(uint32_t (&to)[kRuns][T::kWords], const Row& row, int tile, int last) const {
     FSL_UNROLL for (int r = 0; r < kRuns; ++r) {
       const int mine = first(tile, r) + static_cast<int>(lane), column = mine < last - 8 ? mine : last - 8;
@@ -180,7 +185,7 @@ struct HeldInRegisters {
     }
   }
 
-  // Columns [end, whole), for which there were no registers.
+  // Adds columns [end, whole), for which there were no registers.
   FSL_DEVICE void rest(Running& s, const Row& row, int whole, const Scales& z) const {
     for (int tile = kTiles; first(tile, 0) < whole; ++tile) {
       uint32_t more[kRuns][T::kWords];
@@ -204,7 +209,7 @@ struct HeldInRegisters {
   }
 };
 
-// One logit, -inf for none, on top of those in `s`.
+// Adds one logit to `s`; -inf if there is none.
 FSL_DEVICE void add_one(Running& s, float x, bool there, const Scales& z) {
   const float top = max(s.top, x);
   const Reference reference = reference_of(not_minus_infinity(top), z);
@@ -214,7 +219,7 @@ FSL_DEVICE void add_one(Running& s, float x, bool there, const Scales& z) {
   s.top = top;
 }
 
-// Statistics of all blocks of the cluster, in the order of their parts.
+// Folds the statistics of the cluster's blocks, in the order of their parts.
 FSL_DEVICE Stats reduce_cluster(const Stats& mine, int cluster, float unit) {
   FSL_SHARED(float, part, 4);
   if (thread_id() == 0) store_stats<4>(part, mine);
@@ -233,7 +238,7 @@ FSL_KERNEL(FSL_VENDOR(512, 1024), 4)
 row_stats_grad_kernel(StatsGradArgs a, Scales z, Holding holding) {
   using Held =
       std::conditional_t<kUnalignedAccess, HeldInRegisters<T, kSoftcap>, HeldInShared<T, kSoftcap, kShifted>>;
-  // Where any address will do, one kernel serves all rows.
+  // If loads and stores work at any address, one kernel serves all rows.
   constexpr bool kAnyAddress = kShifted || kUnalignedAccess;
   using Statistics = RowStats<T, 4, kSoftcap, kAnyAddress>;
   using Gradient = GradWriter<T, kSoftcap, kAnyAddress>;
@@ -244,10 +249,10 @@ row_stats_grad_kernel(StatsGradArgs a, Scales z, Holding holding) {
   const int begin = part * each < valid ? part * each : valid,
             end = valid - begin < each ? valid : begin + each;
   const Row in = row_at<T>(grad.logits, n);
-  // Found anew where they are needed: kept through the statistics, they cost registers that sm_100 lacks.
+  // Recomputed where needed: keeping them during the statistics costs registers that sm_100 lacks.
   const auto row_out = [&] { return row_at<T>(grad.grad, n); };
   const auto target_column = [&] { return own_column(grad.target[n], grad.math.vocab_start, grad.logits); };
-  // Padding is the last block's.
+  // The last block also writes the padding.
   const auto until = [&] { return part == holding.cluster - 1 ? static_cast<int>(grad.grad.columns) : end; };
   const bool first = part == 0 && thread_id() == 0;
   if (a.weight[n] == 0) {
@@ -257,7 +262,7 @@ row_stats_grad_kernel(StatsGradArgs a, Scales z, Holding holding) {
     store_normalizer(a.normalizer, n, 0.0f, 0.0f);
     return;
   }
-  // In place, what is read here would be gone later.
+  // Read now, because in place the gradient overwrites it.
   const float x_own = broadcast_first_lane(target_column() < 0 ? 0.0f : load_one<T>(in, target_column()));
   const int whole = begin + (end - begin) / 8 * 8, odd = whole + thread_id();
   Running running;
@@ -283,11 +288,11 @@ row_stats_grad_kernel(StatsGradArgs a, Scales z, Holding holding) {
     Gradient::any_columns(in, out, g, z, held.end, end);
     held.gradient_to(out, g, z);
     Gradient::zero_columns(out, end, until());
-    barrier();  // its own logit is written over what was written there
+    barrier();  // its own logit is written over what another thread has written there
     if (thread_id() == 0 && own >= begin && own < end)
       T::put(out.start + int64_t{own} * T::kBytes, gradient<kSoftcap>(x_own, g, z, true));
   }
-  if (holding.cluster > 1) cluster_barrier();  // others may still read this block's statistics
+  if (holding.cluster > 1) cluster_barrier();  // other blocks may still read this block's statistics
 }
 
 }  // namespace fsl::gpu

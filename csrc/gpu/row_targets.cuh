@@ -1,8 +1,9 @@
-// What each row is scored on: shift, packing, ignore_index and mask, in one launch without atomics.
+// Target and weight of each row, from labels, mask, document boundaries and ignore_index. One launch, no
+// atomics.
 //
-// Block 0 walks all the rows for the count and the sum of the weights, in a fixed order; each of the others
-// writes the targets and weights of its rows. Labels and masks are a few bytes a row: one block can afford to
-// read them all again.
+// Block 0 reads all rows, in a fixed order, for the count and the sum of the weights. Every other block
+// writes the targets and weights of its rows. Labels and masks are a few bytes per row, so one block can
+// afford to read them all again.
 #pragma once
 
 #include "block.cuh"
@@ -14,10 +15,10 @@ struct Scored {
   float weight;
 };
 
-// Whether positions p and p + 1 lie in one document [cu_seqlens[i], cu_seqlens[i + 1]): binary search.
+// Whether positions p and p + 1 lie in one document [cu_seqlens[i], cu_seqlens[i + 1]). Binary search.
 FSL_DEVICE bool same_document_next(const TargetsArgs& a, int64_t p) {
   int64_t low = 0, high = a.boundaries;
-  while (low < high) {  // low: how many boundaries are <= p
+  while (low < high) {  // low becomes the number of boundaries <= p
     const int64_t middle = (low + high) / 2;
     if (a.cu_seqlens[middle] <= p) low = middle + 1;
     else high = middle;

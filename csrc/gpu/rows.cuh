@@ -1,14 +1,15 @@
-// Where a row lies, and eight neighbouring logits of it: 16 bytes at a time, wherever the row starts.
+// The address of a row, and loads and stores of eight neighbouring logits: 16 bytes at a time, at any
+// alignment.
 #pragma once
 
 #include "row_math.cuh"
 
 namespace fsl::gpu {
 
-// Vectors of eight logits that a thread takes in at once: independent 16-byte loads in flight.
+// Vectors of eight logits that a thread loads at once, so that independent 16-byte loads are in flight.
 constexpr int kRuns = 4;
 
-// A row of logits or of their gradient. `skew` is how many bytes it starts past a multiple of 16.
+// A row of logits or of their gradient. It starts `skew` bytes past a multiple of 16.
 struct Row {
   char* start;
   int64_t bytes;
@@ -23,9 +24,8 @@ FSL_DEVICE Row row_at(const Rows& rows, uint32_t n) {
   return {start, rows.columns * T::kBytes, static_cast<int>(reinterpret_cast<uintptr_t>(start) & 15)};
 }
 
-// The kWords words at `at`, which lies `skew` bytes past a multiple of 16: of the chunks that hold them,
-// shifted into place. The shift is the same for a whole row, and second loads of a chunk are served by the L1
-// cache.
+// Loads the kWords words at `at`, `skew` bytes past a multiple of 16: loads the aligned chunks that contain
+// them and shifts. The shift is the same for a whole row. The L1 cache serves the second load of a chunk.
 template <class T, class Load>
 FSL_DEVICE void load_shifted(uint32_t* words, const char* at, int skew, const Load& load) {
   constexpr int kChunks = T::kWords / 4;
@@ -46,7 +46,7 @@ FSL_DEVICE Chunk load_chunk_at(const char* at) {
   else return load_chunk(at);
 }
 
-// kShifted: the address may be anything, `skew` bytes past a multiple of 16. Otherwise it is a multiple.
+// With kShifted the address is `skew` bytes past a multiple of 16; without, it is a multiple of 16.
 template <class T, bool kShifted>
 FSL_DEVICE void load_eight(uint32_t* words, const char* at, int skew) {
   if constexpr (kShifted && !kUnalignedAccess) {
@@ -69,17 +69,18 @@ FSL_DEVICE void store_eight(char* at, const uint32_t* words) {
   }
 }
 
-// Whether neighbouring lanes trade halves of their vectors, so that what a warp stores at once fills 32-byte
-// sectors: of fp32 each lane alone would store every other 16 bytes. Measured on an H100: the gradient of
-// fp32 logits takes 0.76 ms so and 0.93 ms otherwise, at 95 and 78 % of what a copy moves.
+// Whether neighbouring lanes trade halves of their vectors before a store. A vector of fp32 is two chunks, so
+// each store of a warp would leave out every other 16 bytes; after the trade it fills 32-byte sectors.
+// Measured on an H100: the gradient of fp32 logits takes 0.76 ms with the trade and 0.93 ms without, 95 and
+// 78 % of the bandwidth of a copy.
 template <class T, bool kShifted>
 constexpr bool kTrades = T::kBytes == 4 && !kShifted && !kUnalignedAccess;
 
-// store_eight by all lanes of a warp together, whose vectors lie one after the other.
+// store_eight for all lanes of a warp together. Their vectors must lie one after the other.
 template <class T, bool kShifted>
 FSL_DEVICE void store_eight_of_warp(char* at, const uint32_t* words) {
   if constexpr (kTrades<T, kShifted>) {
-    // Of both vectors an even lane stores the first half, its neighbour the second.
+    // The even lane of a pair stores the first halves of both vectors, the odd lane the second halves.
     const int half = thread_id() % 2;
     Chunk even, odd;
     FSL_UNROLL for (int i = 0; i < 4; ++i) {
@@ -95,7 +96,7 @@ FSL_DEVICE void store_eight_of_warp(char* at, const uint32_t* words) {
   }
 }
 
-// Whether the chunks that load_eight takes for logits [column, column + count) all lie in the row.
+// Whether all chunks that load_eight loads for logits [column, column + count) lie in the row.
 template <class T, bool kShifted>
 FSL_DEVICE bool chunks_inside(const Row& row, int64_t column, int64_t count, int skew) {
   const int64_t begin = column * T::kBytes, end = begin + count * T::kBytes;
@@ -103,26 +104,27 @@ FSL_DEVICE bool chunks_inside(const Row& row, int64_t column, int64_t count, int
          (!kShifted || kUnalignedAccess || (begin >= skew && end + 16 - skew <= row.bytes));
 }
 
-// The column of a target here, -1 when there is none: it is another shard's, or no vocabulary id.
+// The target's column in this shard; -1 if another shard holds it or it is not a vocabulary id.
 FSL_DEVICE int own_column(int64_t target, int64_t vocab_start, const Rows& rows) {
   const int64_t own = target - vocab_start;
   return target >= 0 && own >= 0 && own < rows.valid ? static_cast<int>(own) : -1;
 }
 
-// Column `column`, the same for all threads, + `mine`: base and offset apart, as instructions take them.
+// The address of column `column + mine`, where `column` is equal in all threads. Base and offset are separate
+// terms, because the memory instructions take them separately.
 template <class T>
 FSL_DEVICE char* vector_at(const Row& row, int column, uint32_t mine) {
   return row.start + int64_t{column} * T::kBytes + uint64_t{mine * T::kBytes};
 }
 
-// The first column from `column` on at a multiple of 16 bytes.
+// The first column, from `column` on, whose address is a multiple of 16.
 template <class T>
 FSL_DEVICE int aligned_column(const Row& row, int column) {
   const int past = (row.skew + column % 16 * T::kBytes) % 16;
   return column + (16 - past) % 16 / T::kBytes;
 }
 
-// fp32 of one logit.
+// One logit in fp32.
 template <class T>
 FSL_DEVICE float load_one(const Row& row, int64_t column) {
   const uint32_t word = T::load(row.start + column * T::kBytes);

@@ -1,4 +1,4 @@
-// The kernels over vectors of N rows: how they are launched.
+// Launches the kernels over vectors of N rows.
 #include "dispatch.h"
 #include "merge.cuh"
 #include "reduce.cuh"
@@ -7,7 +7,7 @@
 namespace fsl::gpu {
 
 void row_targets(const TargetsArgs& a, void* stream) {
-  const int threads = 512;  // many: one block reads all rows, and what bounds it is loads in flight
+  const int threads = 512;  // many, because block 0 reads all rows and needs loads in flight
   launch("row_targets", row_targets_kernel, {1 + (a.batch * a.seq + threads - 1) / threads, threads}, stream,
          a);
 }
@@ -22,7 +22,7 @@ void merge(const MergeArgs& a, const Metrics& metrics, void* stream) {
 
 void reduce(const ReduceArgs& a, void* stream) { launch("reduce", reduce_kernel, {1, 512}, stream, a); }
 
-// [N, want] statistics, then the segments' of rows that are shared out.
+// The statistics [N, want], then those of the segments if several blocks share a row.
 int64_t loss_scratch(const Rows& logits, const RowMath& math, const Chip& chip) {
   const Want want = wanted_by(math);
   const StatsArgs stats{logits, math, nullptr, nullptr, want, nullptr};

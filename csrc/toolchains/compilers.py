@@ -1,8 +1,8 @@
-"""What compiles these sources here, and for which processors. Only setup.py imports this.
+"""Finds the compilers of this machine and the targets that they can compile for.
 
-cpu(), cuda() and hip() describe the making of a module as commands and what they are run on; they
-raise Missing where there is no toolchain. FUSED_SFT_LOSS_BUILD chooses among them; setup.py's first
-lines say what other variables there are.
+cpu(), cuda() and hip() return the commands that build a module and the files that they run on. They
+raise Missing if there is no toolchain. FUSED_SFT_LOSS_BUILD chooses among them. The docstring of
+setup.py lists the other variables.
 """
 
 import os
@@ -25,7 +25,7 @@ ROCM_PLACES = ("/opt/rocm", "/usr")
 CUDA_TARGETS = "8.0;9.0a;10.0+PTX"
 ROCM_TARGETS = "gfx90a;gfx942;gfx950"
 
-# Fastest first: cpu/backend.cpp takes the first that the processor runs. `baseline` is the
+# Fastest first: cpu/backend.cpp uses the first one that the processor supports. `baseline` is the
 # compiler's default.
 ISAS = {
     "x86_64": {
@@ -37,18 +37,18 @@ ISAS = {
 
 CXX_FLAGS = "-std=c++17 -fPIC -fvisibility=hidden".split()
 WARNINGS = "-Wall -Wextra -Werror=return-type".split()
-# No errno and no traps: a select may become a masked instruction. Not -ffast-math: NaN and -inf
-# matter here.
+# Without errno and traps, the compiler may turn a select into a masked instruction. -ffast-math
+# would break NaN and -inf.
 CPU_FLAGS = "-O3 -fopenmp-simd -fno-math-errno -fno-trapping-math -ffp-contract=fast".split()
-# The kernels say where they want a fused multiply-add; others would change bits from one compiler
-# to the next.
+# The kernels call fma where they want it. Other fused multiply-adds would give different bits with
+# different compilers.
 NVCC_FLAGS = "-std=c++17 -O3 -fmad=false -Xcompiler -fPIC,-fvisibility=hidden".split()
-# No device libraries: the kernels call nothing of theirs, and a distribution may lack a target's.
+# The kernels need no device libraries, and a distribution may lack those of a target.
 HIP_FLAGS = ["-x", "hip", "-nogpulib", "-O3", "-ffp-contract=off", *CXX_FLAGS]
 
 
 class Missing(Exception):
-    """There is no toolchain for a backend; the message says what to install."""
+    """Raised if a backend's toolchain is missing; the message says what to install."""
 
 
 @dataclass
@@ -57,13 +57,13 @@ class Module:
 
     toolchain: str
     targets: list[str]
-    label: str  # what a wheel's version says of it
-    commands: dict[str, list[str]]  # name -> what makes $out of $in; one of them is "link"
-    objects: dict[str, tuple[str, str, list[str]]]  # name -> command, source, further flags
+    label: str  # its name in the version of a wheel
+    commands: dict[str, list[str]]  # name -> command that makes $out from $in; one is "link"
+    objects: dict[str, tuple[str, str, list[str]]]  # name -> (command, source, further flags)
 
 
 def modules() -> dict[str, Module]:
-    """What will be built, by backend. Says what makes each, or why it is left out."""
+    """The modules to build, by backend. Prints the toolchain of each, or why it is left out."""
     backends = {"cpu": cpu, "cuda": cuda, "hip": hip}
     named = given("FUSED_SFT_LOSS_BUILD")
     chosen = set(re.findall(r"[^,\s]+", named or ""))
@@ -71,7 +71,7 @@ def modules() -> dict[str, Module]:
         refuse(
             "FUSED_SFT_LOSS_BUILD", f"expected names from cpu, cuda, hip, or none, got {named!r}"
         )
-    jobs(), without.tools()  # which end the build when they are wrong
+    jobs(), without.tools()  # each ends the build if its variable is wrong
     made = {}
     for backend, plan in backends.items():
         if named is not None and backend not in chosen:
@@ -118,7 +118,7 @@ def cuda():
     compiler = [nvcc, *NVCC_FLAGS, *(flag for target in targets for flag in gencode(target))]
     if given("CXX") and len(host) == 1:
         compiler += ["-ccbin", *host]
-    # The runtime comes along: the module loads where there is no driver and no toolkit.
+    # With the runtime linked statically, the module also loads without a driver or a toolkit.
     link = [nvcc, "-shared", "-cudart", "static", "-Xlinker", "--exclude-libs,ALL", "$in -o $out"]
     return gpu("cuda", toolchain, targets, f"cu{version(nvcc).split('.')[0]}", compiler, link)
 
@@ -132,14 +132,15 @@ def hip():
         "PYTORCH_ROCM_ARCH", ROCM_TARGETS, lambda target: hip_refusal(compiler, target), toolchain
     )
     compiler = compiler + HIP_FLAGS + [f"--offload-arch={target}" for target in targets]
-    # No HIP library: the runtime is the copy that torch has loaded (backends/loader.py).
+    # No HIP library is linked: the module uses the runtime that torch has loaded
+    # (backends/loader.py).
     return gpu("hip", toolchain, targets, f"rocm{major}", compiler, cxx_link())
 
 
 def gpu(backend, toolchain, targets, label, compiler, link):
-    """A module of all csrc/gpu/*.cu, and bindings that know nothing of the toolkit."""
+    """A module of all csrc/gpu/*.cu and the bindings, which compile without the toolkit."""
     about = {"FSL_TOOLKIT": toolchain, "FSL_TARGETS": " ".join(targets)}
-    defines = [define(name, text) for name, text in about.items()]  # a new toolkit compiles anew
+    defines = [define(name, text) for name, text in about.items()]  # a new toolkit recompiles all
     objects = {path.stem: ("gpu", f"gpu/{path.name}", defines) for path in gpu_sources()}
     flags = ["-O2", f"-DFSL_MODULE=_{backend}", *defines]
     objects["bindings"] = ("cxx", "gpu/bindings.cpp", flags)
@@ -187,20 +188,23 @@ def cxx_link():
 
 @cache
 def version(*command):
-    """The first thing like 12.2.0 in what a compiler says of itself."""
+    """The version that a compiler prints, like 12.2.0."""
     said = subprocess.run([*command, "--version"], capture_output=True, text=True).stdout
     return next(iter(re.findall(r"\d+\.\d+\.\d+", said)), "of unknown version")
 
 
 @cache
 def refusal(*command, stdin=""):
-    """Why a command fails, in its own words; empty when it does not."""
+    """The first line of a failing command's error message; empty if the command succeeds."""
     run = subprocess.run(command, input=stdin, capture_output=True, text=True, errors="replace")
     return "" if run.returncode == 0 else (run.stderr.strip() or "it fails").splitlines()[0]
 
 
 def makeable(variable, default, why_not, toolchain):
-    """Of the wanted targets those that the toolchain makes: all of them, if they were named."""
+    """The wanted targets that the toolchain can compile for.
+
+    A failing target that `variable` names ends the build. A failing default target is left out.
+    """
     named = named_targets(variable)
     targets = named or default.split(";")
     refused = {target: reason for target in targets if (reason := why_not(target))}
@@ -229,7 +233,7 @@ def find_nvcc():
 
 
 def gencode(target):
-    """nvcc's flags for a target in torch's words: 8.0, 9.0a, 10.0+PTX."""
+    """nvcc's flags for a target in torch's notation: 8.0, 9.0a, 10.0+PTX."""
     chip = target.replace(".", "").removesuffix("+PTX")
     kinds = ["sm", "compute"] if target.endswith("+PTX") else ["sm"]
     return [f"-gencode=arch=compute_{chip},code={kind}_{chip}" for kind in kinds]
@@ -245,7 +249,7 @@ def cuda_refusal(nvcc, target):
 
 
 def find_hip():
-    """The folder with HIP's headers, and the compiler that makes most of the wanted targets."""
+    """The folder of HIP, and the compiler that can compile for most of the wanted targets."""
     if reason := without.absent("clang"):
         raise Missing(f"no HIP compiler: {reason}")
     advice = (
@@ -262,7 +266,7 @@ def find_hip():
         )
     if not root:
         raise Missing(f"no HIP headers in {' or '.join(places)}; {advice}")
-    os.environ["HIP_PLATFORM"] = "amd"  # some hipcc would rather take an nvcc that it finds
+    os.environ["HIP_PLATFORM"] = "amd"  # otherwise some hipcc use an nvcc if they find one
     clangs = ["clang++", *(f"clang++-{release}" for release in range(30, 16, -1))]
     names = [f"{root}/bin/hipcc", "hipcc", f"{root}/llvm/bin/clang++", *clangs]
     compilers = [[name, f"--rocm-path={root}"] for name in names if shutil.which(name)]
@@ -275,8 +279,11 @@ def find_hip():
 
 
 def hip_refusal(compiler, target):
-    """Why two lines cannot be compiled for a target: that takes the whole chain of tools, and a
-    clang that has what gpu/platform_hip.h uses of it."""
+    """Why a target cannot be compiled for; empty if it can.
+
+    Compiles two lines. That needs the whole chain of tools, and a clang with the builtins that
+    gpu/platform_hip.h uses.
+    """
     code = """__attribute__((device)) float f(float x) {
         return static_cast<float>(static_cast<__bf16>(__builtin_amdgcn_exp2f(x))); }"""
     flags = ["-nogpuinc", *HIP_FLAGS, f"--offload-arch={target}", "-c", "-o", os.devnull, "-"]

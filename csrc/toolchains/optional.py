@@ -1,6 +1,6 @@
-"""Optional tools that are absent here, what is skipped without each, and how to install it.
+"""Optional tools that are missing on this machine, what is skipped, and how to install them.
 
-`python -m csrc.toolchains.optional` prints them; `make system` does, before anything is installed.
+`python -m csrc.toolchains.optional` prints them. `make system` runs it before it installs anything.
 """
 
 import os
@@ -31,7 +31,7 @@ ABOUT = {
 
 
 def reason_without_boost() -> str | None:
-    """What keeps programs from being compiled with Boost.Context, or None."""
+    """Why programs cannot be compiled with Boost.Context, or None."""
     if reason := without.absent("boost"):
         return f"Boost.Context is absent: {reason}"
     program = "#include <boost/context/detail/fcontext.hpp>\nint main() {}"
@@ -49,7 +49,7 @@ def _is_found(find) -> bool:
 
 
 def absent() -> list[str]:
-    """The tools of ABOUT that are not here."""
+    """The tools in ABOUT that are missing on this machine."""
     here = {
         "boost": _is_found(lambda: not reason_without_boost()),
         "nvcc": _is_found(compilers.find_nvcc),

@@ -1,7 +1,7 @@
-"""The environment variables that steer a build.
+"""The environment variables of a build.
 
-An empty variable counts as unset. One that names something wrong ends the build, also where another
-tool would do: whoever set it wants that one.
+An empty variable counts as unset. A variable that names something wrong ends the build, even if
+another tool would work, because the user asked for that one.
 """
 
 import os
@@ -10,22 +10,22 @@ import sys
 
 
 def given(variable: str) -> str | None:
-    """What a variable says, or None when it is unset or blank."""
+    """The value of a variable, or None if it is unset or blank."""
     return os.environ.get(variable, "").strip() or None
 
 
 def refuse(variable: str, text: str):
-    """End the build."""
+    """End the build with an error message."""
     sys.exit(f"{variable}: {text}")
 
 
 def named_targets(variable: str) -> list[str]:
-    """The targets that TORCH_CUDA_ARCH_LIST or PYTORCH_ROCM_ARCH names, split as torch does."""
+    """The targets in TORCH_CUDA_ARCH_LIST or PYTORCH_ROCM_ARCH, split as torch splits them."""
     return re.findall(r"[^;,\s]+", given(variable) or "")
 
 
 def jobs() -> int:
-    """Compilations at a time."""
+    """The number of parallel compilations."""
     text = given("MAX_JOBS") or str(os.cpu_count())
     if not re.fullmatch(r"[1-9][0-9]*", text):
         refuse("MAX_JOBS", f"expected a whole number, 1 or more, got {text!r}; or unset it")

@@ -1,7 +1,9 @@
-"""FUSED_SFT_LOSS_WITHOUT: optional tools that this checkout treats as absent, to test just that.
+"""FUSED_SFT_LOSS_WITHOUT: the optional tools that this checkout treats as absent.
 
-    make test FUSED_SFT_LOSS_WITHOUT=all            none of them
-    make test FUSED_SFT_LOSS_WITHOUT=boost,triton   not these two
+It tests a machine without them:
+
+    make test FUSED_SFT_LOSS_WITHOUT=all            without any of them
+    make test FUSED_SFT_LOSS_WITHOUT=boost,triton   without these two
 
 The build, the tests and the Makefile read it; the installed package does not.
 `python csrc/toolchains/without.py` prints the tools that it names.
@@ -26,7 +28,7 @@ TOOLS = {
 def tools() -> list[str]:
     """The tools that are treated as absent.
 
-    Ends the process when the variable names something else.
+    Ends the process if the variable names anything else.
     """
     text = os.environ.get(VARIABLE, "")
     names = re.findall(r"[^,\s]+", text)
