@@ -1,6 +1,6 @@
-"""The Triton kernels, executed by Triton's interpreter: the promises' own tests, and some more.
+"""Run the promises' tests, and more, on the Triton kernels in Triton's interpreter.
 
-In processes of their own, see `triton_interpreter.py`. To run one by hand:
+Each run is a separate process, see `triton_interpreter.py`. To run one by hand:
 
     PYTHONPATH=tests/gpu:tests/support TRITON_INTERPRET=1 \\
         python -m pytest -p triton_interpreter tests/gpu/triton_rows.py
@@ -26,7 +26,7 @@ EXTREMES = (
 )
 OPCHECK = "loss/test_compile.py::test_opcheck"
 LOGITS = "loss/test_extreme_logits.py"
-RUNS = {  # name -> (what is run, how many tests there are at least)
+RUNS = {  # name -> (files or tests to run, minimum number of tests)
     "options": ("gpu/triton_options.py loss/test_against_oracle.py", 140),
     "traps": ("loss/test_bugs_of_peers.py loss/test_bugs_of_peers_with_masks.py", 70),
     "extremes": (" ".join(f"{LOGITS}::test_{name}" for name in EXTREMES), 13),
@@ -43,7 +43,7 @@ def test_in_the_interpreter(name):
 
 
 def test_one_variant_of_every_test_in_the_interpreter():
-    """The sample that make test has of the runs above, but for those of several processes."""
+    """The sample of make test: one variant per test of the runs above, without several ranks."""
     sampled = (what for name, (what, _) in RUNS.items() if name != "sharded")
     interpret(" ".join(sampled), 55, "--sample", "1")
 
@@ -52,7 +52,7 @@ def interpret(what, at_least, *options):
     command = [sys.executable, "-m", "pytest", "-p", "triton_interpreter", "-q"]
     command += ["-p", "no:cacheprovider", "-p", "no:xdist", *options]
     command += [str(ROOT / "tests" / part) for part in what.split()]
-    for ranks in (1, 4):  # 2 is left: each rank is an interpreter
+    for ranks in (1, 4):  # keep 2 only: each rank starts an interpreter
         left_out = f"tests/loss/test_sharded.py::test_sharded_equals_unsharded[{ranks}]"
         command += ["--deselect", left_out]
     paths = [str(HERE), str(ROOT / "tests/support"), os.environ.get("PYTHONPATH", "")]
