@@ -124,7 +124,7 @@ def _grad(chip, shape, dtype, options) -> Iterator[Variant]:
     columns = shape.columns or WIDEST
     if shape_for(chip, "row_grad", columns) != shape:
         return
-    few, many = 64, 64 * chip.multiprocessors  # less and more than 2 GiB of logits
+    few, many = 64, 64 * chip.multiprocessors  # many: over 2 GiB of fp32 logits
     flags = product((0.0, 30.0), (False, True), (many, few)) if options else ()
     for softcap, unaligned, rows in flags or [(0.0, False, many), (0.0, False, few)]:
         logits = _logits(dtype, columns, rows, unaligned)

@@ -82,7 +82,7 @@ def hot_loops(code: Code, element_bytes: int, shifted: Shifted | None = None) ->
 
 def one_read_from_registers(code: Code, element_bytes: int) -> HotLoop | None:
     """The cost of a row held in registers, where everything is unrolled: all code outside loops.
-    A little of that code does not depend on the row's length. None if the kernel holds no row."""
+    A little of that code processes no elements. None if the kernel holds no row."""
     body = outside_loops(code)
     wide = [i for i in body if not i.access or i.access.bytes == CHUNK]
     loop = count(wide, element_bytes)

@@ -43,7 +43,7 @@ class Counts:
 
 
 class Global:
-    """Named numpy arrays at their own addresses."""
+    """Named numpy arrays. A kernel sees each array at its address in this process."""
 
     def __init__(self):
         self.names, self.starts, self.bytes = [], [], []

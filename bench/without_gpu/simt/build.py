@@ -52,7 +52,7 @@ def compile_object(source, flags):
 
 
 def instructions():
-    """Flags for this CPU's FMA and fp16 instructions. Results stay the same; library calls go."""
+    """Flags for this CPU's FMA and fp16 instructions: no library calls, and the same results."""
     cpu = Path("/proc/cpuinfo")
     known = cpu.read_text().split() if cpu.exists() else ()
     return tuple(f"-m{name}" for name in ("fma", "f16c") if name in known)

@@ -1,6 +1,6 @@
 """Hides Triton from every Python process that has this folder in PYTHONPATH.
 
-csrc/toolchains/without.py says why.
+csrc/toolchains/without.py explains the switch that needs it.
 """
 
 import sys
