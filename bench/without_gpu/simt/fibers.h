@@ -33,7 +33,7 @@ struct Fiber {
   void* context = nullptr;  // where it resumes, while suspended
   char* low = nullptr;      // lowest stack byte, above the guard page; null: the stack of launch()'s caller
   size_t size = 0;
-  void* fake_stack = nullptr;  // AddressSanitizer's
+  void* fake_stack = nullptr;  // saved by AddressSanitizer
 };
 
 class FiberPool {
