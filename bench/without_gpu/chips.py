@@ -1,7 +1,7 @@
 """The supported chips: throughput per clock, capacity, and the document behind each figure.
 
 This is the only list of chips outside the build. Tables, audit, offline compilation and tests use
-it. csrc/toolchains cannot import it, because the build runs where nothing is installed; a test
+it. csrc/toolchains keeps a second list, because the build runs where nothing is installed; a test
 compares the two.
 
 Sources: [1] CUDA Programming Guide, appendix "Compute Capabilities" (technical specifications and

@@ -117,7 +117,7 @@ def test_memory_that_is_not_there_is_a_row_and_the_others_go_on(timed):
 
 
 def test_logits_are_restored_after_a_provider_that_writes(timed):
-    """Without this, all timings after an in-place provider's first would be of other work."""
+    """Unrestored, an in-place provider's second timing, and the next provider's, would be wrong."""
     problem = problem_of(case_of())
     ours = PROVIDERS["ours-cpu-inplace"]
     function = ours.function(problem)

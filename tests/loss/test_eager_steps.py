@@ -32,7 +32,7 @@ def test_trap_a_step_for_every_run_of_scored_rows(kind):
     with mock.patch.object(eager, "load", wraps=eager.load) as load:
         losses = fsl.sft_loss(logits, labels, mask, shift=False, reduction="none", backend="eager")
         (grad,) = torch.autograd.grad(losses.sum(), logits)
-    # Per pass: its tiles, one more for each of two sequences that ends within a tile, the targets.
+    # Per pass: the tiles, one more for each of two sequences, and one load for the targets.
     assert load.call_count <= 2 * (-(-int(mask.sum()) // height) + 2 + 1)
     rows = logits.detach().double().flatten(0, 1).requires_grad_()
     want = torch.nn.functional.cross_entropy(rows, labels.flatten(), reduction="none")
