@@ -37,7 +37,7 @@ def test_all_tokens_masked(backend, reduction, inplace):
 @pytest.mark.parametrize("poison", [NAN, -NAN, INF, -INF])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_nan_in_a_masked_row(backend, poison, dtype):
-    """A NaN in a masked row changes nothing, even if the upstream gradient is NaN there."""
+    """NaN or infinity in a masked row changes nothing, even if the upstream gradient is NaN."""
     logits, labels, mask = problem(dtype=dtype)
     mask[:, 3] = 0  # row 2 predicts position 3
     loss, grad = grad_of(logits, labels, mask, backend=backend)
