@@ -1,11 +1,11 @@
-"""Shared set-up: one seed, the package under test, and the order of the tests."""
+"""Shared set-up: the seed, the check of the package under test, and the order of the tests."""
 
 import importlib.util
 import os
 from pathlib import Path
 
-# Inductor's cache on disk knows an operator by its name: when the result of one changes, the cache
-# would run code that was compiled for the operator as it was.
+# Inductor's disk cache identifies an operator by name. After a change to an operator it would run
+# code compiled for the old one.
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 
 import pytest
@@ -19,10 +19,9 @@ pytest_plugins = ["skips"]
 
 
 def pytest_configure():
-    """Stop a run that would not test what it is meant to.
+    """Stop a run that would test another package or another set of tools than it should.
 
-    `make sanitize` names the folder of the package; csrc/toolchains/without.py
-    tells about the switch.
+    `make sanitize` names the package's folder; csrc/toolchains/without.py explains the switch.
     """
     if (reason := without.absent("triton")) and importlib.util.find_spec("triton"):
         pytest.exit(
@@ -41,12 +40,12 @@ def seeded():
 
 @pytest.fixture(params=ON_CPU)
 def backend(request):
-    """The `backend=` argument of every way of running on a CPU, one after the other."""
+    """The `backend=` argument of every way to run on a CPU, one after the other."""
     with using(request.param) as name:
         yield name
 
 
-#: Few tests and many minutes: begun last, they would run when one worker has nothing left to do.
+#: Few tests that take many minutes. They start first, so that no worker ends up running one alone.
 FIRST = (
     "test_triton_interpreted",
     "test_codegen_gpu",
@@ -66,5 +65,5 @@ def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return
     for item in items:
-        if item.get_closest_marker("gpu"):  # a keyword would also be the folder of that name
+        if item.get_closest_marker("gpu"):  # a keyword would also match the folder "gpu"
             item.add_marker(pytest.mark.skip(reason="needs an accelerator; this machine has none"))

@@ -1,1 +1,1 @@
-"""What proves GPU code on a machine without a GPU; README.md says which part proves what."""
+"""Test GPU code on a machine without a GPU; README.md says what each part proves."""

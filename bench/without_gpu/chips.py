@@ -1,12 +1,13 @@
-"""The chips: what each can do per clock and hold at once, with where a figure is documented.
+"""The supported chips: throughput per clock, capacity, and the document behind each figure.
 
-The one list of them outside of the build: tables, audit, offline compilation and tests take theirs
-from here. A test compares it with csrc/toolchains, which runs where nothing is installed.
+This is the only list of chips outside the build. Tables, audit, offline compilation and tests use
+it. csrc/toolchains keeps a second list, because the build runs where nothing is installed; a test
+compares the two.
 
 Sources: [1] CUDA Programming Guide, appendix "Compute Capabilities" (technical specifications and
-instruction throughput); [2] CUDA occupancy calculator: registers are given to a warp in units of
-256, shared memory to a block with 1 KiB for the system; [3] NVIDIA data sheets of the A100 80 GB
-SXM, the H100 SXM and the HGX B200; clocks are those at which the peak FP32 rate there holds;
+instruction throughput); [2] CUDA occupancy calculator: registers are allocated per warp in units of
+256, shared memory per block with 1 KiB for the system; [3] NVIDIA data sheets of the A100 80 GB
+SXM, the H100 SXM and the HGX B200; clocks give the peak FP32 rate stated there;
 [4] AMD CDNA2, CDNA3 and CDNA4 ISA guides: 512 VGPRs per lane and SIMD in units of 8, at most 8
 waves per SIMD, 4 SIMDs of 16 lanes, LDS; [5] LLVM's AMDGPU usage guide and SISchedule.td: a
 transcendental takes four passes of a plain VALU instruction; [6] AMD data sheets of the MI250X,
@@ -18,20 +19,20 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Limits:
-    """A chip as launch and prediction see it; a *unit* is an SM or a CU."""
+    """The limits of a chip that launches and predictions use. A *unit* is an SM or a CU."""
 
     device: str
-    build: str  # the target that wheels are built for, in the words of csrc/toolchains
-    bandwidth: float  # bytes per second of its memory
+    build: str  # the target of the wheels, as csrc/toolchains spells it
+    bandwidth: float  # bytes per second of device memory
     units: int
     clock: float  # Hz, peak
     threads: int  # per unit
     blocks: int  # per unit
     shared_bytes: int  # per unit
     shared_bytes_of_block: int
-    shared_bytes_reserved: int  # of each block, by the system
-    registers: int  # 32-bit, per lane of a scheduler (one of four in a unit)
-    register_unit: int  # registers per lane are handed out in multiples of this
+    shared_bytes_reserved: int  # per block, by the system
+    registers: int  # 32-bit, per lane of a scheduler (a unit has four)
+    register_unit: int  # registers per lane are allocated in multiples of this
     lanes: dict[str, tuple[str, int]]  # class of instruction -> (pipe, lanes per clock and unit)
 
     @property
@@ -40,13 +41,13 @@ class Limits:
 
     @property
     def bytes_to_keep_in_flight(self) -> float:
-        """Per unit, so that memory does not wait: its bandwidth times 800 ns of latency."""
+        """Bytes per unit that keep memory busy: its bandwidth times 800 ns of latency."""
         return self.bandwidth * 800e-9 / self.units
 
 
-# [1], per SM: 16 special functions, 64 integer, compare, convert, FP32 64 (8.0) or 128; four
-# schedulers issue one warp each. Two-wide FP32 (10.0): half the lanes. IMAD shares the
-# FMA pipe at half rate. Uniform and memory instructions are charged an issue slot only.
+# [1], per SM: 16 special functions; 64 integer, compare and convert; FP32 64 (8.0) or 128. Four
+# schedulers issue one warp each. Two-wide FP32 (10.0) has half the lanes. IMAD shares the FMA pipe
+# at half rate. Uniform and memory instructions cost an issue slot only.
 def _nvidia(fp32: int) -> dict[str, tuple[str, int]]:
     return {
         "fp32": ("fma", fp32),
@@ -58,8 +59,8 @@ def _nvidia(fp32: int) -> dict[str, tuple[str, int]]:
     }
 
 
-# [4, 5], per CU: a wave of 64 takes a SIMD of 16 lanes for four clocks, a transcendental for 16; a
-# scalar instruction serves all 64 lanes of a wave and one is issued per clock.
+# [4, 5], per CU: a wave of 64 occupies a SIMD of 16 lanes for four clocks, a transcendental for 16.
+# A scalar instruction serves all 64 lanes of a wave; one is issued per clock.
 _AMD = {
     "valu": ("valu", 64),
     "transcendental": ("valu", 16),
@@ -94,11 +95,11 @@ AMD = tuple(name for name, chip in CHIPS.items() if chip.warp == 64)
 
 
 def resident_threads(limits: Limits, threads: int, registers: int, shared: int) -> tuple[int, str]:
-    """Threads of a kernel that a unit holds, and what holds it back.
+    """Threads of a kernel that a unit holds at once, and the resource that limits them.
 
-    `registers` per thread, `shared` bytes and `threads` per block. Per lane: the 512 registers of a
-    lane serve the threads of a quarter of the unit's warps (NVIDIA's 64 Ki registers are 512 for
-    each of 128 lanes).
+    `registers` is per thread; `shared` bytes and `threads` are per block. The 512 registers of a
+    lane serve the threads of a quarter of the unit's warps: NVIDIA's 64 Ki registers are 512 for
+    each of 128 lanes.
     """
     granted = -(-max(registers, 1) // limits.register_unit) * limits.register_unit
     warps_of_block = -(-threads // limits.warp)

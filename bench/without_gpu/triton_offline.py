@@ -1,7 +1,7 @@
-"""Every launch the tables can make, and its compilation for a chip that is not there.
+"""List every launch that the launch tables can make, and compile it without the chip.
 
-What is compiled is what would be launched: the plans are asked for it, with tensors that have no
-memory, and the arguments are specialised by the code that Triton's own launcher runs.
+The kernels' own `plan` functions make the launches, from tensors without memory ("meta"). Triton's
+own launcher code specialises the arguments. So the compiled kernels are the launched ones.
 """
 
 from collections.abc import Iterator
@@ -31,27 +31,27 @@ from .chips import CHIPS as LIMITS
 
 CHIPS = {name: Chip(name, limits.warp, limits.units) for name, limits in LIMITS.items()}
 
-#: Of the logits.
+#: Dtypes of the logits.
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-#: V_local where a line of the table has no limit: a 128k vocabulary, unsharded.
+#: V_local for a line of the table without a limit: an unsharded vocabulary of 128k.
 WIDEST = 128256
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One launch and how it came about."""
+    """One launch, with the options that led to it."""
 
     chip: Chip
     shape: Shape | None  # None: a kernel over vectors of N rows
-    use: str | None  # of the shape
+    use: str | None  # of the shape, in the launch table
     name: str  # kernel, dtype and options
     launch: Launch
 
 
 def variants(chip: Chip, options: bool = True) -> Iterator[Variant]:
-    """Every launch of a chip's lines; with `options` also softcap, smoothing, metrics, unaligned
-    rows and masks, without only what plain training launches."""
+    """Every launch of a chip's lines. Without `options` only the launches of plain training; with
+    it also softcap, smoothing, metrics, unaligned rows and masks."""
     for shape, make, dtype in product(lines(chip), (_stats, _grad), DTYPES):
         yield from make(chip, shape, dtype, options)
     yield from _merge(chip, options)
@@ -60,7 +60,7 @@ def variants(chip: Chip, options: bool = True) -> Iterator[Variant]:
 
 
 def target(chip: Chip) -> GPUTarget:
-    """Triton's name for a chip."""
+    """A chip as Triton's compilation target."""
     if chip.amd:
         return GPUTarget("hip", chip.name, chip.warp)
     return GPUTarget("cuda", int(chip.name.removeprefix("sm_")), chip.warp)
@@ -98,7 +98,7 @@ def _number():
 
 
 def _stats(chip, shape, dtype, options) -> Iterator[Variant]:
-    few, many = 64, 64 * chip.multiprocessors  # rows: shared out over programs, and not
+    few, many = 64, 64 * chip.multiprocessors  # few rows are split over programs, many are not
     flags = product((3, 4, 6), (0.0, 30.0), (False, True), (many, few)) if options else ()
     columns = shape.columns or WIDEST
     for wanted, softcap, unaligned, rows in flags or [(3, 0.0, False, many), (3, 0.0, False, few)]:
@@ -124,7 +124,7 @@ def _grad(chip, shape, dtype, options) -> Iterator[Variant]:
     columns = shape.columns or WIDEST
     if shape_for(chip, "row_grad", columns) != shape:
         return
-    few, many = 64, 64 * chip.multiprocessors  # rows: less and more than 2 GiB of logits
+    few, many = 64, 64 * chip.multiprocessors  # many: over 2 GiB of fp32 logits
     flags = product((0.0, 30.0), (False, True), (many, few)) if options else ()
     for softcap, unaligned, rows in flags or [(0.0, False, many), (0.0, False, few)]:
         logits = _logits(dtype, columns, rows, unaligned)

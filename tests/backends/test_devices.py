@@ -1,6 +1,6 @@
-"""Which GPUs a compiled module is chosen for: what it was compiled for decides, and the driver.
+"""A compiled module is chosen for a GPU by the module's targets and the driver's version.
 
-Devices, modules and the driver are stand-ins, so that this runs anywhere.
+Devices, modules and the driver are faked, so the tests run anywhere.
 """
 
 from types import SimpleNamespace
@@ -14,7 +14,7 @@ from fused_sft_loss.backends import devices, loader, selection
 
 @pytest.fixture
 def machine(monkeypatch):
-    """machine(capabilities or gfx names, targets, ...): this process on such a machine."""
+    """machine(capabilities or gfx names, targets, ...) makes this process see such a machine."""
     cached = (selection.reason_against, selection.load)
 
     def pretend(gpus, targets, toolkit="nvcc 13.0.88", driver=(13, 0)):
@@ -58,12 +58,12 @@ AMD = "gfx90a gfx942"
     "gpu, targets, runs",
     [
         ("8.0", DEFAULT, True),
-        ("8.6", DEFAULT, True),  # machine code of 8.0
+        ("8.6", DEFAULT, True),  # runs machine code of 8.0
         ("8.9", DEFAULT, True),
         ("9.0", DEFAULT, True),
         ("10.0", DEFAULT, True),
         ("10.3", DEFAULT, True),
-        ("12.0", DEFAULT, True),  # by PTX
+        ("12.0", DEFAULT, True),  # through PTX
         ("7.5", DEFAULT, False),
         ("8.0", "9.0a", False),
         ("7.5", "9.0a", False),
@@ -72,15 +72,15 @@ AMD = "gfx90a gfx942"
         ("9.0", "9.0a", True),
         ("12.0", "8.0 9.0", False),
         ("9.0", "8.0", False),
-        ("8.0", "8.6", False),  # minor versions count upwards
+        ("8.0", "8.6", False),  # code of a minor version runs on that one and later ones
         ("8.6", "8.6", True),
         ("9.0", "8.0+PTX", True),
         ("7.5", "8.0+PTX", False),
-        ("10.0", "9.0a+PTX", False),  # PTX of 9.0a is for 9.0
+        ("10.0", "9.0a+PTX", False),  # PTX of 9.0a runs on 9.0 only
         ("10.3", "10.0a", False),
         ("10.3", "10.0f", True),
         ("12.0", "10.0f+PTX", False),
-        ("10.0", "8.0", False),  # not by comparing text
+        ("10.0", "8.0", False),  # versions compare as numbers, not as text
         ("gfx942:sramecc+:xnack-", AMD, True),
         ("gfx90a:sramecc+:xnack-", AMD, True),
         ("gfx950:sramecc+:xnack-", AMD, False),
@@ -103,7 +103,7 @@ def test_a_module_is_chosen_only_where_its_targets_run(machine, gpu, targets, ru
 
 
 def test_one_gpu_that_it_does_not_run_on_is_enough(machine):
-    """The choice is a constant of a compiled graph, which may run on either."""
+    """The choice is a constant of a compiled graph, which may run on either GPU."""
     machine(["9.0", "7.5"], DEFAULT)
     reason = selection.reason_against("cuda", "cuda")
     assert "cuda:1 (GPU 1) is 7.5" in reason and "CUDA_VISIBLE_DEVICES" in reason
@@ -117,7 +117,7 @@ def test_one_gpu_that_it_does_not_run_on_is_enough(machine):
         ("nvcc 13.0.88", (12, 8), "9.0", "by CUDA 13.0, and this driver is for CUDA 12.8 at most"),
         ("nvcc 13.0.88", (13, 0), "9.0", None),
         ("nvcc 13.1.20", (13, 0), "9.0", None),  # minor versions are compatible
-        ("nvcc 13.1.20", (13, 0), "12.0", "is 12.0; build"),  # but a driver reads no newer PTX
+        ("nvcc 13.1.20", (13, 0), "12.0", "is 12.0; build"),  # but a driver rejects newer PTX
         ("nvcc 13.0.88", (14, 0), "9.0", None),
         ("nvcc 12.8.93", (13, 0), "12.0", None),
         ("nvcc of unknown version", (12, 8), "9.0", None),

@@ -1,4 +1,4 @@
-"""The native backend's own exponential, against libm over its whole domain."""
+"""The native backend's exponential, against float64 over its whole domain."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def native_exp(x, scale=1.0):
 
 
 def every_nth_float(low, high, step):
-    """Floats between two negative bounds by their bit patterns, so that every binade is covered."""
+    """Negative floats at equal steps of their bit patterns, so that every binade is covered."""
     first, last = (torch.tensor(v).view(torch.int32).item() for v in (low, high))
     return torch.arange(first, last, step, dtype=torch.int32).view(torch.float32)
 

@@ -1,4 +1,4 @@
-"""How the compiled modules are imported: what they find, and what is said when they do not."""
+"""Importing the compiled modules: the runtime that they use, and the errors if it is missing."""
 
 import importlib.util
 import shutil
@@ -22,7 +22,7 @@ def python(program, *arguments):
 
 @pytest.fixture
 def runtime(tmp_path):
-    """Compile a stand-in for HIP's runtime, with whatever symbols `_hip` asks for."""
+    """Compile a fake HIP runtime with all symbols that `_hip` needs."""
     if not shutil.which("cc"):
         pytest.skip("no C compiler")
     wanted = {"hipInit"}
@@ -40,7 +40,7 @@ def runtime(tmp_path):
     return compile
 
 
-# As torch does it: its libraries' symbols are not for everybody.
+# Like torch, which loads its libraries with local symbols.
 LOAD = """
 import ctypes, os, sys
 for path in sys.argv[1:]:
@@ -63,7 +63,7 @@ def test_hip_takes_the_runtime_that_is_loaded(runtime):
     path = runtime("one")
     done = python(LOAD + load + show, path)
     assert done.returncode == 0 and "gfx" in done.stdout and "True" in done.stdout, done.stderr
-    plain = "import fused_sft_loss._hip"  # the loader is what makes the difference
+    plain = "import fused_sft_loss._hip"  # fails without the loader
     assert "undefined symbol" in python(LOAD + plain, path).stderr
 
 
@@ -100,7 +100,7 @@ def test_one_hip_runtime_is_in_the_report(runtime):
 
 
 def test_a_shared_runtime_serves_modules_loaded_later(runtime, tmp_path):
-    """RTLD_GLOBAL on a library that is there already: nothing is loaded a second time."""
+    """RTLD_GLOBAL on a loaded library makes its symbols global; nothing is loaded again."""
     (tmp_path / "m.c").write_text("void* hipInit(); void* f() { return hipInit(); }")
     later = tmp_path / "later.so"
     subprocess.run(["cc", "-shared", "-fPIC", tmp_path / "m.c", "-o", later], check=True)

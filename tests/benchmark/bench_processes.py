@@ -1,4 +1,4 @@
-"""Start a bench command as a user does, and interrupt it as one does."""
+"""Start a bench command as a user does, and interrupt it with Ctrl-C."""
 
 import os
 import signal
@@ -13,12 +13,12 @@ MARK = "BENCH_TEST_MARK"
 
 
 def new_mark():
-    """A string that a command and all it starts can be told by."""
+    """A string that identifies a command and all processes that it starts."""
     return uuid.uuid4().hex
 
 
 def start(*arguments, mark="", launcher=()):
-    """`python -m bench ARGUMENTS` in a process group of its own; `launcher`: what runs it."""
+    """`python -m bench ARGUMENTS` in a new process group, run by `launcher` if given."""
     return subprocess.Popen(
         [sys.executable, *launcher, "-m", "bench", *arguments],
         cwd=ROOT,
@@ -26,12 +26,12 @@ def start(*arguments, mark="", launcher=()):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        start_new_session=True,  # so that a signal to the group reaches what it started alone
+        start_new_session=True,  # so that a signal to the group does not reach the tests
     )
 
 
 def interrupted(process, mark):
-    """Press Ctrl-C; what it then wrote to stderr, once nobody is left behind."""
+    """Send Ctrl-C, wait until no process is left, and return stderr."""
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
@@ -43,7 +43,7 @@ def interrupted(process, mark):
 
 
 def alive(mark):
-    """Command lines of the processes that inherited the mark; forkserver's keeper aside."""
+    """Command lines of processes with the mark, except the forkserver's resource tracker."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:

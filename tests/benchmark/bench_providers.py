@@ -1,4 +1,4 @@
-"""Small cases, and providers that are wrong, large or deadly; at module level, to be sent."""
+"""Small cases, and bad providers. They are at module level so that processes can unpickle them."""
 
 import os
 import signal
@@ -29,14 +29,14 @@ def right(problem):
 
 
 def copying(problem):
-    """One copy of the logits forward; its gradient overwrites the copy."""
+    """Copies the logits once in forward; the gradient overwrites the copy."""
     return lambda logits: sft_loss(
         logits.clone(), problem.labels, problem.mask, inplace_backward=True
     )
 
 
 class _Changed(torch.autograd.Function):
-    """The identity whose gradient comes back changed."""
+    """The identity, with a changed gradient."""
 
     @staticmethod
     def forward(ctx, logits, change):
@@ -59,12 +59,12 @@ def changing(problem, change):
 
 
 def scaled(gradient):
-    return gradient / 0.37  # as if the upstream gradient had not been looked at
+    return gradient / 0.37  # as if the upstream gradient were ignored
 
 
 def leaking(gradient):
     gradient = gradient.clone()
-    gradient[0, 0, 0] += 1e-6  # a row that is not scored
+    gradient[0, 0, 0] += 1e-6  # in a row that is not scored
     return gradient
 
 
@@ -73,7 +73,7 @@ def nan(gradient):
 
 
 def coarse(gradient):
-    """The targets' entries right, all others off by a tenth of themselves."""
+    """The targets' entries are right; all others are off by 10%."""
     targets = gradient < 0
     return torch.where(targets, gradient, gradient * 1.1)
 

@@ -1,4 +1,4 @@
-"""The demo's data: what is scored, and what a bad file is told."""
+"""The demo's data: which tokens are scored, and the errors for a bad file."""
 
 import ast
 import itertools
@@ -107,7 +107,7 @@ def test_the_standard_library_gives_whole_functions():
         assert (asked, answers) == ("user", "assistant")
         (function,) = ast.parse(head + body).body
         assert ast.get_docstring(function, clean=False) is not None
-        assert len(ast.parse(head).body[0].body) == 1  # nothing but the docstring is given away
+        assert len(ast.parse(head).body[0].body) == 1  # the prompt has only the docstring
     again = list(itertools.islice(data.standard_library(seed=3), 20))
     assert conversations == again
     assert conversations != list(itertools.islice(data.standard_library(seed=4), 20))

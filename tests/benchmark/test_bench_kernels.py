@@ -1,4 +1,4 @@
-"""`python -m bench kernels`: what it counts, and whom it refuses to time."""
+"""`python -m bench kernels`: the bytes it counts, and the providers it refuses to time."""
 
 from functools import partial
 
@@ -46,7 +46,7 @@ def test_the_roof_is_the_time_that_copying_and_zeroing_take():
     roof = {"copy_gb_per_s": 10.0, "zero_gb_per_s": 20.0}
     seconds = record.roof_seconds(case, roof, "full")
     assert seconds == pytest.approx(moved / 10e9 + zeroed / 20e9)
-    # Everything scored: three passes over the logits, of which a copy makes two.
+    # With everything scored there are three passes over the logits; a copy makes two.
     rows = record.Rows([case], "full")
     rows.roofs[0] = {"copy": [(0.5, 0.0)], "zero": [(0.25, 0.0)]}
     made_of = record.build(rows, {}, {}, True)["cases"][0]["roof"]
@@ -76,7 +76,7 @@ def test_the_logits_are_not_copied_on_the_way_to_a_provider():
 
 @pytest.fixture
 def timed(monkeypatch):
-    """time_case on given providers: name -> what was told of it, and the calls that were made."""
+    """time_case on given providers; returns what it reported by name, and the calls made."""
     monkeypatch.setattr(timing, "FEWEST", 3)
     monkeypatch.setattr(timing, "WARM_S", 0.0)
 
@@ -97,7 +97,7 @@ def timed(monkeypatch):
 def test_a_wrong_provider_is_not_timed(timed, change):
     wrong = made.provider(partial(made.changing, change=change), "wrong")
     told, calls = timed(made.provider(made.right), wrong)
-    assert calls.count("wrong") == 1  # for the check
+    assert calls.count("wrong") == 1  # called for the check only
     assert told["wrong"]["status"] == "wrong" and not told["wrong"]["check"]["ok"]
     assert told["wrong"]["reason"].startswith("wrong: ") and "seconds" not in told["wrong"]
     assert told["right"]["check"]["ok"] and len(told["right"]["seconds"]) == 3
@@ -117,7 +117,7 @@ def test_memory_that_is_not_there_is_a_row_and_the_others_go_on(timed):
 
 
 def test_logits_are_restored_after_a_provider_that_writes(timed):
-    """Else the second timing of an in-place one is of other work, and the next one's too."""
+    """Unrestored, an in-place provider's second timing, and the next provider's, would be wrong."""
     problem = problem_of(case_of())
     ours = PROVIDERS["ours-cpu-inplace"]
     function = ours.function(problem)
@@ -144,7 +144,7 @@ def test_what_is_timed_in_turn_is_spread_over_the_rounds():
         patch.setattr(timing, "_count", lambda one, budget: next(counts))
         patch.setattr(timing, "WARM_S", 0.0)
         list(timing.rounds(both, torch.device("cpu"), False, 0.0, worker.failed))
-    order = order[2:]  # the warm-up
+    order = order[2:]  # without the warm-up
     assert [len(c.seconds) for c in both] == [9, 3]
     at = [place for place, name in enumerate(order) if name == "seldom"]
     assert [later - sooner for sooner, later in zip(at, at[1:], strict=False)] == [4, 4]
@@ -190,7 +190,7 @@ def test_logits_grow_with_cache_and_cores():
     assert cases.wanted_bytes("cpu", 32 * mib, 2, 2**18) == 20 * mib
     assert cases.wanted_bytes("cpu", None, 2, 2**18) == 20 * mib
     assert cases.wanted_bytes("cpu", 32 * mib, 16, 2**18) == 32 * mib
-    assert cases.wanted_bytes("cpu", 504 * mib, 2, 2**18) == 20 * mib  # a whole socket's
+    assert cases.wanted_bytes("cpu", 504 * mib, 2, 2**18) == 20 * mib  # the cache of a whole socket
     assert cases.wanted_bytes("cpu", 504 * mib, 64, 2**18) == 504 * mib
     assert cases.wanted_bytes("cuda", 50 * mib, 2, 2**18) == cases.GPU_ROWS * 2**18
 

@@ -21,7 +21,7 @@ from bench.ranks import RankError
 
 
 def measured(providers, cases_, **options):
-    """The Rows of a Measuring over real processes."""
+    """Measure in real processes; returns the rows."""
     rows = record.Rows(cases_, "full")
     for index in range(len(cases_)):
         for provider in providers:
@@ -62,8 +62,8 @@ def test_a_process_that_dies_between_rows_does_not_start_for_ever(monkeypatch, a
 
 
 def test_a_sharded_vocabulary_over_two_processes():
-    """Padded, so that the last shard ends in columns that are none; every provider's check is
-    against the softmax over both."""
+    """The vocabulary is padded, so the last shard ends in padding columns. Every provider is
+    checked against the softmax over both shards."""
     model = cases.Model("odd", 1003, 1003)
     case = case_of(model, tp=2, nproc=2)
     assert case.columns * 2 > case.vocab == case.vocab_size
@@ -103,7 +103,7 @@ def test_the_record(tmp_path, capsys):
     out = ["--json", str(paths["json"]), "--csv", str(paths["csv"]), "--plot", str(paths["png"])]
     assert main(["kernels", *shape, *wanted, *out]) == 0
     printed = capsys.readouterr().out
-    assert "ours (cpu), in place" in printed and "\x1b" not in printed  # plain when piped
+    assert "ours (cpu), in place" in printed and "\x1b" not in printed  # no colours in a pipe
     assert paths["png"].read_bytes().startswith(b"\x89PNG")
     data = record.read(paths["json"])
     assert data["finished"] and data["schema"] == record.SCHEMA
@@ -209,7 +209,7 @@ def test_too_little_memory_names_the_largest_size(monkeypatch, capsys):
     batch, seq, vocab = largest.split(",")
     assert main([*arguments, f"{batch},{int(seq) + 1},{vocab}"]) == 1
     capsys.readouterr()
-    assert main(["kernels", "--provider", "reference", "--dry-run"]) == 0  # made to fit
+    assert main(["kernels", "--provider", "reference", "--dry-run"]) == 0  # sized to fit
     assert "PREDICTED" in capsys.readouterr().out
     monkeypatch.setattr(command.machine, "free_memory", lambda: 2**20)
     assert main(["kernels", "--dry-run"]) == 1

@@ -1,4 +1,4 @@
-"""bench.memory reports known allocations as what they are."""
+"""bench.memory reports known allocations correctly."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from bench.memory import MemoryRecord, peak_memory
 
 X = torch.ones(2048, 2048)  # fp32, 16 MiB
 SIZE = X.numel() * X.element_size()
-SMALL = 4096  # scalars that torch allocates on the way
+SMALL = 4096  # tolerance for scalars that torch allocates
 
 
 def near(value, multiple):
@@ -61,7 +61,7 @@ def test_marks_in_autograd_hooks():
         x = leaf.view_as(leaf)
         x.register_hook(lambda grad: record.mark("gradient ready"))
         record.mark("forward")
-        loss = x.exp().sum()  # saves one
+        loss = x.exp().sum()  # exp saves one copy
         record.mark("forward end")
         loss.register_hook(lambda grad: record.mark("backward"))
         loss.backward()

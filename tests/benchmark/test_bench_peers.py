@@ -1,5 +1,5 @@
-"""The adapters of peers that run on a GPU alone, called here against losses in plain PyTorch that
-take exactly the arguments of theirs; and where the peer is installed, against its own signature."""
+"""The adapters of GPU-only peers, called on a CPU with plain PyTorch losses of the same signatures.
+If a peer is installed, its real signature is checked too."""
 
 import importlib
 import inspect
@@ -121,7 +121,7 @@ def cross_entropy(
     return per_row(x, target, ignore_index)
 
 
-#: Module -> its function: where each peer keeps it, with its signature.
+#: The function of each peer's module, with the peer's signature.
 MODULES = {
     "liger_kernel.transformers.functional": liger_cross_entropy,
     "liger_kernel.megatron.cross_entropy": LigerMegatronCrossEntropy,
@@ -151,7 +151,7 @@ def test_the_adapter_gives_the_oracle_s_loss_and_gradient(installed, peer, softc
     peer = replace(peer, devices=("cpu",))
     check = Oracle(problem).check(*run_once(peer.function(problem), problem), peer.precision)
     assert check.ok, check.reason
-    # The gate is no formality: the same adapter around another gradient does not pass it.
+    # Proves that the check can fail: another gradient does not pass.
     wrong = made.provider(partial(made.changing, change=made.scaled))
     assert not Oracle(problem).check(*run_once(wrong.function(problem), problem), "fp32").ok
 
@@ -168,7 +168,7 @@ def test_on_this_cpu_each_keeps_its_row_with_the_reason():
 
 def test_those_for_one_process_say_so_under_sharding(monkeypatch):
     monkeypatch.setattr("bench.kernels.provider._found", lambda module: True)
-    for nproc in (2, 1):  # and for the shard of one rank: there is no such rank
+    for nproc in (2, 1):  # also for one rank's shard, which needs a sharded loss, too
         case = model_case(Model("tiny", 500, 500), 2, nproc, 2, 12, "bf16", 0.5, 1)
         reasons = {peer.name: peer.reason_against(case, "cuda") for peer in GPU_ONLY}
         alone = {name for name, reason in reasons.items() if reason}

@@ -1,4 +1,4 @@
-"""The multi-process harness: results, failures of every kind, and no hang."""
+"""The multi-process harness returns results, reports every kind of failure, and never hangs."""
 
 import os
 import time
@@ -20,7 +20,7 @@ def rank_times(factor, plus=0):
 def one_raises():
     if dist.get_rank() == 1:
         raise KeyError("on purpose")
-    dist.all_reduce(torch.ones(1))  # waits for a peer that never comes
+    dist.all_reduce(torch.ones(1))  # waits for a rank that never comes
 
 
 def one_dies():

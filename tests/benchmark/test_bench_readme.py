@@ -1,4 +1,4 @@
-"""The generated parts of README and docs/ are those of their sources, and a change is noticed."""
+"""The generated parts of README and docs/ match their sources, and a manual change is detected."""
 
 import shutil
 import warnings
@@ -17,7 +17,7 @@ RECORDS = read_records(ROOT / "bench/results")
 
 @pytest.fixture
 def copy(tmp_path):
-    """A copy of README.md and docs/ that may be changed."""
+    """A copy of README.md and docs/ that a test may change."""
     shutil.copytree(ROOT / "docs", tmp_path / "docs")
     shutil.copy(ROOT / "README.md", tmp_path)
     return tmp_path
@@ -72,11 +72,11 @@ def test_a_page_without_markers_is_refused(copy, capsys):
 
 
 def test_the_readme_is_read_in_two_minutes():
-    """150 lines, and its first table has the figures of the record."""
+    """At most 150 lines; the first table has the figures of the record."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 150
     before, _, rest = text.partition(markers("gain")[0])
-    assert len(before.splitlines()) < 10  # what it is; then the gain
+    assert len(before.splitlines()) < 10  # a short description comes before the table
     rows = RECORDS["nvidia-h100-80gb-hbm3"]["rows"]
     cases = RECORDS["nvidia-h100-80gb-hbm3"]["cases"]
     for row in rows:
@@ -86,7 +86,7 @@ def test_the_readme_is_read_in_two_minutes():
 
 @pytest.mark.parametrize("name", RECORDS)
 def test_the_plots_have_room_for_what_is_in_them(name):
-    """matplotlib warns where it gives up, and no label lies on another."""
+    """matplotlib warns if labels do not fit; no label overlaps another."""
     measured = RECORDS[name]
     with warnings.catch_warnings():
         warnings.simplefilter("error")

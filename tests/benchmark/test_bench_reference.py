@@ -1,4 +1,4 @@
-"""The reference loss is what the bench says it is."""
+"""The benchmark's reference loss equals its definition."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def case():
 
 
 def by_hand(logits, labels, mask):
-    """The definition, one position after the other, in float64."""
+    """The definition, one position at a time, in float64."""
     total, count = torch.zeros((), dtype=torch.float64), 0
     for b in range(B):
         for t in range(S - 1):

@@ -1,4 +1,4 @@
-"""`python -m bench sft` end to end, small, and how it ends when something is wrong."""
+"""Small runs of `python -m bench sft` from end to end, and their errors."""
 
 import json
 import sys
@@ -28,7 +28,7 @@ def chat(tmp_path):
 
 
 def finished(folder, *arguments, size=SMALL, launcher=()):
-    """The record of `python -m bench sft`, run to its end, and what it printed."""
+    """Run `python -m bench sft` to its end; returns the record and the printed text."""
     command = ["sft", *arguments, "--steps", "3", "--out", str(folder), *size]
     process = start(*command, launcher=launcher)
     output, errors = process.communicate(timeout=300)
@@ -38,7 +38,7 @@ def finished(folder, *arguments, size=SMALL, launcher=()):
 
 
 def multiples(record, name):
-    """The memory of a run as multiples of a rank's logits."""
+    """The memory of a run, in multiples of one rank's logits."""
     logits = record["logits_of_a_rank"]["bytes"]
     used = record["runs"][name]["memory_bytes"]
     return {kind: used[kind] / logits for kind in ("forward_peak", "held", "backward_peak")}
@@ -55,7 +55,7 @@ def test_both_losses_train_alike(tmp_path):
     assert 0 < record["tokens_scored"] < record["tokens"] <= 3 * 64
     logits = record["logits_of_a_rank"]
     assert logits["shape"] == [2, 32, 131072] and logits["dtype"] == "bfloat16"
-    part = 31 / 32  # what shifting leaves
+    part = 31 / 32  # share of the positions left after shifting
     used = multiples(record, "reference")
     assert used["forward_peak"] == pytest.approx((1 + 2 + 2) * part, rel=0.01)  # shift, fp32, log
     assert used["held"] == pytest.approx(2 * part, rel=0.01)
@@ -78,7 +78,7 @@ def test_both_losses_train_alike_on_a_sharded_vocabulary(tmp_path, chat):
 
 @pytest.mark.long
 def test_torchrun_starts_the_processes_of_a_real_shape(tmp_path, chat):
-    """Two of tensor and none of data parallelism, gpt2's shape but for the number of layers."""
+    """Tensor parallelism of two, no data parallelism; gpt2's shape with one layer."""
     arguments = ("--model", "gpt2", "--tp", "2", "--data", str(chat))
     size = "--seq-length 32 --layers 1".split()
     torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
@@ -96,7 +96,7 @@ def test_torchrun_starts_the_processes_of_a_real_shape(tmp_path, chat):
 
 
 def test_data_parallel_ranks_train_as_one_process_on_all_their_batches(capsys):
-    """Of as many scored tokens each: the mean of the ranks' means is the mean of both."""
+    """The ranks have equally many scored tokens, so the mean of their means is the mean of all."""
     rows = [_row(seed) for seed in (1, 2)]
     whole = Batch(*(torch.cat(parts) for parts in zip(*rows, strict=True)), 32)
     apart = [Batch(*row, 16) for row in rows]
@@ -131,7 +131,7 @@ def test_interrupt_is_one_line_and_leaves_nobody_behind(tmp_path, chat):
     options = ("--tp", "2", "--steps", "5000", "--data", str(chat), "--out", str(tmp_path))
     process = start("sft", *options, *SMALL, mark=mark)
     deadline = time.monotonic() + 240
-    while len(alive(mark)) < 4:  # the command, the two ranks and the server they are forked from
+    while len(alive(mark)) < 4:  # the command, two ranks and the server that forks them
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.1)
     time.sleep(1)
@@ -140,7 +140,7 @@ def test_interrupt_is_one_line_and_leaves_nobody_behind(tmp_path, chat):
 
 
 def blocked(tmp_path):
-    """A path below a file: unwritable for anyone, whatever the user's rights."""
+    """A path below a file, which no user can write, whatever the rights."""
     (tmp_path / "file").write_text("")
     return str(tmp_path / "file" / "out")
 

@@ -1,4 +1,4 @@
-"""The demo's table: every ratio is stated so that more is better."""
+"""The demo's table: in every ratio, larger is better."""
 
 import pytest
 from rich.console import Console
@@ -7,7 +7,7 @@ from bench.sft import report
 
 
 def run(factor):
-    """A run's summary, `factor` times as good as that of factor 1."""
+    """The summary of a run, `factor` times better than that of factor 1."""
     times = ("forward_ms", "backward_ms", "stage_ms", "step_ms", "loss_share")
     memory = {key: 2**20 / factor for key in report.PEAKS}
     return {

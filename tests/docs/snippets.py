@@ -1,4 +1,4 @@
-"""The Python snippets of the README and of docs/, as printed."""
+"""The Python snippets of the README and docs/, as printed."""
 
 import re
 from dataclasses import dataclass
@@ -13,24 +13,24 @@ MARK = re.compile(r"<!-- example: ([\w ]+) -->")
 class Snippet:
     page: str
     name: str
-    line: int  # of its first line of code
+    line: int  # number of the first line of code
     code: str
 
     def run(self, names):
-        """Execute it with these global names, which it adds to."""
+        """Execute the code with these global names; new names are added to them."""
         lines = "\n" * (self.line - 1) + self.code
         exec(compile(lines, str(ROOT / self.page), "exec"), names)
         return names
 
 
 def pages():
-    """Every page with snippets. Those of docs/api.md are the docstrings' signatures."""
+    """Every page with snippets. docs/api.md has none: its code is the signatures."""
     found = sorted((ROOT / "docs").glob("*.md"))
     return ["README.md", *(f"docs/{path.name}" for path in found if path.name != "api.md")]
 
 
 def of(page):
-    """The snippets of a page in order. ValueError for a Python fence without a name."""
+    """The snippets of a page, in order. Raises ValueError for a Python fence without a name."""
     found, name, block, language = [], None, None, ""
     for number, line in enumerate((ROOT / page).read_text(encoding="utf-8").splitlines(), 1):
         if block is None and (fence := FENCE.fullmatch(line)):

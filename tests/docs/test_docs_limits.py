@@ -1,4 +1,4 @@
-"""Each combination that docs/megatron.md lists under "Limits" is refused."""
+"""The code refuses every combination that docs/megatron.md lists under "Limits"."""
 
 from functools import partial
 from types import SimpleNamespace
@@ -24,7 +24,7 @@ REPORT = ("lm loss", "accuracy")
 
 
 class Model(torch.nn.Module):
-    """What `fused_cross_entropy` looks for in a model from megatron-core 0.18 on."""
+    """The attributes that `fused_cross_entropy` needs of a model, as in megatron-core 0.18 on."""
 
     config = SimpleNamespace(mtp_num_layers=None)
 
@@ -50,7 +50,7 @@ def inside(what, **options):
 
 
 PER_TOKEN = SimpleNamespace(calculate_per_token_loss=True)
-LIMITS = {  # option -> a call for each entry of the last column, and what they raise
+LIMITS = {  # option -> (a call for each entry of the last column, the errors they raise)
     "reduction": ([partial(loss, reduction="sum")], TypeError),
     "returns": (
         [
@@ -97,7 +97,7 @@ LIMITS = {  # option -> a call for each entry of the last column, and what they 
 
 
 def test_every_row_of_the_table_is_tested():
-    """tp_group has a test of its own: test_megatron_errors.py, over several processes."""
+    """tp_group is tested over several processes in test_megatron_errors.py."""
     assert set(table("docs/megatron.md", "limit")) == {*LIMITS, "tp_group"}
 
 

@@ -1,4 +1,4 @@
-"""Links of the README, the docs and the other pages at the top lead somewhere."""
+"""Links in the README, the docs and the other top-level pages have a target."""
 
 import re
 
@@ -27,12 +27,12 @@ def test_every_link_leads_somewhere(page):
         target = page.parent / name if name else page
         assert target.exists(), f"{page.name}: {link}"
         assert not anchor or anchor in anchors(target), f"{page.name}: {link}"
-        if page.parent == ROOT / "docs":  # what mkdocs does not copy is a broken link of the site
+        if page.parent == ROOT / "docs":  # mkdocs copies only docs/, so other links would break
             assert target.resolve().is_relative_to(ROOT / "docs"), f"{page.name}: {link}"
 
 
 def test_pages_name_files_that_exist():
-    """Paths in backticks, such as `tests/support/oracle.py`."""
+    """Checks paths in backticks, such as `tests/support/oracle.py`."""
     missing = []
     for page in PAGES:
         for path in re.findall(r"`((?:[\w.-]+/)+[\w.-]+\.\w+)`", page.read_text(encoding="utf-8")):

@@ -1,4 +1,4 @@
-"""The option tables name every option, and each combination they call impossible is refused."""
+"""The option tables list every option, and the code refuses each combination they rule out."""
 
 import inspect
 import re
@@ -16,7 +16,7 @@ NAMES = re.compile(r"`(\w+)")
 
 
 def table(page, head):
-    """Option name -> the last cell of its row, in the table of `page` that begins with `head`."""
+    """Maps each option to the last cell of its row, in `page`'s table that begins with `head`."""
     lines = (snippets.ROOT / page).read_text(encoding="utf-8").splitlines()
     first = next(at for at, line in enumerate(lines) if line.startswith(f"| {head} |"))
     rows = {}
@@ -30,7 +30,7 @@ def table(page, head):
 
 
 def call(logits=None, **options):
-    """Loss and backward on small logits, not a leaf unless given."""
+    """Loss and backward on small non-leaf logits, or on `logits`."""
     if logits is None:
         logits = torch.randn(2, 5, 8, requires_grad=True) * 1
     labels = options.pop("labels", torch.randint(0, 8, (2, 5)))
@@ -82,12 +82,12 @@ def on_another_device():
 
 
 def sharded(**options):
-    """In a process of two, each with half of a vocabulary of 16."""
+    """A call on each of two ranks, with half of a vocabulary of 16 each."""
     call(tp_group=torch.distributed.group.WORLD, **options)
 
 
 def in_ranks(**options):
-    """Raise what both of two ranks raise."""
+    """Raise the error that both of two ranks raise."""
     errors = run_ranks(2, told, options)
     assert errors[0] == errors[1] and errors[0] is not None
     raise {"ValueError": ValueError}[errors[0][0]](errors[0][1])
@@ -96,7 +96,7 @@ def in_ranks(**options):
 def told(options):
     try:
         sharded(**options)
-    except Exception as error:  # any other kind is seen by the caller
+    except Exception as error:  # the caller checks the kind
         return type(error).__name__, str(error)
 
 
@@ -104,7 +104,7 @@ def cut(cu_seqlens=(0, 4, 10)):
     return torch.tensor(cu_seqlens, dtype=torch.int32)
 
 
-REFUSALS = {  # (option, an entry of its last column) -> (the call, what it raises)
+REFUSALS = {  # (option, an entry of its last column) -> (the call, the error it raises)
     ("cu_seqlens", "`shift=False`"): (lambda: call(cu_seqlens=cut(), shift=False), ValueError),
     ("tp_group", "`grad_in_forward`"): (lambda: in_ranks(grad_in_forward=True), ValueError),
     ("vocab_start", "no `vocab_size`"): (lambda: in_ranks(vocab_start=0), ValueError),

@@ -1,4 +1,4 @@
-"""Every Python snippet of the README and of docs/ runs as printed, and does what the page says."""
+"""Every Python snippet of the README and docs/ runs as printed and does what the page says."""
 
 import sys
 import types
@@ -17,14 +17,14 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-6}
 
 
 def batch(dtype=torch.float32):
-    """(logits, not a leaf; their leaf; labels; loss_mask)"""
+    """(non-leaf logits, their leaf, labels, loss_mask)."""
     leaf = torch.randn(2, 9, 64, requires_grad=True)
-    mask = torch.tensor([1, 0.5, 1, 0, 2, 1, 1, 0, 1]).expand(2, 9)  # the first never counts
+    mask = torch.tensor([1, 0.5, 1, 0, 2, 1, 1, 0, 1]).expand(2, 9)  # the first is never a target
     return (leaf * 3).to(dtype), leaf, torch.randint(0, 64, (2, 9)), mask
 
 
 def by_hand(logits, labels, mask):
-    """Loss of the definition in float64, and its gradient in the logits."""
+    """The loss by its definition in float64, and its gradient for the logits."""
     logits = logits.detach().double().requires_grad_()
     losses = F.cross_entropy(logits[:, :-1].mT, labels[:, 1:], reduction="none")
     loss = (losses * mask[:, 1:]).sum() / mask[:, 1:].sum()
@@ -57,14 +57,15 @@ def check_other_calls(page, name):
     names = SNIPPETS[page, "first call"].run({})
     first = names["loss"].detach()
     names = SNIPPETS[page, name].run(names)
-    torch.testing.assert_close(names["loss"].detach(), first, rtol=0, atol=0)  # shifted before
+    torch.testing.assert_close(names["loss"].detach(), first, rtol=0, atol=0)  # shift_targets
     labels, mask = names["labels"][:, 1:], names["loss_mask"][:, 1:]
     right = (names["logits"][:, :-1].argmax(-1) == labels) & (mask != 0)
     assert float(names["accuracy"]) == pytest.approx(float(right.sum() / mask.sum()))
 
 
 def check_algorithm(page, name):
-    """The design's PyTorch gives the package's loss and gradient: one shard and two, two dtypes."""
+    """The PyTorch code of the design gives the package's loss and gradient, for one and two shards
+    and two dtypes."""
     names = SNIPPETS[page, name].run({})
     for dtype, close in ((torch.float32, CLOSE), (torch.bfloat16, {"rtol": 1e-2, "atol": 1e-6})):
         logits, _, labels, mask = batch(dtype)
@@ -96,7 +97,7 @@ def test_snippet(page, name):
 
 
 def trainers_step(data_iterator, model, return_schedule_plan=False):
-    """A forward step like those of Megatron-LM and Primus: the model is called with labels."""
+    """A forward step like Megatron-LM's and Primus': it calls the model with labels."""
     batch = next(data_iterator)
     labels, mask = batch["tokens"].roll(-1, 1), batch["loss_mask"].roll(-1, 1)
     mask[:, -1] = 0
@@ -112,7 +113,7 @@ def trainers_step(data_iterator, model, return_schedule_plan=False):
 
 
 def bridge():
-    """Stand-ins for the three modules of Megatron-Bridge that the snippet imports."""
+    """Fakes of the three Megatron-Bridge modules that the snippet imports."""
     called = []
     parts = {
         "finetune": {"finetune": lambda config, step: called.append(step)},
@@ -129,7 +130,7 @@ def bridge():
 
 
 def in_megatron(snippet, step, cp):
-    """Train with the forward step that a snippet defines: (loss, tokens, gradients, reports)."""
+    """Train with a snippet's forward step: (loss, tokens, gradients, reports)."""
     names = {"get_batch": next, "forward_step": trainers_step, "config": None}
     names["create_sft_forward_step"] = lambda: trainers_step
     called = bridge()
@@ -154,7 +155,7 @@ def in_megatron(snippet, step, cp):
     return loss, tokens, grads, reported
 
 
-MEGATRON = {  # -> the forward step's name, context-parallel size
+MEGATRON = {  # snippet -> (name of its forward step, context-parallel size)
     ("README.md", "trainer"): ("fused_forward_step", 1),
     ("docs/megatron.md", "pretrain"): ("fused_forward_step", 1),
     ("docs/megatron.md", "primus"): ("forward_step", 1),

@@ -1,4 +1,4 @@
-"""The programs of examples/ run, and train on the gradient of the loss written by hand."""
+"""The programs in examples/ run, and their gradients match the loss written by hand."""
 
 import copy
 import importlib
@@ -19,7 +19,7 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-6}
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)
 def test_an_example_is_a_page(path):
-    most = 45 if path.stem == "small_run" else 39  # the helper is not for copying
+    most = 45 if path.stem == "small_run" else 39  # small_run is a helper, not an example to copy
     assert len(path.read_text(encoding="utf-8").splitlines()) <= most
 
 
@@ -34,7 +34,7 @@ def test_pytorch_step():
     for got, right in zip(model.parameters(), exact.parameters(), strict=True):
         torch.testing.assert_close(got.grad.double(), right.grad, rtol=1e-4, atol=1e-9)
     trained = pytorch_step.main(steps=3)
-    assert trained == sorted(trained, reverse=True)  # it learns its one batch
+    assert trained == sorted(trained, reverse=True)  # the loss of its only batch falls
 
 
 def by_hand(packed):
@@ -56,7 +56,7 @@ def by_hand(packed):
 
 
 def trained(program):
-    """What a program trained, as `runs.whole_grads` takes it."""
+    """The result of a program, in the form that `runs.whole_grads` takes."""
     model, loss, tokens = importlib.import_module(f"examples.{program}").main()
     from megatron.core import parallel_state
 
@@ -66,7 +66,7 @@ def trained(program):
 
 
 @pytest.mark.parametrize(
-    "program, processes, shares",  # shares: ranks that hold different tokens
+    "program, processes, shares",  # shares: number of ranks with different tokens
     [("megatron_step", 2, 1), ("context_parallel", 2, 2), ("packed_sequences", 1, 1)],
 )
 def test_megatron_program(program, processes, shares):

@@ -1,4 +1,4 @@
-"""Small training problems for kernels that run in the PTX interpreter, and what must come out."""
+"""Small training problems for kernels in the PTX interpreter, and the check of their results."""
 
 import torch
 from oracle import evaluate
@@ -6,7 +6,7 @@ from oracle import evaluate
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 EVERYTHING = {"label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 20.0, "logit_scale": 1.5}
 
-# Columns: less than a tile; tiles and a rest, rows not at 16 bytes; segments, shared out or not.
+# Columns: less than a tile; whole tiles and a rest, in unaligned rows; segments, split or not.
 SHAPES = {
     "short": (1000, {}),
     "unaligned": (4099, {}),
@@ -18,8 +18,8 @@ SHAPES = {
 
 
 def problem(dtype, columns, valid=None):
-    """(logits `[1, 4, columns]`, labels, mask): one row ignored, one with a weight, one masked
-    that holds what must not be read, and the last, which nothing follows."""
+    """(logits `[1, 4, columns]`, labels, mask). After the shift: a row of weight 1, a row of weight
+    0.5, a masked row that holds NaN and must not be read, and the last row, which has no target."""
     logits = (torch.randn(1, 4, columns) * 4).to(dtype)
     logits[0, 2] = float("nan")
     labels = torch.randint(0, valid or columns, (1, 4))
@@ -30,7 +30,7 @@ def check(run, dtype, **options):
     expected = evaluate(run.logits, run.labels, run.loss_mask, **options)
     assert int(run.count) == 2 and float(run.weight_sum) == 1.5
     torch.testing.assert_close(run.loss.double(), expected.losses, rtol=1e-6, atol=1e-6)
-    # Rounded once: half a unit in the last place, and what fp32 itself is off by.
+    # Rounded once: the tolerance is half a unit in the last place plus the error of fp32.
     unit = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 3e-6}[dtype]
     grad = run.grad[0].double()
     smallest = 2**-25 if dtype == torch.float16 else 1e-9  # half of fp16's least subnormal
@@ -39,12 +39,12 @@ def check(run, dtype, **options):
 
 
 def rows_at(logits, stride):
-    """The same `[1, s, v]` numbers in rows `stride` elements apart."""
+    """The same `[1, s, v]` numbers, in rows `stride` elements apart."""
     memory = torch.full((logits.shape[1], stride), 7.0, dtype=logits.dtype)
     memory[:, : logits.shape[2]] = logits[0]
     return memory[None, :, : logits.shape[2]]
 
 
 def wide(counts, buffer):
-    """Bytes that were moved 16 (or 32) at a time."""
+    """Bytes moved by accesses of 16 bytes or more."""
     return sum(n for (name, size), n in counts.widths.items() if name == buffer and size >= 16)

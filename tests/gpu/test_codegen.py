@@ -1,4 +1,4 @@
-"""What Triton makes of every line of its launch table, for six GPUs that are not here."""
+"""Audit of every line of Triton's launch table, compiled for six GPUs without the GPUs."""
 
 import copy
 
@@ -30,7 +30,7 @@ def target(request):
 
 @pytest.fixture(scope="session")
 def compiled(target, tmp_path_factory):
-    """The records of a target."""
+    """The records of one target."""
     folder = tmp_path_factory.mktemp(target)
     return codegen(folder, "--backend", "triton", "--target", target)["records"]
 
@@ -73,7 +73,7 @@ def test_no_spills_wide_accesses_and_limits_kept(compiled, target):
 
 
 def test_one_exp_per_element_and_little_more(compiled):
-    """A thread rescales its sum once per tile: at most one exp in eight elements more."""
+    """A thread rescales its sum once per tile: at most one more exp per eight elements."""
     for r in compiled:
         if is_plain(r):
             loop = r["loops"][r["pass"]]
@@ -92,7 +92,7 @@ def test_not_above_liger_in_either_pass(tmp_path):
     assert len(compared) == len(CHIPS) * 3 * 2
 
 
-# The audit itself: each rule is broken on purpose, and the parsers are given code that is bad.
+# Tests of the audit: each rule is broken on purpose, and the parsers read bad code.
 
 DOCTORED = {
     "spills": lambda r: r.update(spills=2),
@@ -183,7 +183,7 @@ def test_a_loop_around_a_loop_is_not_hot():
 
 @pytest.mark.parametrize(
     ("target", "threads", "registers", "shared", "resident", "reason"),
-    [  # by hand from the limits: 64 Ki registers of 32 bits per SM, 512 per lane of a SIMD
+    [  # computed by hand: 64 Ki registers of 32 bits per SM, 512 per lane of a SIMD
         ("sm_90", 256, 32, 0, 2048, "threads"),
         ("sm_90", 128, 40, 0, 1536, "registers"),
         ("sm_90", 1024, 65, 0, 0, "registers"),

@@ -1,4 +1,4 @@
-"""What nvcc and clang make of the CUDA and HIP kernels, for every line of their launch table."""
+"""Audit of the CUDA and HIP kernels as nvcc and clang compile them, for every launch-table line."""
 
 from itertools import product
 
@@ -30,7 +30,7 @@ from bench.without_gpu.codegen.loops import Shifted, hot_loops  # noqa: E402
 from bench.without_gpu.codegen.table import is_plain  # noqa: E402
 from csrc.toolchains import compilers as build  # noqa: E402
 
-#: The targets with a backend; clang 19 does not know gfx950.
+#: The targets that have a backend here; clang 19 does not know gfx950.
 BACKENDS = {
     target: backend
     for backend, targets in toolchains.TARGETS.items()
@@ -42,7 +42,7 @@ KERNELS = ("row_stats", "row_grad", "row_stats_grad")
 
 @pytest.fixture(scope="session")
 def audits(tmp_path_factory):
-    """What the command says of a target, or of several of one backend; compiled once."""
+    """The command's JSON for one target, or several of one backend; each is compiled once."""
     made = {}
 
     def audit(*targets):
@@ -61,7 +61,7 @@ def audits(tmp_path_factory):
 
 @pytest.fixture(params=sampled(BACKENDS, []))
 def compiled(audits, request):
-    """A target and the records of its kernels."""
+    """(target, records of its kernels)."""
     return request.param, audits(request.param)["records"]
 
 
@@ -76,7 +76,7 @@ def test_lines_of_the_launch_table_can_be_launched():
 
 
 def test_the_chips_are_those_of_the_build():
-    """csrc/toolchains keeps its own list, because it runs where nothing is installed."""
+    """csrc/toolchains keeps a separate list, because it runs where nothing is installed."""
     assert ";".join(CHIPS[name].build for name in NVIDIA) == build.CUDA_TARGETS
     assert ";".join(CHIPS[name].build for name in AMD) == build.ROCM_TARGETS
     install = _text("docs/install.md")
@@ -106,7 +106,7 @@ def test_every_kernel_and_line_was_compiled(compiled):
         lines = launch_table.lines(target, kernel)
         expected |= {(name, line.columns, line.threads) for line in lines}
     for softcap, shifted, dtype in product((False, True), (False, True), instances.DTYPES.values()):
-        if shifted and target.startswith("gfx"):  # registers take rows from any address
+        if shifted and target.startswith("gfx"):  # AMD loads rows from any address
             continue
         name = instances.Instance("row_stats_grad", dtype, None, softcap, shifted).name
         lines = launch_table.lines(target, "row_stats_grad")
@@ -144,10 +144,10 @@ def test_every_compiled_target_has_a_budget():
 
 
 def test_one_exp_per_element_and_little_more(compiled):
-    """A thread rescales its sum once per tile; the softcap takes an exp more."""
+    """A thread rescales its sum once per tile. A softcap takes one more exp per element."""
     _, records = compiled
     once = {"statistics": 1.0, "gradient": 1.0, "one read": 2.0, "scaling": 0.0, None: 0.0}
-    # Of one read from registers all is counted that runs once, a softcap's for the odd logits too.
+    # One read from registers: all straight-line code counts, even a softcap's for leftover logits.
     more = {"statistics": 1 / 8, "one read": 1.5 if compiled[0].startswith("gfx") else 1 / 8}
     for r in records:
         if r["pass"]:
@@ -162,7 +162,8 @@ def test_memory_is_what_bounds_both_passes(compiled):
 
 
 def test_four_loads_at_once(compiled):
-    """Of 16 bytes, by each thread. Behind a softcap, which arithmetic bounds, two will do."""
+    """Every thread has four 16-byte loads in flight; two suffice behind a softcap, where arithmetic
+    is the limit, and in unaligned one-read kernels."""
     _, records = compiled
     for r in records:
         if r["pass"] and r["pass"] != "scaling":
@@ -183,7 +184,7 @@ def test_unaligned_rows_ask_the_cache_and_not_the_memory_for_more(compiled):
 
 @pytest.mark.long
 def test_executed_as_read(audits):
-    """The PTX, run on two whole rows, moves what its machine code's hot loops say."""
+    """The PTX, executed on two whole rows, moves the bytes that the machine code's loops say."""
     audit = audits("sm_90")
     plain = {
         (r["dtype"], r["pass"]): r["loops"][r["pass"]]
@@ -210,7 +211,7 @@ def test_not_above_liger_in_either_pass(backend, tmp_path):
 
 
 def test_compiled_as_in_the_build():
-    """With the flags that shape device code."""
+    """The audit compiles with the build's flags that affect device code."""
     assert set(toolchains.FLAGS["cuda"]) <= set(build.NVCC_FLAGS)
     assert set(toolchains.FLAGS["hip"]) - {"--offload-device-only"} <= set(build.HIP_FLAGS)
 
@@ -222,7 +223,7 @@ def test_a_named_backend_without_a_compiler(monkeypatch, capsys):
     assert "apt-get install" in capsys.readouterr().err
 
 
-# What the audit reads, from text that is known.
+# Tests of the parsers, on known text.
 
 
 @pytest.mark.parametrize(
@@ -276,10 +277,10 @@ def test_kernels_of_a_cubin():
     codes = sass.parse_kernels(SASS)
     assert [len(code.instructions) for code in codes.values()] == [2, 16]
     (loop,) = hot_loops(codes["second"], 2, Shifted(exps=1))
-    # 36 bytes for eight logits of 16 bytes; 16 of them are the next lane's too.
+    # 36 bytes for eight logits of 16 bytes; the next lane loads 16 of them too.
     assert (loop.purpose, loop.elements, loop.exps) == ("statistics", 8, 9 / 8)
     assert (loop.requested, loop.loaded, loop.generic_accesses) == (4.5, 2.5, 1)
-    assert loop.loads_at_once == 2  # the third fills a register of the second
+    assert loop.loads_at_once == 2  # the third load overwrites a register of the second
 
 
 INFO = """
@@ -349,4 +350,4 @@ def test_kernels_of_an_amdgcn_listing():
     (loop,) = hot_loops(kernels["second"].code, 2)
     assert (loop.purpose, loop.elements) == ("gradient", 16)
     assert (loop.local_accesses, loop.generic_accesses) == (1, 1)
-    assert loop.loads_at_once == 1  # the second fills registers of the first
+    assert loop.loads_at_once == 1  # the second load overwrites registers of the first

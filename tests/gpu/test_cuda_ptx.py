@@ -1,5 +1,4 @@
-"""The PTX that nvcc makes of the CUDA kernels for sm_90, executed on the CPU, against the float64
-oracle."""
+"""Execute nvcc's PTX of the CUDA kernels (sm_90) on the CPU and compare with the float64 oracle."""
 
 import re
 import subprocess
@@ -23,7 +22,7 @@ MINUS_INFINITY = float("-inf")
 
 
 def test_structs_are_laid_out_as_in_cpp(tmp_path):
-    """Offsets and sizes, asserted by a compiler."""
+    """The compiler checks offsets and sizes of all fields."""
     checks = [
         f"static_assert(offsetof({name}, {field}) == {getattr(struct, field).offset}"
         f" && sizeof({name}::{field}) == {getattr(struct, field).size});\n"
@@ -62,14 +61,14 @@ def test_loss_and_gradient(dtype, shape):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bytes_of_a_training_step(dtype):
-    """Each scored element is loaded once in each pass, 16 bytes at a time, and stored once."""
+    """Each pass loads a scored element once, 16 bytes at a time; the gradient stores it once."""
     logits, labels, mask = problem(dtype, 8192)
     run = Run(logits, labels, mask)()
     size, scored, rows = logits.element_size(), 2, 4
     statistics, gradient = run.counts["statistics"], run.counts["gradient"]
     for counts in (statistics, gradient):
         assert wide(counts, "logits") == scored * 8192 * size
-        # Beside that the target's own logit.
+        # Also the target's own logit.
         assert counts.loaded["logits"] - wide(counts, "logits") == scored * size
     assert statistics.stored["logits"] == 0
     assert wide(gradient, "grad") == rows * 8192 * size
@@ -78,10 +77,10 @@ def test_bytes_of_a_training_step(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bytes_of_unaligned_rows(dtype):
-    """Every byte of the scored rows is loaded and no other; 16 at a time but in a tile at each end.
+    """Loads exactly the bytes of the scored rows, 16 at a time except in a tile at each end.
 
-    For eight logits a lane asks for one chunk more than they fill, which the next lane asks for
-    too: more bytes from the L1 cache, not from memory.
+    A lane loads one chunk more than eight logits fill, and the next lane loads the same chunk. So
+    the L1 cache serves more bytes; memory does not.
     """
     tile = 32 * line("row_stats", 1 << 20).threads
     columns = 12 * tile + 3
@@ -93,7 +92,7 @@ def test_bytes_of_unaligned_rows(dtype):
         assert counts.touched("logits") == scored * size
         whole = 8 * wide(counts, "logits") / (8 * size + 16)
         assert scored - ends <= whole <= scored
-        # Statistics ask for each logit at the ends twice: for the maximum, and for the sum.
+        # Statistics load each logit at the ends twice: once for the maximum, once for the sum.
         assert counts.loaded["logits"] - wide(counts, "logits") <= 2 * ends * size
     assert wide(run.counts["gradient"], "grad") >= (logits.numel() - 2 * ends) * size
 
@@ -116,9 +115,8 @@ def test_masked_rows_are_not_read(columns, split):
     ids=["segments", "options"],
 )
 def test_same_bits_for_every_dtype_address_and_split(columns, options):
-    """bf16, the same numbers in fp32, both in rows that no 16 bytes are aligned to, and rows that
-    several blocks share: one loss, and gradients that are one fp32 gradient, rounded once or not
-    at all."""
+    """One loss and one gradient, bit for bit, for bf16 and the same numbers in fp32, in aligned and
+    unaligned rows, split over blocks or not. A bf16 gradient is the fp32 gradient rounded once."""
     logits, labels, mask = problem(torch.bfloat16, columns)
     runs = [
         Run(copy, labels, mask, split=split, **options)()
@@ -144,7 +142,7 @@ def test_in_place(columns):
 
 
 def test_metrics_of_a_row_that_holds_infinities():
-    """The six columns: maximum, sum, target, sum of logits, where the maximum is, weighted sum."""
+    """The statistics: maximum, sum, target, sum of logits, index of the maximum, weighted sum."""
     logits, labels, mask = problem(torch.float32, 4500)
     logits[0, 0, 4:4000] = MINUS_INFINITY
     run = Run(logits, labels, mask)
@@ -169,7 +167,7 @@ def test_same_bits_in_whatever_order_warps_run(columns):
 
 
 def test_a_missing_barrier_shows():
-    """The check above can fail: it does when a barrier is taken out of row_stats."""
+    """Proves that the test above can fail: it does without one of row_stats' barriers."""
     logits, labels = torch.randn(1, 2, 6000).bfloat16(), torch.tensor([[3, 5]])
     whole = Run(logits, labels)
     whole.targets()
@@ -225,7 +223,7 @@ def test_bytes_of_one_read(dtype):
     size, scored, rows = logits.element_size(), 2, 4
     assert wide(counts, "logits") == scored * 8192 * size
     assert wide(counts, "grad") == rows * 8192 * size
-    # Beside that the target's own logit, by each warp.
+    # Also the target's own logit, by each warp.
     assert counts.loaded["logits"] - wide(counts, "logits") == scored * size * 4
     assert counts.stored["grad"] - wide(counts, "grad") == scored * size
 

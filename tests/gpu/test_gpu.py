@@ -1,6 +1,6 @@
-"""The backends on a device: the promises again, and those that only a device can keep.
+"""The backends on a GPU: the promises again, and those that only a GPU can show.
 
-Skipped, and counted, where there is none.
+Skipped, and counted as skipped, on machines without one.
 """
 
 from dataclasses import replace
@@ -19,7 +19,7 @@ from fused_sft_loss.backends.gpu import device_chip
 
 
 def usable(name):
-    """Skips where there is a device, but not of this backend's vendor or without its module."""
+    """Skip a backend on a GPU of another vendor, or if its module is missing."""
     reason = selection.reason_against(name, "cuda") if torch.cuda.is_available() else None
     marks = [pytest.mark.skip(reason=reason)] if reason else []
     return pytest.param(name, marks=marks)
@@ -35,7 +35,7 @@ ALL = {"label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 20.0, "logit_scale": 1
 
 
 def on_device(case: Case, device="cuda") -> Case:
-    """The case with its tensors moved; views of the storage are taken there."""
+    """The case with its tensors moved to `device`. It takes the view of the storage there."""
     options = {
         key: value.to(device) if isinstance(value, torch.Tensor) else value
         for key, value in case.options.items()
@@ -58,7 +58,7 @@ def test_losses_and_gradients_over_the_option_product(backend, case):
     want = expected(case, upstream)
     losses, grad = run(on_device(case), backend, upstream.cuda())
     assert_losses(losses.cpu(), want)
-    if case.view != "batch_expanded":  # whose copies' rounded gradients torch adds up
+    if case.view != "batch_expanded":  # torch adds the copies' rounded gradients
         scale = gradient_scale(case, want, upstream)
         assert_grad(grad.cpu(), storage_grad(case, want.grad), case.storage.dtype, scale)
 
@@ -87,7 +87,7 @@ def test_same_bits_run_after_run_and_whatever_the_split(backend, monkeypatch, dt
 
 
 def share_out(monkeypatch, backend, parts):
-    """Let about so many programs share each of the 256 rows."""
+    """Split each of the 256 rows over about `parts` programs."""
     if backend == "triton":
         from fused_sft_loss.triton_kernels import row_grad, row_stats
 
@@ -104,7 +104,7 @@ def share_out(monkeypatch, backend, parts):
 @PRODUCT
 @given(case=cases(vocabularies=VOCABULARIES, views=("bsv", "sbv", "sliced", "offset")))
 def test_one_read_over_the_option_product(backend, inplace, case):
-    """Where the gradient is that expected, and for some rows where it is another."""
+    """Correct if the upstream gradient is the expected one, and if some rows have another."""
     draws = torch.rand(case.labels.numel(), generator=torch.Generator().manual_seed(0))
     upstream = torch.where(draws < 0.5, 0.75, -0.4)
     want, there = expected(case, upstream), on_device(case)
@@ -116,7 +116,7 @@ def test_one_read_over_the_option_product(backend, inplace, case):
     losses.backward(upstream.cuda().view_as(losses))
     assert_losses(losses.detach().cpu(), want)
     scale = gradient_scale(case, want, upstream)
-    if inplace:  # rounded twice where rescaled: as good as rounded once to a bit less
+    if inplace:  # rescaled rows are rounded twice: as exact as one rounding to one bit less
         rounding = {torch.float32: 2**-22, torch.bfloat16: 2**-7, torch.float16: 2**-10}
         wanted, rtol = storage_grad(case, want.grad), rounding[case.storage.dtype]
         atol = 2e-6 * scale + 2**-23
@@ -128,7 +128,7 @@ def test_one_read_over_the_option_product(backend, inplace, case):
 @on_compiled_backends
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_one_read_has_the_same_bits_run_after_run(backend, dtype):
-    """Rows over clusters, and wider than the chip holds."""
+    """Holds for rows split over a cluster, and for rows wider than the chip can hold."""
     for columns in (128256, 600_000):
         case = on_device(build("bsv", dtype, 2, 32, columns, 0, "float", ALL))
         first, *others = (run(case, backend, grad_in_forward=True) for _ in range(3))
@@ -157,7 +157,7 @@ def test_a_device_gets_compiled_kernels_unasked_and_has_triton():
 @on_every_backend
 @pytest.mark.parametrize("inplace", [False, True])
 def test_extra_memory(backend, inplace):
-    """O(N) in forward; in backward one gradient of the logits' size, or nothing."""
+    """Forward needs O(N); backward one gradient of the logits' size, or nothing in place."""
     rows, v = 2048, 128256
     leaf = torch.randn(1, rows, v, device="cuda", dtype=torch.bfloat16).requires_grad_()
     labels = torch.randint(0, v, (1, rows), device="cuda")
@@ -223,7 +223,7 @@ def test_no_synchronisation_and_graph_capture(backend, one_read):
 
 @on_every_backend
 def test_runs_on_the_current_stream(backend):
-    """Logits written late on a side stream: a launch on any other stream would read zeros."""
+    """A side stream writes the logits late. A launch on any other stream would read zeros."""
     case = on_device(build("bsv", torch.float32, 2, 16, 32000, 0, "none", {}))
     want, _ = run(case, backend)
     late = torch.zeros_like(case.storage)
@@ -248,7 +248,7 @@ def test_compiled_step_equals_the_eager_one(backend):
     loss, want = torch.compile(step, fullgraph=True)(leaf), step(again)
     loss.backward()
     want.backward()
-    # Inductor sums the losses in its own order, and that sum divides the gradient.
+    # Inductor sums the losses in another order, and the gradient is divided by that sum.
     torch.testing.assert_close(loss, want, rtol=1e-6, atol=0)
     torch.testing.assert_close(leaf.grad, again.grad, rtol=2**-7, atol=0)
 

@@ -1,4 +1,4 @@
-"""The PTX interpreter itself: arithmetic against exact results, and the errors it must raise."""
+"""Test the PTX interpreter: arithmetic against exact results, and the errors it must raise."""
 
 from fractions import Fraction
 
@@ -24,7 +24,7 @@ def run(body, array, threads=32, seed=None, shared=""):
     return machine
 
 
-# %rd2: the lane's own 32-bit word.
+# %rd2: the address of the lane's own 32-bit word.
 OWN = (
     "ld.param.u64 %rd1, [p]; mov.u32 %r1, %tid.x; mul.wide.u32 %rd2, %r1, 4; "
     "add.s64 %rd2, %rd2, %rd1; "
@@ -91,7 +91,7 @@ EXCHANGE = (
 
 @pytest.mark.parametrize("barrier", ["bar.sync 0;", ""])
 def test_a_missing_barrier_shows_in_a_random_order_only(barrier):
-    """Each of two warps reads what the other wrote; in step this works without a barrier too."""
+    """Each of two warps reads what the other wrote. In step this works without a barrier too."""
     right, wrong = [i ^ 32 for i in range(64)], []
     for seed in (None, 0, 1, 2, 3):
         array = np.zeros(64, np.uint32)
@@ -142,7 +142,7 @@ def test_an_entry_of_several_with_structs_and_generic_addresses():
     struct = np.array([7, address, 100 | 1000 << 32], np.uint64).tobytes()
     code = Kernel(HEAD + MODULE, "second")
     machine.launch(code, 1, 32, [struct, 1.0])
-    # Shifted right by a byte: the low word is 1.0f, the high one a lane's sum.
+    # Shifted right by a byte: the low word is 1.0f, the high word is the lane's sum.
     high = [i + 1 + 1100 for i in range(32)]
     assert array.tolist() == [(h << 24 | 0x3F800000 >> 8) & 0xFFFFFFFF for h in high]
     assert machine.counts.stored == {"shared": 128, "a": 128}
@@ -153,7 +153,7 @@ def test_an_entry_of_several_with_structs_and_generic_addresses():
 @pytest.mark.parametrize(
     ("shift", "amount", "expected"),
     [
-        ("r.wrap", 36, 0x2_1234567),  # 4, of the 64 bits 0x9ABCDEF2_12345678
+        ("r.wrap", 36, 0x2_1234567),  # by 36 mod 32 = 4, from 0x9ABCDEF2_12345678
         ("r.clamp", 36, 0x9ABCDEF2),
         ("l.wrap", 4, 0xABCDEF21),
         ("l.clamp", 40, 0x12345678),
@@ -179,7 +179,7 @@ def test_fused_multiply_add_rounds_once():
         (random.standard_normal(2000) * 2.0 ** random.integers(-12, 12, 2000)).astype(np.float32)
         for _ in range(3)
     )
-    # A tie in float32 that float64 alone would make: 1 + 2^-24 + 2^-60.
+    # Just below a tie in float32: 1 + 2^-24 - 2^-48.
     a = np.append(a, np.float32(1 + 2**-12)).astype(np.float32)
     b = np.append(b, np.float32(2**-24 * (1 - 2**-12))).astype(np.float32)
     c = np.append(c, np.float32(1.0)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""The SIMT shim itself: kernels that keep the rules compute, and each that breaks one is named."""
+"""Test the SIMT shim: correct kernels compute; each broken kernel gets an error that says why."""
 
 import math
 import re
@@ -17,7 +17,7 @@ SOURCE = build_shim.SHIM / "checks.cu"
 
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory):
-    """checks.cu, compiled once per width of a warp and set of flags."""
+    """checks.cu, compiled once per warp width and set of flags."""
     folder, built = tmp_path_factory.mktemp("simt"), {}
 
     def program(warp, flags=()):
@@ -95,11 +95,11 @@ def test_sixteen_bits(plain):
     *out, half_nan, bf16_nan = numbers(plain, "packed")
     assert out == [word for pair in zip(halves, bf16s, strict=True) for word in pair]
     assert half_nan & 0x7E00 == 0x7E00 and bf16_nan & 0x7FC00000 == 0x7FC00000
-    assert numbers(plain, "halves")[0] >= 0x10000 - 2 * 1023  # all but signalling NaNs, at most
+    assert numbers(plain, "halves")[0] >= 0x10000 - 2 * 1023  # only NaNs may change
 
 
 def line_of(text):
-    """`checks.cu:N` of the one line that has `text`."""
+    """`checks.cu:N` of the only line that contains `text`."""
     found = [n for n, line in enumerate(SOURCE.read_text().splitlines(), 1) if text in line]
     assert len(found) == 1, text
     return f"checks.cu:{found[0]}"
@@ -129,7 +129,7 @@ def test_rules_of_threads(plain, kind, message):
     assert re.search(message, found), found
     if kind < 9:
         assert found.startswith("diverge, block 0: ") and "checks.cu:" in found
-    error(plain, "diverge", kind, seed=5)  # whichever order
+    error(plain, "diverge", kind, seed=5)  # in any order
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_address_sanitizer_follows_the_threads(programs):
     assert len(numbers(program, "neighbours")) == 384
     done = run(program, "misaligned")
     assert done.returncode and "misaligned address" in done.stderr
-    # Mapped in time, and read when its block has exited.
+    # The address is mapped in time, but read after its block has exited.
     done = run(program, "neighbours", 3)
     assert done.returncode and "use-after-poison" in done.stderr, done.stderr
     assert line_of("*early : *simt::cluster_map") in done.stderr
@@ -219,8 +219,8 @@ def test_thread_sanitizer_names_races(programs):
     races = {
         ("racing_sums", 0): ("scratch[warp_id()] = own", "sum += scratch[warp]"),
         ("neighbours", 1): ("*id = static_cast<int>(block_id());",),
-        ("neighbours", 3): ("*early : *simt::cluster_map",),  # and the end of the block
-        ("collide", 0): ("*out = static_cast<int>(block_id())",),  # with another block's
+        ("neighbours", 3): ("*early : *simt::cluster_map",),  # races with the end of the block
+        ("collide", 0): ("*out = static_cast<int>(block_id())",),  # races with another block's
     }
     for (name, kind), lines in races.items():
         done = run(program, name, kind)

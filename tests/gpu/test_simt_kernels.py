@@ -1,4 +1,4 @@
-"""The CUDA and HIP kernels on the shim: any order of lanes, rows shared out or not, sanitizers."""
+"""The CUDA and HIP kernels on the shim: any thread order, rows split or not, sanitizers."""
 
 import shutil
 
@@ -12,7 +12,7 @@ if reason := build_shim.missing():
     pytest.skip(f"the SIMT shim cannot be compiled: {reason}", allow_module_level=True)
 
 SOURCE = build_shim.SHIM / "passes.cu"
-FEW, MANY = "0", "132"  # multiprocessors: no row is shared out, every row is
+FEW, MANY = "0", "132"  # multiprocessors: with 0 no row is split, with 132 every row is
 
 
 def build(folder, warp, flags=(), sources=build_shim.ROOT / "csrc/gpu"):
@@ -63,7 +63,7 @@ def test_thread_sanitizer_finds_no_race(tmp_path):
 
 
 def program_without(barrier, name, folder):
-    """The passes, under ThreadSanitizer, of sources in which one barrier of a file is taken out."""
+    """Build the passes for ThreadSanitizer from sources without one barrier of a file."""
     shutil.copytree(build_shim.ROOT / "csrc", folder / "csrc")
     sources = folder / "csrc/gpu"
     text = (sources / name).read_text()
@@ -76,13 +76,13 @@ def program_without(barrier, name, folder):
 @pytest.mark.parametrize(
     ("barrier", "name"),
     [
-        ("  barrier();", "block.cuh"),  # of block_reduce
-        # One thread writes the target's own gradient, over what another wrote there.
+        ("  barrier();", "block.cuh"),  # in block_reduce
+        # One thread overwrites the target's gradient, which another thread has written.
         ("    barrier();  // its own logit is written over", "row_stats_grad.cuh"),
     ],
 )
 def test_thread_sanitizer_names_a_missing_barrier(tmp_path, barrier, name):
-    """The test above can fail."""
+    """Proves that the test above can fail."""
     done = run(program_without(barrier, name, tmp_path), FEW, 1)
     assert done.returncode and "data race" in done.stderr
     assert name in done.stderr

@@ -1,4 +1,4 @@
-"""Launch policy of the Triton kernels: what the table may say, whom a line serves, the search."""
+"""Launch policy of the Triton kernels: valid lines, the choice of a line, the search."""
 
 from itertools import product
 
@@ -35,7 +35,7 @@ def test_no_launch_has_more_than_1024_threads(chip):
         if variant.shape is not None:
             assert threads == variant.launch.arguments["THREADS"] == variant.shape.threads
             seen.add(variant.shape)
-    assert seen == set(launch.lines(chip))  # every line of the table is among the variants
+    assert seen == set(launch.lines(chip))  # the variants use every line of the table
 
 
 def test_every_use_and_width_has_a_line_with_a_reason():
@@ -98,7 +98,7 @@ def test_amd_options_flush_denormals_and_nvidia_does_not_know_the_word():
 
 
 def test_search_returns_the_fastest_and_prints_its_line():
-    times = {(256, 4): 1.5, (128, 2): 2.0}  # all others: 3 ms
+    times = {(256, 4): 1.5, (128, 2): 2.0}  # ms; all others take 3 ms
     launched, printed = [], []
 
     def timer(run):
@@ -109,7 +109,7 @@ def test_search_returns_the_fastest_and_prints_its_line():
         H100, "row_stats", torch.bfloat16, 128256, launched.append, timer, printed.append
     )
     assert (best.threads, best.runs) == (256, 4)
-    assert launched[0] == launch.shape_for(H100, "row_stats", 128256)  # the table competes
+    assert launched[0] == launch.shape_for(H100, "row_stats", 128256)  # the table's line competes
     assert len(set(launched)) == len(launched) > 10
     (line,) = printed
     assert "1.5000 ms, the table's line 2.0000 ms. At the head of SHAPES, for all dtypes:" in line

@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for six GPUs that are not here, as it would be launched on them."""
+"""Every Triton kernel compiles for six GPUs, without the GPUs, with its real launch arguments."""
 
 import os
 import subprocess
@@ -27,7 +27,7 @@ KERNELS = {"row_stats", "fold_segments", "row_grad", "merge", "reduce", "row_tar
 DTYPES = {"torch.bfloat16", "torch.float16", "torch.float32"}
 
 
-@pytest.mark.long  # make test audits two of them (test_codegen.py)
+@pytest.mark.long  # make test audits one of them, sm_90 (test_codegen.py)
 @pytest.mark.parametrize("chip", CHIPS)
 def test_compiles_for(chip):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

@@ -1,4 +1,4 @@
-"""The PTX that Triton makes of the kernels, executed on the CPU, against the float64 oracle."""
+"""Execute Triton's PTX of the kernels on the CPU and compare with the float64 oracle."""
 
 import re
 
@@ -20,9 +20,9 @@ from bench.without_gpu.chips import NVIDIA as TARGETS  # noqa: E402
 from bench.without_gpu.launches.triton import Run, execute  # noqa: E402
 from bench.without_gpu.ptx import Machine  # noqa: E402
 
-BARRIERS = 3  # of row_stats' PTX, at least, on every target
+BARRIERS = 3  # least number of barriers in row_stats' PTX, on every target
 
-#: Every shape once, every target with every dtype once; all three targets with every option.
+#: Each shape once, each target with each dtype once, and all options on all three targets.
 RUNS = sorted(
     {("sm_90", torch.bfloat16, shape) for shape in SHAPES}
     | {(target, dtype, "segments") for target in TARGETS for dtype in DTYPES}
@@ -44,13 +44,13 @@ def test_loss_and_gradient(target, dtype, shape):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("target", sampled(TARGETS))
 def test_bytes_of_a_training_step(target, dtype):
-    """Each scored element is loaded once in each pass, 16 bytes at a time, and stored once."""
+    """Each pass loads a scored element once, 16 bytes at a time; the gradient stores it once."""
     logits, labels, mask = problem(dtype, 8192)
     run = Run(target, logits, labels, mask)()
     size, scored, rows = logits.element_size(), 2, 4
     statistics, gradient = run.counts["statistics"], run.counts["gradient"]
     assert wide(statistics, "logits") == scored * 8192 * size
-    # Beside that the target's own logit, by each warp of its program.
+    # Also the target's own logit, by each warp of its program.
     assert 0 < statistics.loaded["logits"] - wide(statistics, "logits") <= scored * 32 * size
     assert statistics.stored["logits"] == 0
     assert gradient.loaded["logits"] == wide(gradient, "logits") == scored * 8192 * size
@@ -64,7 +64,7 @@ def test_masked_rows_are_not_read(target, split):
     run = Run(target, logits, labels, torch.zeros(1, 4), split=split)()
     for name in ("statistics", "gradient"):
         assert run.counts[name].loaded["logits"] == 0
-        if not split:  # the kernel that folds parts has no row to leave out
+        if not split:  # the kernel that folds the parts handles masked rows too
             assert run.counts[name].exps == 0
     assert run.counts["gradient"].stored["grad"] == logits.numel() * 2
     assert not run.loss.count_nonzero() and not run.grad.count_nonzero()
@@ -73,8 +73,8 @@ def test_masked_rows_are_not_read(target, split):
 @pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["plain", "options"])
 @pytest.mark.parametrize("target", sampled(TARGETS))
 def test_same_bits_for_every_dtype_and_address(target, options):
-    """bf16, the same numbers in fp32, and both in rows that no 16 bytes are aligned to: one loss,
-    and gradients that are one fp32 gradient, rounded once or not at all."""
+    """One loss and one gradient, bit for bit, for bf16 and the same numbers in fp32, in aligned and
+    unaligned rows. A bf16 gradient is the fp32 gradient rounded once."""
     columns = 4099
     logits, labels, mask = problem(torch.bfloat16, columns)
     runs = [
@@ -110,7 +110,7 @@ def test_same_bits_in_whatever_order_warps_run(target):
 
 @pytest.mark.parametrize("target", sampled(TARGETS))
 def test_a_missing_barrier_shows(target):
-    """The check above can fail: it does when a barrier is taken out of row_stats."""
+    """Proves that the test above can fail: it does without one of row_stats' barriers."""
     logits, labels = torch.randn(1, 2, 1000).bfloat16(), torch.tensor([[3, 5]])
     whole = Run(target, logits, labels)
     whole.targets()
@@ -133,7 +133,7 @@ def _without_barrier(whole, number, seed):
 
 
 def drop(text, pattern, number):
-    """`text` without the number-th match."""
+    """`text` without match `number` of `pattern`."""
     match = list(re.finditer(pattern, text))[number]
     return text[: match.start()] + text[match.end() :]
 
@@ -141,7 +141,7 @@ def drop(text, pattern, number):
 @needs_liger
 @pytest.mark.parametrize("target", sampled(TARGETS))
 def test_executed_beside_liger(target):
-    """The kernels of a training step, on the same two rows, whole; Liger's scaling by itself."""
+    """A training step's kernels and Liger's, on the same two whole rows; Liger's scaling alone."""
     from bench.without_gpu.codegen import peers
 
     columns = 32768 + 512

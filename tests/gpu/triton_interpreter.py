@@ -1,10 +1,10 @@
-"""A pytest plugin: the tests of the promises, run on the Triton kernels in Triton's interpreter.
+"""A pytest plugin that runs the promises' tests on the Triton kernels in Triton's interpreter.
 
     PYTHONPATH=tests/gpu:tests/support TRITON_INTERPRET=1 \\
         python -m pytest -p triton_interpreter tests/loss/test_bugs_of_peers.py
 
-Triton decides when it is imported whether kernels are compiled or interpreted, so such a run is a
-process of its own; `test_triton_interpreted.py` starts them.
+Triton decides at import whether it compiles or interprets kernels, so each run needs a separate
+process. `test_triton_interpreted.py` starts them.
 """
 
 import os
@@ -16,15 +16,15 @@ import backends
 import numpy as np
 from hypothesis import settings
 
-# A call takes from a tenth of a second to two here.
-EXAMPLES = 8  # of each hypothesis test; `triton_options.py` draws its own
-VARIANTS = 18  # of each parametrised test of the promises, drawn at random, the same ones each time
+# A call takes between 0.1 and 2 seconds here.
+EXAMPLES = 8  # per hypothesis test; `triton_options.py` draws its own
+VARIANTS = 18  # per parametrised promise test, drawn at random with a fixed seed
 
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     raise RuntimeError("expected TRITON_INTERPRET=1 in the environment before Python starts")
 
-backends.ON_CPU[:] = ["triton"]  # on import: the fixtures of conftest.py copy the list
+backends.ON_CPU[:] = ["triton"]  # at import, because the fixtures of conftest.py copy the list
 
 
 def pytest_addoption(parser):
@@ -33,7 +33,7 @@ def pytest_addoption(parser):
 
 def pytest_configure():
     patch_once_per_launch()
-    np.seterr(all="ignore")  # lanes without a row take logarithms of 0, as on a GPU
+    np.seterr(all="ignore")  # lanes without a row take the log of 0, as on a GPU
 
 
 def pytest_collection_modifyitems(config, items):
@@ -56,7 +56,8 @@ def pytest_collection_modifyitems(config, items):
 
 
 def patch_once_per_launch():
-    """The interpreter patches triton.language anew, for 2 ms, in each call of a device function."""
+    """Patch triton.language once per launch. The interpreter does it at every call of a device
+    function, which takes 2 ms."""
     from triton.runtime import interpreter
 
     patch, patched = interpreter._patch_lang, set()

@@ -1,7 +1,7 @@
-"""The option product on the Triton kernels, against the oracle: a fixed draw of it.
+"""The product of options on the Triton kernels, a fixed sample of it, against the oracle.
 
-In the interpreter there is time for a hundred calls. Hypothesis would spend them on the simplest
-ones it can think of, so these are drawn evenly. Run by `test_triton_interpreted.py`.
+The interpreter has time for a hundred calls. Hypothesis would spend them on its simplest examples,
+so these calls are drawn evenly. Run by `test_triton_interpreted.py`.
 """
 
 from random import Random
@@ -27,7 +27,7 @@ LARGE = [v for v in VOCABULARIES if v > 1000]
 
 
 def drawn(seed: int):
-    """A case in which something is scored, and the upstream gradient of its rows."""
+    """A case with scored rows, and the upstream gradient of its rows."""
     random = Random(seed)
     v = random.choice(LARGE if seed % 8 == 0 else SMALL)
     b, s = (1, 3) if v > 1000 else (random.randint(1, 3), random.randint(3, 6))

@@ -1,4 +1,4 @@
-"""What the other tests cannot see of the Triton kernels: splits, traffic, order, synchronisation.
+"""Splits, memory traffic, order and synchronisation of the Triton kernels.
 
 Run by `test_triton_interpreted.py`, in Triton's interpreter.
 """
@@ -31,13 +31,13 @@ MATH = RowMath(0.1, 1e-3, 0.0, 1.5, 0, 3000)
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Tiles of 512 columns, two a segment: 3000 columns are three segments, the last one cut."""
+    """Tiles of 512 columns, two per segment: 3000 columns are three segments, the last one cut."""
     shape = launch.Shape("interpreter", launch.USES, None, 64, 1, 1024, "for tests")
     monkeypatch.setattr(launch, "SHAPES", (shape,))
 
 
 def rows_of(dtype, b=2, s=2, v=3000, padding=0):
-    """(logits `[b, s, v + padding]`, target, weight) with the second row masked."""
+    """(logits `[b, s, v + padding]`, target, weight); the second row is masked."""
     logits = (torch.randn(b, s, v + padding) * 3).to(dtype)
     weight = torch.rand(b * s) + 0.5
     weight[1] = 0
@@ -95,7 +95,7 @@ def test_same_bits_whatever_the_dtype_and_the_alignment(small_tiles, dtype, view
     "others", [[6], [512], [1024], [8], [2999], [513, 100, 2000]], ids=lambda others: str(others)
 )
 def test_of_equal_maxima_the_first_id_wins(small_tiles, monkeypatch, others, parts):
-    """In a thread's run, in its next tile, in another segment, in another thread."""
+    """The other maximum is in the same run, the next tile, another segment or another thread."""
     monkeypatch.setattr(row_stats, "splits", lambda *_: parts)
     logits = torch.randn(1, 2, 3000).clamp_max(4)
     first = min(5, *others)
@@ -107,7 +107,7 @@ def test_of_equal_maxima_the_first_id_wins(small_tiles, monkeypatch, others, par
 
 @contextmanager
 def recorded_accesses():
-    """Yield lists of the addresses that kernels load from and store to, one array a call."""
+    """Yield two lists: the addresses that kernels load and store, one array per call."""
     loads, stores = [], []
 
     def noting(method, notes):
@@ -126,7 +126,7 @@ def recorded_accesses():
 
 
 def counts(accesses, tensor):
-    """How often each element of a contiguous tensor was accessed, in its shape."""
+    """How often each element of a contiguous tensor was accessed, in the tensor's shape."""
     size = tensor.element_size()
     index = (np.concatenate(accesses).astype(np.int64) - tensor.data_ptr()) // size
     index = index[(index >= 0) & (index < tensor.numel())]
@@ -145,10 +145,10 @@ def test_scored_rows_are_read_once_and_masked_ones_never(small_tiles, monkeypatc
     read = counts(loads, logits).flatten(0, 1)
     wanted = (weight != 0).long().unsqueeze(1).expand(-1, 3007).clone()
     wanted[:, 3000:] = 0  # padding
-    wanted[torch.arange(4), target] *= 2  # the target's logit, once more
+    wanted[torch.arange(4), target] *= 2  # the target's logit is read once more
     assert torch.equal(read, wanted)
     scale = weight.clone()
-    scale[2] = 0  # an upstream gradient of 0
+    scale[2] = 0  # the upstream gradient of row 2 is 0
     with recorded_accesses() as (loads, stores):
         kernels.row_grad(logits, stats[:, :2].contiguous(), target, RowScale(scale), MATH, grad)
     wanted = (scale != 0).long().unsqueeze(1).expand(-1, 3007).clone()
@@ -168,7 +168,7 @@ def test_backward_begins_with_the_last_row(small_tiles):
 
 
 class NoSynchronisation(TorchDispatchMode):
-    """Fails on operators that a host cannot finish without waiting for the device."""
+    """Fails on operators that make the host wait for the device."""
 
     WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique")
 
@@ -181,7 +181,7 @@ class NoSynchronisation(TorchDispatchMode):
 @pytest.mark.parametrize("parts", [1, 3])
 @pytest.mark.parametrize("options", OPTIONS, ids=["plain", "all"])
 def test_kernels_do_not_synchronise(small_tiles, monkeypatch, options, parts):
-    """Every torch operator between the kernels, seen by a dispatch mode."""
+    """A dispatch mode checks every torch operator between the kernels."""
     monkeypatch.setattr(row_stats, "splits", lambda *_: parts)
     case = build("bsv", torch.bfloat16, 2, 3, 3000, 0, "float", options)
     math = RowMath(
@@ -202,12 +202,12 @@ def test_kernels_do_not_synchronise(small_tiles, monkeypatch, options, parts):
         kernels.row_grad(*there, case.storage)
         stats = kernels.row_stats(case.storage, rows.target, rows.weight, math, 6)
         kernels.merge_metrics(stats.unsqueeze(0), rows.target, rows.weight, math)
-        with pytest.raises(AssertionError, match="synchronises"):  # the mode can fail
+        with pytest.raises(AssertionError, match="synchronises"):  # proves that the mode can fail
             bool(normalizer.sum() > 0)
 
 
 def test_nothing_synchronises_from_end_to_end(monkeypatch):
-    """The methods that would, trapped while the loss runs as it does on an accelerator."""
+    """Traps Tensor methods that synchronise, while the loss runs as on an accelerator."""
     monkeypatch.setattr(scoring, "may_synchronise", lambda tensor: False)
 
     def trap(name):
@@ -215,7 +215,7 @@ def test_nothing_synchronises_from_end_to_end(monkeypatch):
 
         def trapped(self, *args, **kwargs):
             caller = sys._getframe(1).f_globals["__name__"]
-            # logit_scale is on the CPU, whatever the logits: `rowmath` may read it.
+            # logit_scale is always on the CPU, so `rowmath` may read it.
             allowed = caller == "fused_sft_loss.rowmath" and self.device.type == "cpu"
             assert allowed or not caller.startswith("fused_sft_loss"), (
                 f"{caller} calls Tensor.{name}"
@@ -232,7 +232,7 @@ def test_nothing_synchronises_from_end_to_end(monkeypatch):
     fsl.sft_loss(leaf, case.labels, case.loss_mask, **options).backward()
     fsl.token_metrics(leaf, case.labels, case.loss_mask, **options)
     monkeypatch.setattr(scoring, "may_synchronise", lambda tensor: True)
-    with pytest.raises(AssertionError, match="calls Tensor"):  # the traps can fail
+    with pytest.raises(AssertionError, match="calls Tensor"):  # proves that the traps can fail
         fsl.sft_loss(leaf, case.labels, case.loss_mask, **options)
 
 
@@ -264,7 +264,7 @@ def test_wrong_use_is_the_same_error(what):
 
 
 def test_search_leaves_logits_that_are_their_own_gradient_alone(small_tiles, monkeypatch):
-    """FUSED_SFT_LOSS_AUTOTUNE runs a kernel many times; in place the first run must be the last."""
+    """FUSED_SFT_LOSS_AUTOTUNE runs a kernel many times. An in-place kernel may only run once."""
     logits, target, weight = rows_of(torch.float32)
     want = torch.empty_like(logits)
     kernels.row_grad(logits, torch.full((4, 2), 9.0), target, RowScale(weight), MATH, want)

@@ -1,4 +1,4 @@
-"""The Triton kernels over vectors of N rows, and the arithmetic of all of them.
+"""The Triton kernels over vectors of N rows, and the shared arithmetic.
 
 Run by `test_triton_interpreted.py`, in Triton's interpreter.
 """
@@ -28,7 +28,7 @@ def cast_kernel(x, narrowed, widened, N: tl.constexpr):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_rounding_to_nearest_even_and_back(dtype):
-    """Every 16-bit number, the middle to the next one, and a little to either side of that."""
+    """Every 16-bit number, and fp32 numbers around the middle between it and the next."""
     every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype).float()
     bits = every.view(torch.int32)
     step = 1 << (16 if dtype == torch.bfloat16 else 13)
@@ -86,7 +86,7 @@ def label_problem(labels_dtype, mask_dtype, b=3, s=41):
 
 
 def layouts(tensor):
-    """The tensor contiguous, as a column slice, transposed, and 1 element into an allocation."""
+    """The tensor contiguous, as a column slice, transposed, and one element into an allocation."""
     yield tensor
     yield torch.stack([tensor, tensor * 0], -1)[..., 0]
     yield tensor.t().contiguous().t()
@@ -133,7 +133,7 @@ def test_documents(dtype):
 
 
 def test_a_million_rows(monkeypatch):
-    monkeypatch.setattr(row_targets_kernel, "BLOCK", 2**17)  # the interpreter's time is per program
+    monkeypatch.setattr(row_targets_kernel, "BLOCK", 2**17)  # few programs: each costs time
     n = 2**20 + 3
     labels, mask = torch.randint(0, 130, (n,)), torch.rand(n)
     check_targets(labels, mask, torch.arange(0, n, 1000), True)
@@ -144,10 +144,10 @@ def random_stats(ranks, rows, columns):
     stats[..., 0] = torch.randn(ranks, rows) * 20
     if columns > 4:
         stats[..., 4] = torch.arange(ranks)[:, None] * 10.0
-        stats[0, 3:6, 0] = stats[-1, 3:6, 0]  # equal maxima: the smaller id
+        stats[0, 3:6, 0] = stats[-1, 3:6, 0]  # equal maxima: the smaller id wins
         stats[..., 5].neg_()
-    stats[0, 0, :2] = torch.tensor([-INF, 0.0])  # a shard of -inf
-    stats[:, 1, 0], stats[:, 1, 1] = -INF, 0.0  # a row of -inf
+    stats[0, 0, :2] = torch.tensor([-INF, 0.0])  # a shard with only -inf
+    stats[:, 1, 0], stats[:, 1, 1] = -INF, 0.0  # a row with only -inf
     stats[-1, 2, 1] = NAN
     return stats
 
@@ -180,7 +180,7 @@ def test_merge_of_shards(monkeypatch, math, ranks, block):
 
 
 def test_shards_are_merged_as_segments_are():
-    """One vocabulary, cut at the segments or not at all: the same statistics bit for bit."""
+    """A vocabulary cut into two shards at a segment's end gives the same bits as one shard."""
     logits = torch.randn(1, 2, 4 * 1024) * 3
     target, weight = torch.tensor([5, 3000]), torch.ones(2)
     whole = kernels.row_stats(logits[..., :2048], target, weight, RowMath(0, 0, 0, 1, 0, 4096), 6)

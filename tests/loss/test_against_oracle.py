@@ -19,7 +19,7 @@ from tiers import sampled
 
 import fused_sft_loss as fsl
 
-#: The shim takes a while for each; make test has its first warp size.
+#: The shim is slow, so make test runs only its first warp size.
 FAST = sampled(ON_CPU, [name for name in ON_CPU if name != "hip-simt"])
 
 
@@ -111,7 +111,7 @@ def test_reductions_and_their_gradients(backend, reduction):
 @pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("v", VOCABULARIES)
 def test_loss_does_not_depend_on_layout_strides_or_batch_order(backend, v):
-    """Same logits, laid out in every way: the same bits."""
+    """The same logits in any memory layout give the same bits."""
     base = build("bsv", torch.bfloat16, 2, 3, v, 5, "float", {})
     b, s = base.labels.shape
     padded = torch.full((b, s + 1, v + 3), float("nan"), dtype=torch.bfloat16)
@@ -134,9 +134,9 @@ def test_loss_does_not_depend_on_layout_strides_or_batch_order(backend, v):
 @settings(PRODUCT, max_examples=60)
 @given(case=cases(vocabularies=(2, 33, 1000), views=("bsv", "sbv", "sliced")))
 def test_eager_cut_into_small_tiles(tile, case):
-    """What otherwise takes a vocabulary of a million: rows cut over tiles, the first ones -inf."""
+    """Small tiles stand for a vocabulary of a million: rows span tiles, the first ones are -inf."""
     options, out = case.options, case.columns // 3
-    options.update(vocab_size=None, label_smoothing=0.0)  # the mean of -inf is an infinite loss
+    options.update(vocab_size=None, label_smoothing=0.0)  # smoothing over -inf: an infinite loss
     case.logits(case.storage)[..., :out] = -float("inf")
     scored = case.labels != options["ignore_index"]
     case.labels = torch.where(scored, case.labels.clamp_min(out), case.labels)
@@ -163,7 +163,8 @@ def test_eager_cut_into_small_tiles(tile, case):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", ON_CPU)
 def test_a_targets_own_gradient_wherever_in_a_vector_it_lies(backend, dtype, inplace):
-    """Of the last vectors of a tile, after which lanes no longer meet, and of the first."""
+    """The target may be in the first vectors of a row or in the last vectors of a tile, after which
+    lanes no longer synchronise."""
     v, places = 4096, 32
     labels = torch.cat([torch.arange(places), v - 1 - torch.arange(places)]).unsqueeze(0)
     logits = torch.randn(1, 2 * places, v).to(dtype)

@@ -1,4 +1,4 @@
-"""Trap: buffers of document boundaries that end in sentinels, begin late or end early."""
+"""Promise: document boundaries may end in sentinels, begin late or end early."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from fused_sft_loss.megatron import shift_packed_targets
 
 LOGITS = torch.randn(2, 6, 50)
 LABELS = torch.randint(0, 50, (2, 6))
-#: Boundaries, and the same without their tail.
+#: Boundaries, and the same boundaries without their tail.
 TAILS = {
     "-1": ([0, 4, 9, 12, -1, -1, -1], [0, 4, 9, 12]),
     "0": ([0, 4, 9, 12, 0, 0], [0, 4, 9, 12]),
@@ -30,7 +30,7 @@ def losses(bounds, backend):
 @pytest.mark.parametrize("checked", [True, False])
 @pytest.mark.parametrize("name", TAILS)
 def test_trap_a_sentinel_tail_ends_the_boundaries(backend, name, checked, monkeypatch):
-    """`checked` False: as on an accelerator, where nothing is looked at."""
+    """`checked` False: as on an accelerator, where no value is read on the host."""
     monkeypatch.setattr(scoring, "may_synchronise", lambda tensor: checked)
     whole, cut = TAILS[name]
     got = losses(whole, backend)

@@ -1,4 +1,4 @@
-"""Bugs that others shipped, in strides, sums and shapes; each test is named after one."""
+"""Bugs that other libraries shipped, in strides, sums and shapes; each test is named after one."""
 
 import pytest
 import torch
@@ -12,18 +12,18 @@ import fused_sft_loss as fsl
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_gradient_scaled_after_rounding(backend, dtype):
-    """Upstream and weight go in before the one rounding, also when no powers of two."""
+    """Upstream gradient and weight are applied before the only rounding, powers of two or not."""
     logits, labels, mask = problem(dtype=dtype)
     upstream = torch.tensor(0.3)
     _, grad = grad_of(logits, labels, mask * 0.7, backend=backend, upstream=upstream)
     _, grad32 = grad_of(logits.float(), labels, mask * 0.7, backend=backend, upstream=upstream)
     assert torch.equal(grad, grad32.to(dtype))
     twice = (grad_of(logits, labels, mask * 0.7, backend=backend)[1].float() * 0.3).to(dtype)
-    assert not torch.equal(grad, twice)  # rounding twice is a different number: the check can fail
+    assert not torch.equal(grad, twice)  # two roundings differ: proves that the check can fail
 
 
 def test_target_minus_one_formed_in_bf16(backend):
-    """p - 1 at the target when p is nearly 1: in bf16 it would be 0."""
+    """p - 1 at a target with p near 1: computed in bf16 it would be 0."""
     logits = torch.full((1, 1, 64), -8.0, dtype=torch.bfloat16)
     logits[0, 0, 3] = 4.0
     labels = torch.tensor([[3]])
@@ -60,7 +60,7 @@ def test_transposed_or_sliced_logits(backend):
     out = fsl.sft_loss(sliced, labels, mask, backend=backend)
     out.backward()
     assert torch.equal(out.detach(), loss) and torch.equal(leaf.grad[:, 2:7, 1:1001], grad)
-    assert leaf.grad.count_nonzero() == grad.count_nonzero()  # nothing written beside the slice
+    assert leaf.grad.count_nonzero() == grad.count_nonzero()  # nothing is written outside the slice
 
 
 def test_non_unit_vocabulary_stride_is_an_error(backend):
@@ -84,7 +84,7 @@ def test_input_is_written_only_by_an_in_place_backward(backend):
 def test_in_place_gradient_does_not_hide_from_other_users_of_the_logits(backend):
     logits, labels, mask = problem()
     memory = logits.clone().requires_grad_() * 1
-    other = memory.square().sum()  # saved the logits too
+    other = memory.square().sum()  # autograd saved the logits for this, too
     loss = fsl.sft_loss(memory, labels, mask, backend=backend, inplace_backward=True)
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -92,7 +92,7 @@ def test_in_place_gradient_does_not_hide_from_other_users_of_the_logits(backend)
 
 
 def test_all_negative_and_far_apart_logits(backend):
-    """The maximum may be negative, and far above what the first columns suggest."""
+    """The maximum may be negative, and far above the first columns."""
     logits = torch.full((1, 2, 9000), -300.0)
     logits[..., 4000] = -50.0
     logits[..., 8999] = -49.0
@@ -103,7 +103,7 @@ def test_all_negative_and_far_apart_logits(backend):
 
 
 def test_softcap_brings_padding_back(backend):
-    """Padding and -inf columns stay out of a softcapped softmax: -inf would become -cap."""
+    """Padding and -inf columns stay out of a softcapped softmax. Capped, -inf would become -cap."""
     logits, labels, mask = problem()
     labels = labels.clamp_max(799)
     options = {"backend": backend, "softcap": 2.0}
@@ -120,7 +120,7 @@ def test_softcap_brings_padding_back(backend):
 
 @pytest.mark.parametrize("v", [1, 2, 31, 32, 33, 1000, 32000, 50257, 128256, 151936])
 def test_phantom_columns(backend, v):
-    """Whatever lies behind a row's end is not part of it."""
+    """Memory behind a row's end is not part of the row."""
     storage = torch.full((1, 3, v + 64), 1e4)
     storage[..., :v] = torch.randn(1, 3, v)
     labels = torch.randint(0, v, (1, 3))
@@ -140,7 +140,7 @@ def test_padded_vocabulary_counted_in_the_softmax(backend):
 
 
 def test_offsets_beyond_2_31_elements(backend):
-    """Rows 2^31 + 2^20 elements apart in memory that, between the rows, is never touched."""
+    """Rows are 2^31 + 2^20 elements apart; the memory between them is never touched."""
     v, step = 1000, 2**31 + 2**20
     storage = torch.empty(step + v, dtype=torch.bfloat16)
     rows = storage.as_strided((2, 1, v), (step, v, 1))
@@ -148,7 +148,7 @@ def test_offsets_beyond_2_31_elements(backend):
     rows.copy_(small)
     labels = torch.tensor([[3], [4]])
     want, want_grad = grad_of(small, labels, backend=backend, shift=False)
-    leaf = rows.requires_grad_() * 1  # compact
+    leaf = rows.requires_grad_() * 1  # a contiguous copy
     assert leaf.stride(0) < step
     loss = fsl.sft_loss(rows, labels, backend=backend, shift=False)
     (grad,) = torch.autograd.grad(loss, rows)
@@ -157,7 +157,7 @@ def test_offsets_beyond_2_31_elements(backend):
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.int16, torch.uint8])
 def test_misaligned_labels(backend, dtype):
-    """labels[1:] starts 8 bytes into an allocation, and a strided column anywhere."""
+    """labels[1:] starts one element into an allocation; a strided column starts anywhere."""
     logits, labels, _ = problem(v=200)
     want, _ = grad_of(logits, labels, backend=backend)
     flat = torch.cat([torch.zeros(1, dtype=torch.int64), labels.flatten()]).to(dtype)
@@ -186,7 +186,7 @@ def test_fp16_gradient_overflows_to_infinity_like_a_cast(backend):
 
 
 def test_oracle_agrees_with_torch():
-    """The oracle itself, against PyTorch's float64 cross-entropy."""
+    """Checks the oracle itself against PyTorch's float64 cross-entropy."""
     case = build("bsv", torch.float32, 2, 6, 100, 0, "none", {"label_smoothing": 0.2})
     want = F.cross_entropy(
         case.storage[:, :-1].flatten(0, 1).double(),

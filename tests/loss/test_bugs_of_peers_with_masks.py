@@ -1,4 +1,4 @@
-"""Bugs that others shipped, in masks, ignored labels, packing and what is not a number."""
+"""Bugs that other libraries shipped, in masks, ignored labels, packing, NaN and infinity."""
 
 import pytest
 import torch
@@ -37,12 +37,12 @@ def test_all_tokens_masked(backend, reduction, inplace):
 @pytest.mark.parametrize("poison", [NAN, -NAN, INF, -INF])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_nan_in_a_masked_row(backend, poison, dtype):
-    """It changes nothing, not even through an upstream gradient that is not finite there."""
+    """NaN or infinity in a masked row changes nothing, even if the upstream gradient is NaN."""
     logits, labels, mask = problem(dtype=dtype)
-    mask[:, 3] = 0  # row 2 is scored on position 3
+    mask[:, 3] = 0  # row 2 predicts position 3
     loss, grad = grad_of(logits, labels, mask, backend=backend)
     logits[:, 2] = poison
-    logits[:, -1] = poison  # the last row is scored on nothing
+    logits[:, -1] = poison  # the last row predicts nothing
     got, got_grad = grad_of(logits, labels, mask, backend=backend)
     assert torch.equal(got, loss) and torch.equal(got_grad, grad)
     upstream = torch.ones(2, 5)
@@ -83,7 +83,7 @@ def test_nan_with_payload_in_an_otherwise_masked_out_row(backend):
 
 
 def test_ignored_rows_never_written(backend):
-    """Every row of the gradient is stored, in memory that held something else."""
+    """Every row of the gradient is written, in memory that held other values."""
     logits, labels, mask = problem(b=4, s=64, v=1000)
     for _ in range(3):
         junk = torch.full_like(logits, 7.0)
@@ -95,7 +95,7 @@ def test_ignored_rows_never_written(backend):
 
 
 def test_ignored_rows_of_a_large_gradient(backend):
-    """Large gradients take another path to their zeros, at any alignment and width."""
+    """Large gradients are zeroed by another code path; it works for any alignment and width."""
     logits, labels, mask = problem(b=1, s=70, v=131_077, dtype=torch.bfloat16)
     labels = labels.clamp_max(131_071)
     mask[:, 10:] = 0
@@ -126,7 +126,7 @@ def test_ignored_label_gives_a_finite_wrong_loss(backend, label):
 
 
 def test_context_parallel_shift_inside_the_shard(backend):
-    """Shift first, slice after: a zigzag slice of the sequence gives the slice of the losses."""
+    """Shift first, then slice: a zigzag slice of the sequence gives that slice of the losses."""
     logits, labels, mask = problem(s=8)
     whole = fsl.sft_loss(logits, labels, mask, backend=backend, reduction="none")
     shifted, shifted_mask = fsl.shift_targets(labels, mask)

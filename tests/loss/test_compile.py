@@ -48,7 +48,7 @@ def test_compiled_module_and_metrics():
 
 
 def test_compiled_with_inductor():
-    """The default compiler, in a process-wide cache: slower, so once."""
+    """Inductor, the default compiler. It is slow, so there is one test."""
     torch._dynamo.reset()
     case = build("bsv", torch.float32, 2, 5, 1000, 0, "float", {})
     leaf, again = (case.storage.clone().requires_grad_() for _ in range(2))

@@ -1,4 +1,4 @@
-"""Promise: what wants a gradient gets the right one, or an error; never none, never a wrong one."""
+"""Promise: every input that requires a gradient gets the right one, or the call is an error."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def test_loss_mask_that_wants_a_gradient_is_refused(backend, reduction):
 
 
 def test_the_advice_for_weights_that_are_learnt():
-    """What the error says to write has the gradient (loss_i - mean) / sum of weights."""
+    """The code that the error recommends has the gradient (loss_i - mean) / sum of weights."""
     weights = torch.rand(2, 4, requires_grad=True)
     losses = fsl.sft_loss(logits(), LABELS, reduction="none")[:, :-1]
     mean = (losses * weights).sum() / weights.sum()
@@ -44,7 +44,7 @@ def test_options_that_want_a_gradient_are_refused(name):
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_logit_scale_as_a_tensor(dtype, softcap, backend):
-    """The bits of the loss and the gradient are those of the same number."""
+    """A tensor gives the same bits of loss and gradient as the same number."""
     results = []
     for scale in (0.75, torch.tensor(0.75, dtype=dtype)):
         leaf = logits().requires_grad_()
@@ -118,7 +118,7 @@ def test_a_second_derivative_is_refused_not_zero(way, one_read):
 
 @one_reads
 def test_a_first_derivative_with_create_graph(one_read):
-    """A graph that is made and not used, as some trainers do, costs nobody the gradient."""
+    """Some trainers pass create_graph and never use the graph. They still get the gradient."""
     grads = []
     for create_graph in (False, True):
         leaf = logits().requires_grad_()

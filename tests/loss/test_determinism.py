@@ -1,4 +1,4 @@
-"""Promise: same inputs, same bits, run after run, whatever the number of threads."""
+"""Promise: the same inputs give the same bits, run after run, with any number of threads."""
 
 import pytest
 import torch
@@ -31,7 +31,8 @@ def test_run_after_run(name):
 @pytest.mark.parametrize("name", NATIVE)
 @pytest.mark.parametrize("b, s, v", [(1, 2, 262144), (1, 16, 50257), (3, 40, 9001), (1, 16, 8193)])
 def test_threads_over_rows_and_over_the_vocabulary(name, threads, b, s, v):
-    """Fewer than four scored rows a thread are cut, more are dealt out: the bits do not tell."""
+    """With fewer than four scored rows per thread, threads share rows; else each thread gets whole
+    rows. The bits are the same."""
     case = build("bsv", torch.bfloat16, b, s, v, 0, "float", {"label_smoothing": 0.1})
     results = []
     with using(name) as backend:
@@ -44,7 +45,7 @@ def test_threads_over_rows_and_over_the_vocabulary(name, threads, b, s, v):
 
 @pytest.mark.parametrize("name", NATIVE)
 def test_statistics_of_a_cut_row(name, threads):
-    """The sums themselves: a loss in fp32 would hide their last bits."""
+    """Compares the sums themselves, because a loss in fp32 would hide their last bits."""
     math = RowMath(0.0, 0.0, 0.0, 1.0, 0, 100_000)
     logits, target = torch.randn(1, 12, 100_000) * 4, torch.randint(0, 100_000, (12,))
     results = []

@@ -1,4 +1,4 @@
-"""Trap: a Python step for every run of scored rows. Tiles are counted, whatever the mask."""
+"""Promise: eager's Python steps follow the number of tiles, not the runs of scored rows."""
 
 from unittest import mock
 
@@ -32,7 +32,7 @@ def test_trap_a_step_for_every_run_of_scored_rows(kind):
     with mock.patch.object(eager, "load", wraps=eager.load) as load:
         losses = fsl.sft_loss(logits, labels, mask, shift=False, reduction="none", backend="eager")
         (grad,) = torch.autograd.grad(losses.sum(), logits)
-    # A tile of each pass, one more for each sequence that ends within, and the targets.
+    # Per pass: the tiles, one more for each of two sequences, and one load for the targets.
     assert load.call_count <= 2 * (-(-int(mask.sum()) // height) + 2 + 1)
     rows = logits.detach().double().flatten(0, 1).requires_grad_()
     want = torch.nn.functional.cross_entropy(rows, labels.flatten(), reduction="none")
@@ -45,7 +45,7 @@ def test_trap_a_step_for_every_run_of_scored_rows(kind):
 
 @pytest.mark.parametrize("shape", [(1, 8, 2**20), (2, 2048, 2048), (512, 8, 1024)])
 def test_scattered_rows_stay_within_the_scratch(shape):
-    """A tile of rows that are no neighbours is a copy: it counts."""
+    """A tile of rows that are not adjacent is a copy, which counts as scratch."""
     b, s, v = shape
     logits = torch.randn(shape).bfloat16().requires_grad_()
     labels, mask = torch.randint(0, v, (b, s)), (torch.arange(b * s) % 2).view(b, s)

@@ -1,4 +1,4 @@
-"""Promise: wrong use is an error that says what was expected, what came, and the fix."""
+"""Promise: wrong use is an error that says what was expected, what was passed, and the fix."""
 
 import re
 
@@ -40,7 +40,7 @@ def test_environment_variable_forces_a_backend_and_fails_loudly(monkeypatch):
 
 @pytest.mark.parametrize("name", ON_CPU)
 def test_without_the_value_check_a_wrong_label_poisons_its_row_alone(name, monkeypatch):
-    """What an accelerator does, where looking at a label would synchronise."""
+    """As on an accelerator, where reading a label on the host would synchronise."""
     monkeypatch.setattr("fused_sft_loss.scoring.may_synchronise", lambda tensor: False)
     leaf = LOGITS.clone().requires_grad_()
     labels = changed(LABELS, (1, 3), 100)

@@ -1,5 +1,5 @@
-"""grad_in_forward in place, where the logits are gone when forward returns: expected gradients that
-no other gradient can be made of."""
+"""grad_in_forward in place overwrites the logits in forward. The tests take expected gradients that
+backward cannot rescale to another one."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ ONE_READ = [name for name in ON_CPU if name.partition("-")[0] in selection.ONE_R
 if not ONE_READ:
     pytest.skip("neither native kernels nor the SIMT shim here", allow_module_level=True)
 
-EPS = {torch.float32: 2**-23, torch.bfloat16: 2**-8, torch.float16: 2**-11}  # of one rounding
+EPS = {torch.float32: 2**-23, torch.bfloat16: 2**-8, torch.float16: 2**-11}  # bound of one rounding
 
 
 def gradient(logits, labels, mask, upstream, backend, **options):
@@ -29,7 +29,7 @@ def gradient(logits, labels, mask, upstream, backend, **options):
 @pytest.mark.parametrize("expected", [0.0, 1e-45, 1e-30, -1e-20, 3e38, torch.inf, torch.nan])
 @pytest.mark.parametrize("name", ONE_READ)
 def test_in_place_any_other_gradient_is_right(name, expected, dtype):
-    """Zeros, subnormal numbers and infinities cannot be rescaled: such rows are stored for 1."""
+    """0, subnormal numbers and infinities cannot be rescaled: such rows are stored for 1."""
     logits, labels = (torch.randn(1, 3, 1003) * 3).to(dtype), torch.randint(0, 1003, (1, 3))
     mask = torch.tensor([[1.0, 0.0, 0.5]])
     in_place = {"inplace_backward": True, "grad_in_forward": torch.tensor(expected)}
@@ -38,7 +38,7 @@ def test_in_place_any_other_gradient_is_right(name, expected, dtype):
             want = gradient(logits, labels, mask, upstream, backend)
             got = gradient(logits, labels, mask, upstream, backend, **in_place)
             assert want.isfinite().all() and bool(want.count_nonzero()) == bool(upstream)
-            # Rounded when it was stored, subnormal numbers of fp16 to 2^-24, and when rescaled.
+            # Rounded when stored (subnormal numbers of fp16 to 2^-24) and again when rescaled.
             rtol = 2 * EPS[dtype] + 2**-22
             atol = 2**-24 * (1 + abs(upstream)) if dtype == torch.float16 else 0.0
             torch.testing.assert_close(got, want, rtol=rtol, atol=atol)
@@ -47,7 +47,7 @@ def test_in_place_any_other_gradient_is_right(name, expected, dtype):
 @pytest.mark.parametrize("weight", [1e-45, 1e-30])
 @pytest.mark.parametrize("name", ONE_READ)
 def test_in_place_a_weight_that_makes_the_expected_gradient_vanish(name, weight):
-    """The scale of a row is its weight times the gradient: 1e15 times 1e-30 is none to lose."""
+    """A row's scale is its weight times the gradient. 1e15 times 1e-30 must not be lost."""
     logits, labels = torch.randn(1, 2, 1003), torch.randint(0, 1003, (1, 2))
     mask = torch.tensor([[weight, 1.0]])
     in_place = {"inplace_backward": True, "grad_in_forward": True}
@@ -59,7 +59,7 @@ def test_in_place_a_weight_that_makes_the_expected_gradient_vanish(name, weight)
 
 @pytest.mark.parametrize("name", ONE_READ)
 def test_in_place_the_usual_expected_gradients_are_stored_for_themselves(name):
-    """A mean over a million tokens, a loss scale: backward leaves the gradient as it was stored."""
+    """A mean over a million tokens or a loss scale: backward returns the stored gradient as is."""
     logits, labels = torch.randn(1, 2, 1003), torch.randint(0, 1003, (1, 2))
     with using(name) as backend:
         for expected in (1e-6, 1.0, 2.0**16, 2.0**24):

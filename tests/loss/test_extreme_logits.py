@@ -1,4 +1,4 @@
-"""Logits of any finite size and tokens of any certainty: loss and gradient as float64 has them."""
+"""Logits of any finite size and targets of any probability: loss and gradient match float64."""
 
 from dataclasses import dataclass
 
@@ -22,27 +22,27 @@ EDGES = [sign * size for size in (2.0**29, 2.0**30, 1.5e9, 2.0**31) for sign in 
 
 
 def near(maximum: float) -> torch.Tensor:
-    """A row within a few units below its maximum, or of ties where there are no such numbers."""
+    """A row within a few units below its maximum; ties, if fp32 has no numbers that close."""
     row = maximum - torch.randn(COLUMNS).abs() * 3
     row[torch.randint(0, COLUMNS, (3,))] = maximum
     return row
 
 
 def blocked(value: float) -> torch.Tensor:
-    """A vocabulary of which the first 17000 columns, tiles, chunks and a segment, are ruled out."""
+    """A vocabulary whose first 17000 columns (tiles, chunks and a segment) are ruled out."""
     row = torch.randn(COLUMNS)
     row[:17000] = value
     return row
 
 
 def stairs() -> torch.Tensor:
-    """Up from the lowest number to the largest: each tile has a new maximum, of any size."""
+    """Rises from the lowest number to the largest: each tile has a new maximum, of any size."""
     up = torch.logspace(0, 38.5, COLUMNS // 2)
     return torch.cat([-up.flip(0), up])
 
 
 def two_sizes(first: float, second: float) -> torch.Tensor:
-    """All that is not the maximum vanishes, in whichever order they come."""
+    """All columns but the maxima vanish; the maxima may come first or last."""
     row = torch.full((COLUMNS,), first)
     row[COLUMNS // 3 :] = second
     return row
@@ -60,7 +60,7 @@ ROWS = {
 
 
 def rows(dtype=torch.float32) -> torch.Tensor:
-    """`[1, s, COLUMNS]`; numbers beyond the dtype's become its largest."""
+    """`[1, s, COLUMNS]`; numbers beyond the dtype's range become its largest."""
     most = torch.finfo(dtype).max
     made = [make(*arguments) for make, *arguments in ROWS.values()]
     made = [row if row.isinf().any() else row.clamp(-most, most) for row in made]
@@ -68,7 +68,7 @@ def rows(dtype=torch.float32) -> torch.Tensor:
 
 
 def targets_of(logits: torch.Tensor) -> torch.Tensor:
-    """By turns the maximum and the last column, none of them ruled out by -inf."""
+    """The maximum for odd rows, the last column for even ones; no target is -inf."""
     labels = logits.argmax(-1)
     labels[:, ::2] = COLUMNS - 1
     return labels
@@ -76,7 +76,7 @@ def targets_of(logits: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class Exact:
-    losses: torch.Tensor  # [s] float64, as what follows
+    losses: torch.Tensor  # [s] float64, like the fields below
     grad: torch.Tensor  # [s, COLUMNS]
     log_prob: torch.Tensor
     lse: torch.Tensor
@@ -85,8 +85,8 @@ class Exact:
 
 
 def exact(logits, labels, softcap=None, logit_scale=1.0) -> Exact:
-    """By torch's own log_softmax in float64: a log-sum-exp in float64, as oracle.py takes, is
-    one number, too, and from 1e17 on it has no room for the logarithm."""
+    """Uses torch's log_softmax in float64. oracle.py's log-sum-exp is a single float64 number; from
+    1e17 on it cannot hold the logarithm of the sum."""
     leaf = logits[0].double().requires_grad_()
     z = transform(leaf, softcap, logit_scale)
     log_p = torch.log_softmax(z, -1)
@@ -107,7 +107,7 @@ def step(logits, labels, backend, **options):
 
 def assert_right(losses, grad, logits, labels, **options):
     want = exact(logits, labels, **options)
-    # A loss beyond fp32 is infinite.
+    # A loss beyond the range of fp32 is infinite.
     torch.testing.assert_close(losses, want.losses.float(), rtol=1e-6, atol=2e-6)
     assert (losses >= 0).all()
     rounding = {torch.float32: 0.0, torch.bfloat16: 2**-8, torch.float16: 2**-11}[logits.dtype]
@@ -162,7 +162,7 @@ def test_metrics_of_maxima_of_any_finite_size(name):
 @pytest.mark.parametrize("options", [{}, {"logit_scale": 0.7}], ids=str)
 @pytest.mark.parametrize("name", ON_CPU)
 def test_shards_of_any_finite_size(name, options):
-    """Statistics of three shards, of which some are ruled out as a whole, merged as ranks do."""
+    """Merges statistics of three shards as ranks do; some shards are ruled out completely."""
     logits = rows()
     labels, weight = targets_of(logits), torch.ones(len(ROWS))
     edges = [0, 6000, 13000, COLUMNS]
@@ -186,7 +186,7 @@ def test_shards_of_any_finite_size(name, options):
 
 @pytest.mark.parametrize("name", ON_CPU)
 def test_probabilities_of_ties_sum_to_1(name):
-    """1000 equal maxima of 1e8: the log-sum-exp in fp32 would be off by up to 4."""
+    """1000 equal maxima of 1e8. A log-sum-exp in fp32 would be off by up to 4."""
     logits = torch.zeros(1, 2, COLUMNS)
     logits[..., :1000] = torch.tensor([1e8, -1e8])[:, None]
     logits[0, 1, 1000:] = -3e8
@@ -202,9 +202,10 @@ def test_probabilities_of_ties_sum_to_1(name):
 @pytest.mark.parametrize("scale", [0.7, 1.0, 1 / 3, 3.0, 1.1])
 @pytest.mark.parametrize("name", ON_CPU)
 def test_loss_of_sure_tokens(name, scale):
-    """The target is the maximum, others are 0 to 40 below it: p is 1 to within 1 part in 10^17, or
-    less sure. d = 1 + (sum of the others' exponentials): what is below 2^-24 of its parts is lost,
-    and each of about 20 sums (of lanes, chunks, threads) rounds once: 2^-24 each while d is near 1.
+    """The target is the maximum; the others are 0 to 40 below. p is 1 to within 1 part in 10^17, or
+    less certain. d = 1 + (sum of the others' exponentials). Each of about 20 sums (of lanes,
+    chunks, threads) rounds once and loses what is below 2^-24 of its terms: 2^-24 while d is near
+    1.
     """
     top = torch.tensor([3.0, 700.0, 1400.0, 1e4, -1e4, 1e6]) / scale
     gap = torch.tensor([40.0, 16.0, 20.0, 14.0, 12.5, 30.0]) / scale

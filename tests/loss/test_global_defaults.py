@@ -1,6 +1,6 @@
-"""Trap: a global default (dtype, device, autocast, determinism) leaks into buffers and results.
+"""Promise: no global default (dtype, device, autocast, determinism) leaks into a result or buffer.
 
-Each setting has a process to itself: a buffer of the wrong dtype corrupts the heap.
+Each setting runs in a separate process, because a buffer of the wrong dtype corrupts the heap.
 """
 
 import ast
@@ -22,7 +22,7 @@ REFERENCE = "as it comes"
 
 
 def some_cases():
-    """Cases, each of other options, layout, dtype and mask."""
+    """Cases with different options, layouts, dtypes and masks."""
     choose = random.Random(13).choice
     for seed in range(8):
         options = {
@@ -42,7 +42,7 @@ def some_cases():
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Results by (case, backend) of a process under a setting."""
+    """Run a process under a setting; returns its results by (case, backend)."""
     folder = tmp_path_factory.mktemp("defaults")
     torch.save(list(some_cases()), folder / "cases")
     known = {}
@@ -83,8 +83,8 @@ FACTORIES |= {"rand", "randn", "linspace", "eye"}
 
 
 def unnamed(source):
-    """Lines on which torch makes a tensor without being told both its dtype and its device, or
-    `torch.where` chooses between two numbers, which gives one of the default dtype."""
+    """Lines where torch makes a tensor without both dtype and device, or where `torch.where` picks
+    between two numbers, which gives a tensor of the default dtype."""
     for call in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)):
         function = ast.unparse(call.func)
         told = {keyword.arg for keyword in call.keywords}

@@ -21,17 +21,17 @@ if not ONE_READ:
 
 VIEWS = ("bsv", "sbv", "sliced", "offset", "nv")
 EXPECTED = 0.75  # an upstream gradient that is not 1
-EPS = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}  # of one rounding
+EPS = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}  # bound of one rounding
 FEWER = settings(PRODUCT, max_examples=40)
 
 
 class Step:
-    """A forward, on logits that own their memory as a model's do, and what backward gives them."""
+    """A forward on logits that own their memory, as a model's do, and the gradient they receive."""
 
     def __init__(self, case: Case, backend: str, **options):
         self.logits = case.logits(case.storage.clone().requires_grad_() * 1)
         self.grads = []
-        # Before the loss, as autograd may lose track of a view that is written to.
+        # Register before the loss: autograd may lose track of a view that is written to.
         self.logits.register_hook(self.grads.append)
         self.result = fsl.sft_loss(
             self.logits,
@@ -91,7 +91,7 @@ def test_gradient_is_the_fp32_gradient_rounded_once(backend, case):
 @FEWER
 @given(case=cases(views=VIEWS))
 def test_another_upstream_gradient_is_exact_from_a_buffer(backend, case):
-    """Rows stored for another one have the bits they would have had, had theirs been expected."""
+    """Surprised rows have the same bits as if their upstream gradient had been expected."""
     surprised = torch.rand(case.labels.numel()) < 0.5
     upstream = torch.where(surprised, -0.4, EXPECTED)
     with using(backend) as name:
@@ -108,14 +108,14 @@ def test_another_upstream_gradient_is_exact_from_a_buffer(backend, case):
 @FEWER
 @given(case=cases(dtypes=(torch.float32, torch.bfloat16), views=VIEWS))
 def test_another_upstream_gradient_in_place_is_rounded_twice_at_most(backend, case):
-    """Not at all when it is a power of two times the expected one."""
+    """There is no second rounding if it is a power of two times the expected gradient."""
     with using(backend) as name:
         _, wanted = one_read(case, name, -0.4, grad_in_forward=-0.4)
         _, grad = one_read(case, name, -0.4, inplace_backward=True)
         _, twice = one_read(case, name, 2 * EXPECTED, inplace_backward=True)
         _, once = one_read(case, name, EXPECTED)
         _, never = one_read(case, name, 0.0, inplace_backward=True)
-    rounding = EPS[case.storage.dtype] * 2 + 2**-22  # two, and those of the ratio and the scale
+    rounding = EPS[case.storage.dtype] * 2 + 2**-22  # two, plus rounding of the ratio and the scale
     torch.testing.assert_close(grad, wanted, rtol=rounding, atol=1e-6)
     assert torch.equal(twice, once * 2)
     assert not never.count_nonzero()
@@ -125,7 +125,7 @@ def test_another_upstream_gradient_in_place_is_rounded_twice_at_most(backend, ca
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("backend", ONE_READ)
 def test_what_forward_stored_is_what_backward_gives(backend, reduction, inplace):
-    """Behind autograd's back the logits become NaN: nothing may be computed from them again."""
+    """The logits' data becomes NaN unseen by autograd, so backward cannot compute from them."""
     case = build("bsv", torch.bfloat16, 2, 6, 1003, 1, "float", {})
     plain = case.storage.clone().requires_grad_()
     with using(backend) as name:
@@ -144,7 +144,7 @@ def test_what_forward_stored_is_what_backward_gives(backend, reduction, inplace)
 
 @pytest.mark.parametrize("scale", [1024.0, torch.tensor(1024.0)], ids=["number", "tensor"])
 def test_an_expected_loss_scale(scale):
-    """fp16 gradients of a mean would be subnormal without it; in place nothing is rescaled."""
+    """Without the scale, fp16 gradients of a mean would be subnormal. Nothing is rescaled."""
     case = build("bsv", torch.float16, 2, 40, 1003, 1, "none", {})
     with using(ONE_READ[0]) as name:
         step = Step(case, name, reduction="mean", grad_in_forward=scale, inplace_backward=True)
@@ -162,7 +162,7 @@ def test_an_expected_loss_scale(scale):
     ("vendor", "chip"), [("cuda", (80, 108)), ("cuda", (90, 132)), ("hip", (0x942, 304))], ids=str
 )
 def test_rows_that_do_not_fit_on_the_chip(vendor, chip, dtype, view):
-    """Without clusters, or with registers for half of a row, the rest is read twice."""
+    """Without clusters, or with registers for half of a row only, the rest is read twice."""
     if f"{vendor}-simt" not in ON_CPU:
         pytest.skip(f"the SIMT shim cannot be compiled: {build_shim.missing()}")
     options = {"softcap": 30.0, "label_smoothing": 0.1, "vocab_size": 299_995}
@@ -178,7 +178,7 @@ def test_rows_that_do_not_fit_on_the_chip(vendor, chip, dtype, view):
 
 @pytest.mark.parametrize("backend", ONE_READ)
 def test_masked_out_columns_and_rows(backend):
-    """-inf columns, a leading tile of them, NaN in a row that is not scored and in one that is."""
+    """-inf columns, a leading tile of -inf, and NaN in an unscored and in a scored row."""
     case = build("bsv", torch.float32, 1, 4, 20000, 2, "none", {"shift": False})
     case.labels = torch.tensor([[15000, 17000, -100, 9]])
     case.storage[0, :2, :14000] = -torch.inf
@@ -227,7 +227,7 @@ def test_whoever_saved_the_logits_learns_that_they_are_gone():
     case = build("bsv", torch.float32, 1, 3, 100, 2, "none", {})
     leaf = case.storage.clone().requires_grad_()
     with using(ONE_READ[0]) as name:
-        logits = leaf.exp()  # saves its result
+        logits = leaf.exp()  # exp saves its result
         loss = fsl.sft_loss(
             logits, case.labels, backend=name, grad_in_forward=True, inplace_backward=True
         )
@@ -313,7 +313,7 @@ def test_opcheck():
             opcheck(
                 ops.with_grad,
                 (leaf, losses, held, target, weight, normalizer, weight, *math.packed(), name),
-                # Backward may write over what it is given: it runs once.
+                # No test_aot_dispatch_dynamic: backward may overwrite its input, so it runs once.
                 test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
             )
         again = (grad, weight * 2, logits, target, weight, normalizer, weight, *math.packed(), name)

@@ -1,4 +1,4 @@
-"""Promise: beside its kernels a call runs no operator that computes anything."""
+"""Promise: apart from its kernels, a call runs no operator that computes."""
 
 import pytest
 import torch
@@ -7,17 +7,17 @@ from backends import ON_SHIM, using
 import fused_sft_loss as fsl
 from fused_sft_loss.backends import selection
 
-#: autograd itself begins with a gradient of 1.
+#: autograd's backward starts with a gradient of 1.
 OF_BACKWARD = {"ones_like", "fill_"}
-#: What makes or views a tensor. On a GPU none of them launches a kernel.
+#: Operators that allocate or view a tensor. On a GPU none of them launches a kernel.
 FREE = {"empty", "empty_like", "empty_strided", "new_empty", "view", "unsqueeze", "transpose"}
 FREE |= {"detach", "expand", "as_strided", "atleast_2d", *OF_BACKWARD}
-FREE |= {"to"}  # of a tensor that is what it should be; another would show _to_copy
+FREE |= {"to"}  # with nothing to convert; a conversion would also run _to_copy
 COMPILED = [*(["cpu"] if selection.reason_against("cpu", "cpu") is None else []), *ON_SHIM]
 
 
 def operators(step):
-    """Names of the aten operators that run."""
+    """Names of the aten operators that `step` runs."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         step()
     names = (event.name for event in profile.events())

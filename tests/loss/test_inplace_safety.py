@@ -1,4 +1,4 @@
-"""Promise: in place is right or refused, whatever surrounds the loss: graphs, hooks, views."""
+"""Promise: in place is right or refused, inside any graph, hooks or views."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ import fused_sft_loss as fsl
 IN_PLACE = {"inplace_backward": True}
 ONE_READ = {"inplace_backward": True, "grad_in_forward": True}
 MODES = [IN_PLACE, ONE_READ] if "cpu" in BUILT else [IN_PLACE]
-#: Operators that save their result, which is the logits' memory, for backward; `mul` does not.
+#: Operators that save their result, the logits' memory, for backward. `mul` does not.
 MAKERS = {"tanh": torch.tanh, "sigmoid": torch.sigmoid, "exp": torch.exp}
 MAKERS |= {"softmax": lambda x: x.softmax(-1), "mul": lambda x: x * 1.5}
 LABELS = torch.randint(0, 50, (2, 5), generator=torch.Generator().manual_seed(1))
@@ -23,13 +23,13 @@ def leaf():
 
 
 def plain_loss(logits):
-    """By PyTorch alone, in float64."""
+    """The same loss by PyTorch alone, in float64."""
     rows = logits[:, :-1].double().transpose(1, 2)
     return torch.nn.functional.cross_entropy(rows, LABELS[:, 1:])
 
 
 def assert_gradient(step, plain_step, **tolerances):
-    """`step` gives each leaf's element the gradient that `plain_step` does in float64."""
+    """`step` gives every element of the leaf the gradient that `plain_step` gives in float64."""
     got, want = leaf(), leaf().detach().double().requires_grad_()
     step(got).backward()
     plain_step(want).backward()
@@ -91,12 +91,12 @@ def test_compiled_function_that_returns_the_logits(detached, mode):
         return loss
 
     assert_gradient(step, lambda x: plain_loss(x * 1.5))
-    assert torch.equal(seen[0], leaf() * 1.5)  # the caller's logits are still logits
+    assert torch.equal(seen[0], leaf() * 1.5)  # the caller's logits are not overwritten
 
 
 @modes
 def test_compiled_slice_with_the_default_compiler(mode):
-    """A part of a tensor, which Inductor lays out anew."""
+    """The logits are a slice, which Inductor gives a new layout."""
     torch._dynamo.reset()
     wide = torch.randn(2, 5, 53)
 
@@ -111,7 +111,7 @@ def test_compiled_slice_with_the_default_compiler(mode):
 
 @modes
 def test_loss_in_place_over_what_a_compiled_model_returned(mode):
-    """The model's graph keeps its result: autograd's version counter speaks up."""
+    """The model's graph saves its result, so autograd's version counter raises."""
     torch._dynamo.reset()
     model = torch.compile(torch.tanh, fullgraph=True, backend="aot_eager")
     loss = fsl.sft_loss(model(leaf()), LABELS, **mode)
@@ -122,7 +122,7 @@ def test_loss_in_place_over_what_a_compiled_model_returned(mode):
 @modes
 @pytest.mark.parametrize("maker", ["tanh", "mul"])
 def test_compiled_autograd(maker, mode):
-    """A backward that is compiled apart from its forward, where one read has written already."""
+    """Backward is compiled separately from forward, in which one read has written already."""
     torch._dynamo.reset()
     make = MAKERS[maker]
     with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
@@ -158,7 +158,7 @@ def test_non_reentrant_checkpointing_is_refused(maker, mode):
 
 @modes
 def test_loss_outside_of_a_checkpointed_model(mode):
-    """The model is computed again in backward, from its own input."""
+    """Backward recomputes the model from its input, so the overwritten logits are not used."""
     assert_gradient(
         lambda x: fsl.sft_loss(checkpoint(torch.tanh, x, use_reentrant=False), LABELS, **mode),
         lambda x: plain_loss(torch.tanh(x)),
@@ -222,7 +222,7 @@ def test_logits_that_their_operator_saved_under_hooks_are_refused(pack, make, vi
 
 @modes
 def test_hooks_upstream_that_saved_other_tensors_are_no_trouble(mode):
-    """As activation offloading of a model's layers does."""
+    """Activation offloading of a model's layers does this."""
 
     def step(x, loss):
         with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), same):
@@ -250,7 +250,7 @@ def test_transforms_are_refused(mode):
 
 @modes
 def test_nothing_is_refused_where_nothing_is_written(mode):
-    """An evaluation with the options of training, under hooks or not."""
+    """An evaluation with the options of training, under hooks."""
     with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(same, same):
         loss = fsl.sft_loss(leaf(), LABELS, **mode)
     torch.testing.assert_close(loss.double(), plain_loss(leaf()), check_dtype=False)
@@ -302,7 +302,7 @@ def test_rows_that_interleave_without_overlap_are_taken(mode):
 @pytest.mark.parametrize("when", ["before the loss", "before backward", "after backward"])
 @pytest.mark.parametrize("view", [False, True])
 def test_hooks_on_the_logits(view, when, mode):
-    """Of a view whose memory was written to, torch 2.13 crashes the process in register_hook."""
+    """torch 2.13 crashes in register_hook on a view whose memory was written to."""
     base = leaf() * 1.5
     logits = base.view(2, 5, 50) if view else base
     seen = []

@@ -1,4 +1,4 @@
-"""Promise: a row that is not scored is not read, in either pass. Its memory is made unreadable."""
+"""Promise: neither pass reads a row that is not scored. The test makes its memory unreadable."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 from backends import ON_CPU
 from tiers import sampled_runs
 
-# A row is one page of bf16, unscored by its weight or by its label.
+# A row is one page of bf16. Rows are unscored by weight or by label.
 PROGRAM = """
 import ctypes, mmap, sys
 import torch, fused_sft_loss as fsl
@@ -66,11 +66,11 @@ def run(*arguments):
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs mprotect")
 
-#: An accelerator's eager reads all rows, and says so.
+#: eager on an accelerator reads all rows, as documented.
 NAMES = [name for name in ON_CPU if name != "eager-accelerator"]
 
 
-RUNS = [(threads, name) for threads in ("1", "8") for name in NAMES]  # rows dealt out; rows cut
+RUNS = [(threads, name) for threads in ("1", "8") for name in NAMES]  # whole rows; split rows
 
 
 @pytest.mark.parametrize(

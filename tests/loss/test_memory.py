@@ -1,4 +1,4 @@
-"""Promise: O(N) bytes beyond the logits forward, one gradient backward, nothing in place."""
+"""Promise: beyond the logits, forward needs O(N) bytes, backward one gradient, in place nothing."""
 
 import re
 from pathlib import Path
@@ -15,17 +15,17 @@ LOGITS_BYTES = B * S * V * 2
 SCRATCH = {
     "eager": 64 * 2**20,
     "cpu": 0,
-}  # eager's stated bound; native keeps vectors of N rows alone
+}  # eager has a documented bound; native keeps vectors of N rows only
 VECTORS = 64 * 2**10  # bytes: N rows of statistics, losses, targets
 
 
 def peaks(backend, inplace, make_logits, grad_in_forward=False):
-    """Peak bytes beyond the logits in forward, held after it, and peak in backward."""
+    """Bytes beyond the logits: peak in forward, held after forward, peak in backward."""
     labels = torch.randint(0, V, (B, S))
     mask = (torch.rand(B, S) < 0.7).float()
     with MemoryRecord() as record:
         logits = make_logits()
-        logits.register_hook(lambda grad: record.mark("backward"))  # before it goes further
+        logits.register_hook(lambda grad: record.mark("backward"))  # before autograd passes it on
         record.mark("begin")
         loss = fsl.sft_loss(
             logits,
@@ -84,7 +84,7 @@ def test_one_read_holds_one_gradient_or_nothing(make_logits, inplace, expect):
 
 @pytest.mark.parametrize("shape", [(1, 4, 2**20), (1, 1, 2**24), (512, 8, 1024), (1, 3, 5_000_001)])
 def test_eager_scratch_stays_under_64_mib(shape):
-    """Whatever the logits: many rows, one row of 64 MiB, a width that is no multiple of a tile."""
+    """Many rows, one row of 2^24 columns (64 MiB in fp32), a width that no tile divides."""
     b, s, v = shape
     logits = torch.randn(shape).bfloat16().requires_grad_()
     labels = torch.randint(0, v, (b, s))
@@ -105,7 +105,7 @@ def test_eager_scratch_stays_under_64_mib(shape):
 
 
 def advised(address):
-    """Whether huge pages are asked for where `address` lies; None where Linux does not tell."""
+    """Whether huge pages are advised at `address`; None if Linux does not tell."""
     inside = None
     try:
         lines = Path("/proc/self/smaps").read_text().splitlines()
@@ -122,7 +122,7 @@ def advised(address):
 @pytest.mark.skipif("cpu" not in BUILT, reason="needs the native kernels")
 @pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="Linux's")
 @pytest.mark.parametrize("one_read", [False, True])
-@pytest.mark.parametrize("rows", [2, 40])  # cut over the threads, and shared out
+@pytest.mark.parametrize("rows", [2, 40])  # threads share rows; threads get whole rows
 def test_pages_of_a_new_gradient_are_asked_for_at_once(one_read, rows):
     logits = torch.randn(1, rows, 2**23 // rows).bfloat16().requires_grad_()
     labels = torch.randint(0, 1000, (1, rows))

@@ -77,7 +77,7 @@ def test_entropy_with_masked_out_vocabulary_is_finite(name):
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("name", ON_CPU)
 def test_losses_with_metrics_are_the_losses_and_the_metrics(name, inplace):
-    """One read for both: the same bits as from two, gradient included; the metrics have no graph"""
+    """One read gives the bits of two reads, gradient included; the metrics have no graph."""
     case = build("sbv", torch.bfloat16, 2, 5, 300, 0, "float", {})
     options = {"label_smoothing": 0.1, "z_loss": 1e-3, "layout": "sbv", "vocab_size": 290}
     with using(name) as backend:
@@ -138,7 +138,7 @@ def test_no_rows_and_one_row():
 
 
 def test_the_options_of_sft_loss_are_those_of_the_record():
-    """Options is what SFTLoss, token_metrics and Megatron's loss_func take their options from."""
+    """SFTLoss, token_metrics and Megatron's loss_func take their options from Options."""
     parameters = inspect.signature(fsl.sft_loss).parameters.values()
     written = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
     assert written.pop("reduction") == "mean"

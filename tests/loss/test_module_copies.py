@@ -1,4 +1,4 @@
-"""Trap: an SFTLoss with a tp_group in a model that is deep-copied (EMA), pickled or saved."""
+"""Promise: a model with an SFTLoss and its tp_group can be deep-copied (EMA), pickled and saved."""
 
 import copy
 import io
@@ -33,7 +33,7 @@ def loaded(data):
 
 
 def copies(kind):
-    """(losses of the model and of its copies, same group, state, bytes, error after the group)."""
+    """(losses of the model and its copies, same group, state, bytes)."""
     from torch.distributed.device_mesh import init_device_mesh
 
     torch.manual_seed(0)
@@ -77,7 +77,7 @@ def test_a_module_loaded_without_its_group_says_so_when_called(by_kind):
 
 
 def load_elsewhere(data):
-    """In a process where the name is that of another group."""
+    """Load in a process where another group has the saved group's name."""
     name = loaded(data).loss.options["tp_group"].name
     while (group := dist.new_group([0])).group_name != name:
         pass

@@ -1,4 +1,4 @@
-"""Promise: a shard may be padding alone; it takes no part in the softmax and has gradient 0."""
+"""Promise: a shard may be all padding; it is left out of the softmax and gets gradient 0."""
 
 import pytest
 import torch
@@ -11,11 +11,11 @@ from tiers import sampled
 import fused_sft_loss as fsl
 from bench.ranks import RankError, run_ranks
 
-RANKS, COLUMNS, SIZE = 4, 32, 40  # ids on rank 0 and in a part of rank 1
+RANKS, COLUMNS, SIZE = 4, 32, 40  # rank 0 and a part of rank 1 hold real ids
 
 
 def sharded(names, case, placed):
-    """(losses, gradient, metrics) by backend; `placed`: with vocab_start."""
+    """(losses, gradient, metrics) by backend; with vocab_start if `placed`."""
     rank, results = dist.get_rank(), []
     part = case.full()[..., rank * COLUMNS : (rank + 1) * COLUMNS]
     options = {**case.options, "tp_group": dist.group.WORLD, "vocab_size": SIZE}
@@ -58,7 +58,7 @@ def first_shard_holds_all(placed):
 
 
 def test_where_the_first_shard_holds_all_ids_their_place_has_to_be_given():
-    """Gathered logits look just like that."""
+    """Without vocab_start this call cannot be told from one with gathered logits."""
     with pytest.raises(RankError) as caught:
         run_ranks(2, first_shard_holds_all, False, timeout=100)
     assert len(set(caught.value.exceptions.values())) == 1

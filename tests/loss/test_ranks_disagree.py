@@ -1,7 +1,7 @@
-"""Trap: ranks that share a vocabulary and were not called alike. All of them raise, none waits.
+"""Promise: if ranks that share a vocabulary make different calls, all raise and none waits.
 
-Every wrong call of a test is made in one process group, one after the other: a rank that was left
-waiting, or out of step, would spoil all that follow.
+One process group makes all wrong calls of a test, one after the other. A rank that was left
+waiting, or out of step, would break every later call.
 """
 
 import copy
@@ -16,7 +16,7 @@ from bench.ranks import run_ranks
 from fused_sft_loss.agreement import fingerprint
 from fused_sft_loss.megatron import sft_loss_func
 
-ODD = 1  # the rank that is called otherwise
+ODD = 1  # the rank that makes a different call
 SHAPE = (2, 4)
 
 
@@ -31,7 +31,7 @@ def call(labels, mask, logits):
     return {"logits": logits, "labels": labels, "loss_mask": mask, "tp_group": dist.group.WORLD}
 
 
-#: What the odd rank passes instead, and what every rank's message has to name.
+#: What the odd rank passes instead, and words that every rank's message must contain.
 DIFFERENCES = {
     "labels": (lambda a: {"labels": changed(a["labels"], (1, 2), 3)}, "other labels on ranks"),
     "mask": (lambda a: {"loss_mask": changed(a["loss_mask"], (0, 1), 0.5)}, "other loss_mask on"),
@@ -57,7 +57,7 @@ DIFFERENCES = {
     ),
 }
 
-#: What the odd rank passes instead and raises of by itself: its message, which the others pass on.
+#: Wrong on the odd rank alone, which raises by itself; the others pass on its message.
 ERRORS = {
     "label": (lambda a: {"labels": changed(a["labels"], (1, 2), 900)}, "got 900 at labels[1, 2]"),
     "weight": (lambda a: {"loss_mask": changed(a["loss_mask"], (0, 3), -1.0)}, "got -1.0 at loss"),
@@ -75,7 +75,7 @@ ERRORS = {
 
 
 def arguments(masked=0):
-    """The same labels and mask on every rank, other logits; a label under the mask is `masked`."""
+    """The same labels and mask on every rank, other logits. `masked` is a label under the mask."""
     generator = torch.Generator().manual_seed(3)
     labels = torch.randint(0, 100, SHAPE, generator=generator)
     mask = torch.ones(SHAPE)
@@ -86,7 +86,7 @@ def arguments(masked=0):
 
 
 def outcome(function, given):
-    """What a call raises, or its result; and the seconds it took."""
+    """The error of a call or its result, and the seconds it took."""
     start = time.monotonic()
     try:
         result = function(**given)
@@ -97,20 +97,20 @@ def outcome(function, given):
 
 
 def plain_calls(wrong):
-    """The outcome of every wrong call, each followed by a right one."""
+    """The outcome of every wrong call, each followed by a right call."""
     outcomes = {}
     for name, (change, _) in wrong.items():
         given = arguments()
         if dist.get_rank() == ODD:
             given |= change(given)
         function = given.pop("function", fsl.sft_loss)
-        right = arguments(masked=dist.get_rank())  # a label under the mask may be anything
+        right = arguments(masked=dist.get_rank())  # labels under the mask may differ
         outcomes[name] = outcome(function, given), outcome(fsl.sft_loss, right)[0]
     return outcomes
 
 
 def messages(name, by_rank):
-    """Of every rank; the right call after it gave the same number everywhere."""
+    """Every rank's message. The right call afterwards must give the same number on all ranks."""
     outcomes = [outcomes[name] for outcomes in by_rank]
     assert all(seconds < 30 for (_, seconds), _ in outcomes), "a rank was left waiting"
     after = {number for _, number in outcomes}
@@ -150,7 +150,7 @@ def test_trap_an_error_of_one_rank_is_told_to_the_others(ranks):
 
 
 def megatron_differences():
-    """The same of the loss_func, which has its own checks before the call."""
+    """The same for the loss_func, which makes checks before the call."""
     odd, outcomes = dist.get_rank() == ODD, {}
     changes = {
         "labels": lambda a: {"labels": changed(a["labels"], (1, 2), 3)},
@@ -173,7 +173,7 @@ def test_the_loss_func_tells_as_well_and_exchanges_once():
 
 
 def exchanges():
-    """How often the ranks talk: in a loss, in the loss_func, in an error of both ranks."""
+    """How often ranks communicate: in a loss, in the loss_func, in an error of both ranks."""
     talks, gather = [], dist.all_gather_object
     dist.all_gather_object = lambda *a, **k: talks.append(1) or gather(*a, **k)
     counts, given = [], arguments()
@@ -192,7 +192,7 @@ def test_one_exchange_a_call():
 
 
 def tp_groups():
-    """What each kind of tp_group leads to."""
+    """The outcome for each kind of tp_group."""
     from torch.distributed.device_mesh import init_device_mesh
 
     rank, given = dist.get_rank(), arguments()
@@ -222,7 +222,7 @@ def test_trap_a_tp_group_that_is_none():
 
 
 def compiled():
-    """The check is in an operator, so a compiled call makes it, too."""
+    """The check is in an operator, so a compiled call also makes it."""
     given = arguments()
     step = torch.compile(fsl.sft_loss, fullgraph=True, backend="aot_eager")
     right = outcome(step, given)[0]

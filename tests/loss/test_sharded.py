@@ -1,4 +1,4 @@
-"""Promise: a vocabulary cut over ranks gives the unsharded result with one all-gather."""
+"""Promise: a vocabulary split over ranks gives the unsharded result with one all-gather."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ OPTIONS = [
     {"vocab_size": 997, "label_smoothing": 0.2},
     {"shift": False},
 ]
-EDGES = {  # vocabulary of 1000 columns: first column of each rank
+EDGES = {  # first column of each rank, in a vocabulary of 1000 columns
     "equal": {1: [0], 2: [0, 500], 4: [0, 250, 500, 750]},
     "uneven": {1: [0], 2: [0, 3], 4: [0, 1, 700, 999]},
 }
@@ -28,7 +28,7 @@ KINDS = ("plain", "a shard of -inf", "right predictions")
 
 
 def shard(full, starts, rank, options):
-    """This rank's columns and the options that place them."""
+    """This rank's columns, and the options that place them."""
     edges = [*starts, full.shape[-1]]
     part = full[..., edges[rank] : edges[rank + 1]]
     widths = {b - a for a, b in zip(edges, edges[1:], strict=False)}
@@ -38,7 +38,7 @@ def shard(full, starts, rank, options):
 
 
 def count_collectives():
-    """Wrap the collectives of torch.distributed; returns the list that calls are noted in."""
+    """Wrap torch.distributed's collectives; returns the list that records their calls."""
     calls = []
     for name in (
         "all_gather_into_tensor",
@@ -60,7 +60,7 @@ def count_collectives():
 
 
 def sharded_runs(jobs):
-    """Per job: (losses, gradient shard, metrics, collectives forward, collectives backward)."""
+    """Per job: (losses, gradient shard, metrics, collectives in forward, in backward)."""
     rank, results = dist.get_rank(), []
     calls = count_collectives()
     for name, case, starts, options in jobs:
@@ -83,7 +83,7 @@ def sharded_runs(jobs):
 
 
 def special(case, kind, starts):
-    """Put -inf into the last shard, a NaN into one of its rows, or the maximum at the targets."""
+    """Fill the last shard with -inf, put a NaN into it, or make the targets the maxima."""
     if kind == "a shard of -inf":
         last = starts[-1]
         case.storage[..., last:] = -float("inf")
@@ -127,7 +127,7 @@ def test_sharded_equals_unsharded(ranks):
             atol=2e-5,
         )
         for result in results:
-            # On a CPU the ranks make sure first that they were called alike.
+            # On a CPU the ranks first check that they make the same call.
             told = ["all_gather_object", "all_gather"] if ranks > 1 else []
             assert result[3] == told, (name, options)
             assert result[4] == []
@@ -158,7 +158,7 @@ def test_sixteen_bit_gradient_is_that_of_the_fp32_shard_rounded_once():
 
 
 def misuse(kind):
-    """One wrong call on every rank, or on rank 1 alone."""
+    """One wrong call on every rank, or on rank 1 only."""
     rank = dist.get_rank()
     labels = torch.randint(0, 50, (2, 4))
     options = {

@@ -1,4 +1,4 @@
-"""Trap: narrow types, sentinels and odd tensors: a right number on every backend, or our words."""
+"""Promise: narrow types, sentinels and odd tensors give a right number or our own error."""
 
 import math
 import warnings
@@ -31,7 +31,7 @@ def quantized():
         return {"logits": torch.quantize_per_tensor(LOGITS, 0.1, 0, torch.qint8)}
 
 
-#: What is passed instead, the error, and words of its message.
+#: Changed arguments, the error, and words of its message.
 REFUSED = {
     "soft labels": ({"labels": LOGITS.softmax(-1)}, TypeError, ["soft labels", "token ids"]),
     "complex labels": ({"labels": LABELS + 0j}, TypeError, ["integer", "complex64"]),
@@ -132,7 +132,7 @@ def test_shift_targets_refuses_what_the_loss_refuses():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_trap_a_weight_counts_where_it_is_not_0_in_fp32(backend, dtype):
-    """1e-50 is 0 there, 1e-30 is not: the same rows, and the same bits, on every backend."""
+    """In fp32 1e-50 is 0 and 1e-30 is not. Every backend scores the same rows, with equal bits."""
     mask = torch.tensor([[1, 1e-50, 1e-30, 0, 2.5]] * 2, dtype=torch.float64).to(dtype)
     options = {"shift": False, "reduction": "none", "backend": backend}
     got = fsl.sft_loss(LOGITS, LABELS, mask, **options)

@@ -1,4 +1,4 @@
-"""The package as others get it: wheels, with and without a compiler, and what they link."""
+"""Wheels and source distributions, built with and without a compiler, and what they link."""
 
 import os
 import re
@@ -22,7 +22,7 @@ STEERING = {"FUSED_SFT_LOSS_BUILD", "TORCH_CUDA_ARCH_LIST", "PYTORCH_ROCM_ARCH",
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A clean copy of the sources: building in the checkout would reuse what lies there."""
+    """A clean copy of the sources. Building in the checkout would reuse files left there."""
     copy = tmp_path_factory.mktemp("source") / "fused_sft_loss"
     copy.mkdir()
     for name in FILES:
@@ -35,13 +35,13 @@ def source(tmp_path_factory):
 
 
 def files(folder):
-    """Paths within a folder of all files that no run has left there."""
+    """Relative paths of all files in a folder, without __pycache__."""
     found = (path.relative_to(folder) for path in folder.rglob("*.*"))
     return {path for path in found if "__pycache__" not in path.parts}
 
 
 def run(command, cwd=None, **environment):
-    """A process that sees none of the variables that steer a build but those given."""
+    """Run a process without the variables that steer a build, except those given."""
     inherited = {name: value for name, value in os.environ.items() if name not in STEERING}
     return subprocess.run(
         [str(word) for word in command],
@@ -88,7 +88,7 @@ def test_without_a_compiler_it_installs_works_and_says_so(source, tmp_path):
 def test_sdist_has_what_a_build_needs(source, tmp_path):
     assert build(source, tmp_path, kind="sdist").returncode == 0
     (archive,) = tmp_path.glob("*.tar.gz")
-    assert archive.name == f"fused_sft_loss-{VERSION}.tar.gz"  # whatever this machine could build
+    assert archive.name == f"fused_sft_loss-{VERSION}.tar.gz"  # no label of this machine's tools
     shutil.unpack_archive(archive, tmp_path)
     (unpacked,) = (path for path in tmp_path.iterdir() if path.is_dir())
     assert files(unpacked / "csrc") == files(ROOT / "csrc")
@@ -102,7 +102,7 @@ def test_sources_include_no_torch_header():
 
 
 def test_import_does_not_need_the_extras():
-    """torch alone: triton, megatron, rich and matplotlib are imported by nothing on the way."""
+    """torch is enough: nothing on the way imports triton, megatron, rich or matplotlib."""
     blocked = "import sys\nfor name in ('triton', 'megatron', 'rich', 'matplotlib'):\n"
     blocked += "    sys.modules.setdefault(name, None)\n"
     subprocess.run([sys.executable, "-c", blocked + USE], check=True, cwd=ROOT)

@@ -1,4 +1,4 @@
-"""What `make` says to a stranger: its verbs, and everything that is missing before it installs."""
+"""`make` lists its goals, and names everything that is missing before it installs anything."""
 
 import shutil
 import sys
@@ -22,7 +22,7 @@ REQUIRED = {
 
 @pytest.fixture
 def checkout(tmp_path):
-    """The Makefile and what it runs before anything is installed; and an empty PATH."""
+    """The Makefile, the files that it uses before any installation, and an empty PATH."""
     (tmp_path / "bin").mkdir()
     for name in ("Makefile", "setup.py", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
@@ -32,13 +32,13 @@ def checkout(tmp_path):
 
 def make(checkout, *arguments, **variables):
     unset = ("CXX", "CUDA_HOME", "CUDA_PATH", "ROCM_PATH")
-    unset += ("MAKEFLAGS", "MAKEOVERRIDES", "MAKELEVEL")  # of the make that runs the tests
+    unset += ("MAKEFLAGS", "MAKEOVERRIDES", "MAKELEVEL")  # set by the make that runs the tests
     variables = {**dict.fromkeys(unset, ""), **variables}
     return run([MAKE, *arguments], cwd=checkout, PATH=str(checkout / "bin"), **variables)
 
 
 def tool(checkout, name, text=None):
-    """Put a program into PATH: a script, or this machine's."""
+    """Put a program into PATH: a script with `text`, or a link to this machine's program."""
     path = checkout / "bin" / name
     if text is None:
         path.symlink_to(shutil.which(name))
@@ -49,7 +49,7 @@ def tool(checkout, name, text=None):
 
 
 def missing(done):
-    """What the set-up names -> how to get it."""
+    """Maps what `make` reports as missing to how to install it."""
     found = {}
     for line in done.stderr.splitlines():
         if line.startswith("missing: "):

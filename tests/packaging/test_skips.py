@@ -1,4 +1,4 @@
-"""The lines after a run that say what was not tested, and the switch that leaves tools out."""
+"""The summary of skipped tests after a run, and the switch that hides optional tools."""
 
 import sys
 from pathlib import Path
@@ -43,7 +43,7 @@ def test_files_skipped_while_they_are_collected_do_not_break_the_summary(tmp_pat
 
 
 def test_the_folder_named_gpu_is_not_the_marker_gpu():
-    """pytest counts the names of folders among a test's keywords."""
+    """pytest counts folder names among a test's keywords."""
     file = "tests/gpu/test_ptx_interpreter.py"
     command = [sys.executable, "-m", "pytest", "-q", file, "-k", "missing_barrier"]
     done = run(command, cwd=ROOT, CUDA_VISIBLE_DEVICES="")
@@ -52,7 +52,7 @@ def test_the_folder_named_gpu_is_not_the_marker_gpu():
 
 
 def without(names, program):
-    """A Python process under the switch, as the Makefile starts it."""
+    """Run Python under the switch, as the Makefile does."""
     environment = {"FUSED_SFT_LOSS_WITHOUT": names, "PYTHONPATH": str(SUPPORT / "without_triton")}
     return run([sys.executable, *program], cwd=ROOT, **environment)
 

@@ -1,6 +1,6 @@
-"""What setup.py makes of the toolchains that are there, and of those that are not.
+"""setup.py's handling of present and missing toolchains.
 
-Compilers are stand-ins, so that this runs anywhere and in no time; `make wheel` has the real ones.
+Compilers are faked, so the tests run anywhere and fast. `make wheel` uses the real compilers.
 """
 
 import os
@@ -52,7 +52,7 @@ PyMODINIT_FUNC INIT(FSL_MODULE)() { return PyModule_Create(&definition); }
 
 @pytest.fixture
 def tree(tmp_path):
-    """The build machinery of this repository over sources of a few lines, and a stand-in nvcc."""
+    """This repository's build scripts, sources of a few lines, and a fake nvcc."""
     tree = tmp_path / "tree"
     (tree / "csrc/gpu").mkdir(parents=True)
     for name in ("setup.py", "pyproject.toml", "README.md", "MANIFEST.in", "Makefile"):
@@ -74,7 +74,7 @@ def tree(tmp_path):
 
 
 def setup_py(tree, *arguments, build="cuda", targets="8.0 9.0a", **environment):
-    """Run setup.py on the tree, by default for CUDA with the stand-in."""
+    """Run setup.py on the tree, by default for CUDA with the fake nvcc."""
     environment = {"CUDA_HOME": str(tree.parent / "cuda"), **environment}
     environment |= {"TORCH_CUDA_ARCH_LIST": targets} if targets else {}
     environment |= {"FUSED_SFT_LOSS_BUILD": build} if build else {}
@@ -82,7 +82,7 @@ def setup_py(tree, *arguments, build="cuda", targets="8.0 9.0a", **environment):
 
 
 def compiled(tree):
-    """What the stand-in compiled since the last time this was asked."""
+    """The files that the fake nvcc compiled since the last call."""
     log = tree.parent / "cuda/bin/log"
     lines = log.read_text().splitlines() if log.exists() else []
     log.unlink(missing_ok=True)
@@ -145,7 +145,7 @@ def test_a_default_target_that_cannot_be_made_is_left_out_with_a_warning(tree):
 
 @pytest.fixture
 def bare(tmp_path):
-    """Variables of a machine that has a C++ compiler and nothing else."""
+    """Variables of a machine with a C++ compiler and no other."""
     folder = tmp_path / "bin"
     folder.mkdir()
     (folder / "c++").symlink_to(shutil.which("c++"))
@@ -178,7 +178,7 @@ def test_hip_without_its_headers_says_what_to_install(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("build", [None, "", " "])
 def test_unnamed_toolchains_that_are_missing_are_left_out(tree, bare, build):
-    bare["FUSED_SFT_LOSS_WITHOUT"] = "clang"  # its headers may lie in /usr
+    bare["FUSED_SFT_LOSS_WITHOUT"] = "clang"  # HIP's headers may be in /usr
     bare |= {} if build is None else {"FUSED_SFT_LOSS_BUILD": build}
     done = setup_py(tree, "toolchains", build=None, targets=None, **bare)
     assert done.returncode == 0 and done.stdout.split() == ["cpu"], done.stderr
@@ -204,7 +204,8 @@ def test_unnamed_toolchains_that_are_missing_are_left_out(tree, bare, build):
     ],
 )
 def test_a_variable_that_names_something_wrong_is_an_error(tree, build, variable, value, words):
-    """Another tool would do in each case: the stand-in's folder is the first of PATH."""
+    """Another tool is available in each case, because the fake nvcc's folder is first in PATH. The
+    build must not fall back to it."""
     if variable == "PYTORCH_ROCM_ARCH" and not has_hip():
         pytest.skip("no HIP compiler here")
     path = f"{tree.parent / 'cuda/bin'}{os.pathsep}{os.environ['PATH']}"
@@ -213,7 +214,7 @@ def test_a_variable_that_names_something_wrong_is_an_error(tree, build, variable
     assert done.returncode == 1 and not done.stdout, done.stdout
     *before, last = done.stderr.splitlines()
     assert last.startswith(f"{variable}: ") and words in last, done.stderr
-    assert all(line.startswith("fused_sft_loss: ") for line in before)  # and no traceback
+    assert all(line.startswith("fused_sft_loss: ") for line in before)  # no traceback
 
 
 def has_hip():
@@ -236,7 +237,7 @@ def test_rebuilds_compile_what_changed_and_no_more(tree):
 
 
 def test_editable_installs_share_what_was_compiled(tree, tmp_path):
-    """setuptools gives them a build folder that does not outlive them."""
+    """setuptools deletes the build folder of an editable install; the objects must survive."""
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation"]
     variables = {"CUDA_HOME": str(tree.parent / "cuda"), "FUSED_SFT_LOSS_BUILD": "cuda"}
     for expected in (["one", "two"], []):

@@ -1,4 +1,4 @@
-"""Each rule of wheel_check.py refuses something, and what we build keeps them all."""
+"""Each rule of wheel_check.py refuses a bad wheel, and the modules built here pass all rules."""
 
 import importlib.util
 import shutil
@@ -65,7 +65,7 @@ def test_a_library_that_not_every_system_has_is_refused(module, tmp_path, librar
 
 @needs_cc
 def test_a_symbol_that_nothing_provides_is_refused(module):
-    """The linker lets it pass, since the interpreter's symbols are missing too."""
+    """The linker accepts undefined symbols, because the interpreter's are undefined too."""
     path = module("void forgotten(void); void f(void) { forgotten(); }")
     assert faults(path) == ["_cpu: symbol forgotten, which no listed library has"]
     path = module("void hipLaunchKernel(void); void f(void) { hipLaunchKernel(); }")
@@ -73,7 +73,7 @@ def test_a_symbol_that_nothing_provides_is_refused(module):
 
 
 def archive(folder, label, files):
-    """A wheel of {name: content}."""
+    """A wheel with these files, {name: content}."""
     path = folder / NAME.format(label)
     with zipfile.ZipFile(path, "w") as wheel:
         for name, content in files.items():

@@ -1,5 +1,5 @@
-"""The ways of running on a CPU: every backend, the native one per instruction set, the eager one
-also as it runs on an accelerator, and the GPU ones over the SIMT shim."""
+"""All ways to run the loss on a CPU: the native backend per instruction set, the eager backend also
+as on an accelerator, and the GPU backends on the SIMT shim."""
 
 from contextlib import contextmanager
 from unittest import mock
@@ -12,7 +12,7 @@ def _native_isas():
     return selection.load("cpu").isas() if selection.reason_against("cpu", "cpu") is None else []
 
 
-#: CUDA and HIP device code executed by the shim, where it can be built.
+#: The CUDA and HIP backends, with device code run by the shim, if the shim can be built here.
 ON_SHIM = [] if build_shim.missing() else ["cuda-simt", "hip-simt"]
 _ISAS = _native_isas()
 BUILT = ["eager", "cpu"] if _ISAS else ["eager"]
@@ -21,7 +21,7 @@ ON_CPU = ["eager", "eager-accelerator", *(f"cpu-{isa}" for isa in _ISAS), *ON_SH
 
 @contextmanager
 def using(name: str):
-    """Yield the `backend=` argument of one of ON_CPU, with all set up so that it runs."""
+    """Set up one of ON_CPU and yield its `backend=` argument."""
     backend, _, variant = name.partition("-")
     if variant == "simt":
         with on_shim(backend):
@@ -42,7 +42,7 @@ def using(name: str):
 
 @contextmanager
 def on_shim(name: str, chip=None):
-    """The backend "cuda" or "hip" runs CPU tensors on the shim. Only tests can have it so."""
+    """Make the backend "cuda" or "hip" run CPU tensors on the shim. For tests only."""
     from bench.without_gpu.simt import module
 
     shim = module.backend(name, chip)

@@ -1,4 +1,4 @@
-"""Random problems for the loss, as hypothesis strategies, and the comparison with the oracle."""
+"""Random problems for the loss, as hypothesis strategies, and their comparison with the oracle."""
 
 from dataclasses import dataclass, field
 
@@ -16,7 +16,7 @@ LAYOUTS = ("bsv", "sbv", "sliced", "offset", "batch_expanded", "nv")
 
 @dataclass
 class Case:
-    """One call of the loss: storage that holds the logits somehow, and everything around it."""
+    """One call of the loss: a storage tensor that holds the logits in `view`, and the arguments."""
 
     storage: Tensor
     view: str
@@ -26,22 +26,22 @@ class Case:
     options: dict = field(default_factory=dict)
 
     def logits(self, leaf: Tensor) -> Tensor:
-        """The logits as the call gets them, a view of `leaf` (shaped like `storage`)."""
+        """The logits that the call receives: a view of `leaf`, shaped like `storage`."""
         b, s, v = *self.labels2d.shape, self.columns
         if self.view == "bsv":
             return leaf.view_as(leaf)
         if self.view == "sbv":
             return leaf.view_as(leaf)  # storage is [s, b, v]
         if self.view == "sliced":
-            return leaf[:, 1 : s + 1, 3 : v + 3]  # more rows and columns than are used
+            return leaf[:, 1 : s + 1, 3 : v + 3]  # storage has more rows and columns
         if self.view == "offset":
-            return leaf.flatten()[1 : 1 + b * s * v].view(b, s, v)  # an odd address
+            return leaf.flatten()[1 : 1 + b * s * v].view(b, s, v)  # misaligned by one element
         if self.view == "batch_expanded":
             return leaf.expand(b, s, v)
         return leaf.view(b * s, v)
 
     def full(self) -> Tensor:
-        """The same logits as contiguous `[b, s, v]`, detached."""
+        """The same logits, contiguous `[b, s, v]` and detached."""
         logits = self.logits(self.storage.detach())
         if self.view == "sbv":
             logits = logits.transpose(0, 1)
@@ -57,7 +57,7 @@ class Case:
 
 
 def build(view, dtype, b, s, v, seed, mask_kind, options, scale=4.0) -> Case:
-    """A case with normal logits, a tenth of the labels ignored and, as a rule, a third masked."""
+    """A case with normal logits. A tenth of the labels are ignored; most masks drop a third."""
     g = torch.Generator().manual_seed(seed)
     shapes = {
         "sbv": (s, b, v),
@@ -135,7 +135,7 @@ def gradient_scale(case: Case, want, upstream: Tensor) -> float:
 
 
 def run(case: Case, backend: str, upstream: Tensor | None = None, dtype=None, **more):
-    """(weighted losses, gradient of the storage) of the package."""
+    """The package's (weighted losses, gradient of the storage)."""
     storage = case.storage if dtype is None else case.storage.to(dtype)
     leaf = storage.clone().requires_grad_()
     losses = fsl.sft_loss(
@@ -152,7 +152,7 @@ def run(case: Case, backend: str, upstream: Tensor | None = None, dtype=None, **
 
 
 def storage_grad(case: Case, grad_rows: Tensor) -> Tensor:
-    """Gradient of the storage in float64 from that of the rows `[N, v]`."""
+    """Gradient of the storage in float64, from the gradient of the rows `[N, v]`."""
     leaf = case.storage.detach().double().requires_grad_()
     logits = case.logits(leaf)
     if case.view == "sbv":

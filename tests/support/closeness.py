@@ -1,4 +1,4 @@
-"""How close a result must be to the float64 oracle, and how many examples hypothesis draws."""
+"""Tolerances against the float64 oracle, and the number of hypothesis examples."""
 
 import torch
 from hypothesis import HealthCheck, settings
@@ -12,14 +12,14 @@ PRODUCT = settings(
 
 
 def assert_losses(got, want):
-    # Errors are those of fp32 numbers of lse's size, which a difference such as lse - z_y inherits.
+    # The error is a rounding error of fp32 numbers as large as lse: lse - z_y inherits it.
     size = 1 + want.losses.abs() + want.weight * want.lse.abs()
     torch.testing.assert_close(got.flatten().double() / size, want.losses / size, rtol=0, atol=1e-6)
     assert (got.flatten()[want.weight == 0] == 0).all()
 
 
 def assert_grad(got, want, dtype, scale):
-    """Within 2e-6 of the largest term in fp32, within one rounding beyond that in 16 bits.
+    """fp32: within 2e-6 of the largest term. 16 bits: within one rounding more.
 
     The terms p and 1 of p - onehot are as large as `scale`, weight * upstream * logit_scale.
     """

@@ -1,4 +1,4 @@
-"""`python -m bench codegen`, run by the tests in a process of its own."""
+"""Run `python -m bench codegen` in a separate process."""
 
 import json
 import os
@@ -26,7 +26,7 @@ needs_liger = pytest.mark.skipif(bool(_reason_without_liger()), reason=_reason_w
 
 
 def codegen(folder, *arguments):
-    """What it writes as JSON; run where kernels are compiled, not interpreted."""
+    """The JSON that it writes. TRITON_INTERPRET is unset, so that kernels are compiled."""
     path = folder / "records.json"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
@@ -42,7 +42,7 @@ def codegen(folder, *arguments):
 
 
 def assert_not_above_liger(made) -> set:
-    """In no pass more bytes or instructions; which (target, dtype, pass) were compared."""
+    """No pass has more bytes or instructions; returns the (target, dtype, pass) compared."""
     from bench.without_gpu.codegen.table import pairs
 
     compared = set()
@@ -55,14 +55,16 @@ def assert_not_above_liger(made) -> set:
 
 
 def assert_within_budgets(records, budgets, target: str) -> None:
-    """The plain kernels take the registers of `budgets` and keep as many bytes in flight: of two
-    reads, enough that the memory of the chip need not wait."""
+    """The plain kernels use exactly the registers of `budgets` and have as many bytes in flight.
+
+    The two-read kernels have enough bytes in flight that memory does not wait.
+    """
     from bench.without_gpu.chips import CHIPS
 
     expected = {use: budget for (chip, use), budget in budgets.items() if chip == target}
     widest = [r for r in records if r["columns"] is None and r["use"] in expected]
     found = {}
-    for r in widest:  # the first of a use and dtype is the plainest
+    for r in widest:  # the first record of a use and dtype is the plain one
         found.setdefault((r["use"], r["dtype"]), r)
     for use, budget in expected.items():
         bf16, fp32 = found[use, "bfloat16"], found[use, "float32"]

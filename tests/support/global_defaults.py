@@ -1,8 +1,8 @@
-"""What test_global_defaults.py runs in a process of its own: calls under one global setting.
+"""Calls under one global setting, for test_global_defaults.py, in a separate process.
 
     python tests/support/global_defaults.py SETTING CASES RESULTS
 
-CASES was written by torch.save under PyTorch's own defaults: nothing here makes an input.
+torch.save wrote CASES under PyTorch's own defaults. No input is made here.
 """
 
 import sys
@@ -50,7 +50,7 @@ def losses_and_gradients(case, backend, **more):
 
 
 def megatron(case, backend):
-    """Both conventions with all figures, and the rows of a response-only head."""
+    """Both conventions with all figures, and the rows selected by a response-only head."""
     options = {**case.call_options(), "backend": backend}
     logits = case.logits(case.storage)
     for returns in ("per_token", "mean"):
@@ -68,7 +68,7 @@ def megatron(case, backend):
 
 
 def backends(number):
-    """The shim runs thread by thread and is slow: in every fourth case."""
+    """The shim runs thread by thread and is slow, so it gets every fourth case only."""
     return [name for name in BACKENDS if not name.endswith("simt") or number % 4 == 1]
 
 

@@ -1,9 +1,9 @@
-"""Real megatron-core runs: what the processes that `bench.ranks.run_ranks` starts execute.
+"""Runs of real megatron-core, executed by the processes that `bench.ranks.run_ranks` starts.
 
-A tiny GPTModel (fp32, learned positions, untied head) on a few micro-batches of two sequences. The
-unsharded model in float64 gives the gradient of every micro-batch on its own; each convention of
-Megatron's is a linear combination of those, so one reference serves every case.
-Imports no pytest: the workers would pay for it.
+A tiny GPTModel (fp32, learned positions, untied head) gets a few micro-batches of two sequences.
+The unsharded model in float64 gives the gradient of each micro-batch alone. Each of Megatron's
+conventions is a linear combination of these gradients, so one reference serves every case.
+Does not import pytest, which would slow down the workers' start.
 """
 
 import copy
@@ -34,25 +34,25 @@ class Case:
 
     returns: str = "per_token"
     calculate_per_token_loss: bool = False
-    data: tuple = (0, 1, 2, 3)  # which micro-batches: the first `each` * DP, dealt out in order
-    each: int = 4  # micro-batches of each data-parallel rank
-    step: str = "make"  # which of STEPS writes the forward_step
+    data: tuple = (0, 1, 2, 3)  # micro-batches to use: the first `each` * DP, repeated if too few
+    each: int = 4  # micro-batches per data-parallel rank
+    step: str = "make"  # key of STEPS: how forward_step is written
     dtype: torch.dtype = torch.float32
     gathered: bool = False  # parallel_output=False
-    tied: bool = False  # the head's weight is the embedding's
+    tied: bool = False  # the head shares the embedding's weight
     forward_only: bool = False
     non_loss: bool = False  # collect_non_loss_data=True
-    options: dict = field(default_factory=dict)  # of sft_loss
+    options: dict = field(default_factory=dict)  # options of sft_loss
 
     def of(self, data_parallel):
-        """Indices of the global batch's micro-batches, those of rank 0 first."""
+        """Indices of the global batch's micro-batches, rank 0 first."""
         wanted = self.each * data_parallel
         return (self.data * wanted)[:wanted]
 
 
 def micro_batches():
-    """Unequal on purpose: many scored, few scored, none scored, weights adding up to 0.375, and all
-    scored targets in rank 0's shard of two context-parallel ones.
+    """Unequal on purpose: many scored, few scored, none scored, weights that sum to 0.375, and all
+    scored targets in the shard of rank 0 out of two context-parallel ranks.
 
     Each is a dict of tokens, position_ids [2, 16] int64, attention_mask None, loss_mask [2, 16].
     """
@@ -60,7 +60,7 @@ def micro_batches():
     masks = torch.zeros(5, BATCH, SEQ)
     masks[0] = (torch.rand(BATCH, SEQ, generator=generator) > 0.2).float()
     masks[1, 0, 5] = masks[1, 1, 9] = masks[1, 1, 10] = 1
-    masks[1, :, 0] = 1  # the first token is never a target: it must not be counted
+    masks[1, :, 0] = 1  # the first token is never a target, so it must not be counted
     masks[3, 0, 4], masks[3, 1, 7] = 0.25, 0.125
     masks[4, 0, 2] = masks[4, 1, 14] = 1
     tokens = torch.randint(0, VOCAB, (5, BATCH, SEQ), generator=generator)
@@ -70,11 +70,11 @@ def micro_batches():
 
 
 def reference(tied=False):
-    """The unsharded model in one process, in float64: its weights (as fp32), and what every
-    micro-batch is on its own, with the loss that `bench.reference` writes out, in float64 too.
+    """The unsharded model in one process, in float64: its weights (as fp32), and one part per
+    micro-batch, computed with the reference loss of `bench.reference` in float64.
 
-    A part has S = sum(w * loss), its gradients by name, n scored tokens, W = sum(w) and logits; and
-    "shards", the same of the positions that each of two context-parallel ranks holds.
+    A part has S = sum(w * loss), gradients by name, n scored tokens, W = sum(w) and logits. Its
+    "shards" are the same for the positions of each of two context-parallel ranks.
     """
     init()
     model = build_model(config(**SHAPE), VOCAB, SEQ, **TIED[tied]).double()
@@ -94,7 +94,7 @@ def reference(tied=False):
         }
 
     def of_shard(mask, rank):
-        """The mask without the labels that rank's positions, one to the left, do not predict."""
+        """The mask, zero at labels that this rank's positions do not predict (one to the left)."""
         predicted = torch.zeros_like(mask)
         predicted[:, 1 + zigzag_positions(SEQ, 2, rank).clamp(max=SEQ - 2)] = 1
         return mask * predicted
@@ -108,10 +108,10 @@ def reference(tied=False):
 
 
 def train(weights, cases, tp=1, pp=1, cp=1, sp=False):
-    """Run every case on a sharded model holding `weights`; a list of dicts, one per case:
+    """Run every case on a sharded model that holds `weights`; returns one dict per case:
 
-    rank {"tp", "pp", "dp", "cp"}, collected (what the schedule returned), logged (the "lm loss"
-    that a training loop makes of it; None on stages without), grads {unsharded name: (main_grad,
+    rank {"tp", "pp", "dp", "cp"}; collected (the schedule's result); logged (the "lm loss" that a
+    training loop logs, or None on stages without it); grads {unsharded name: (main_grad,
     partition_dim or None)}.
     """
     parallel = init(tp, pp, cp)
@@ -125,7 +125,7 @@ def train(weights, cases, tp=1, pp=1, cp=1, sp=False):
 
 
 def run(case, weights, parallel, rank, sp):
-    """One case: build, load, wrap in Megatron's DDP, run the schedule of the pipeline size."""
+    """Run one case: build, load, wrap in Megatron's DDP, call the schedule."""
     from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
     model = wrapped_model(case, weights, rank, sp)
@@ -183,7 +183,7 @@ def wrapped_model(case, weights, rank, sp):
 
 
 def own_forward_step(get_batch, **options):
-    """What a user writes: the model called without labels, sft_loss_func bound to the batch."""
+    """A user's own step: calls the model without labels, binds sft_loss_func to the batch."""
 
     def forward_step(data_iterator, model):
         batch = get_batch(data_iterator)
@@ -195,7 +195,7 @@ def own_forward_step(get_batch, **options):
 
 
 def trainers_forward_step(get_batch, *, returns, shift=True, head=None, **options):
-    """What trainers write that call the model with labels, inside `fused_cross_entropy`."""
+    """A trainer's step: calls the model with labels, inside `fused_cross_entropy`."""
 
     def loss_func(loss_mask, output_tensor):
         losses, mask = output_tensor.view(-1).float(), loss_mask.view(-1).float()
@@ -228,7 +228,7 @@ TIED = {False: {}, True: {"share_embeddings_and_output_weights": True}}
 
 
 def context_shard(batch):
-    """Shift first, slice after: this rank's chunks of the tokens and of the shifted targets."""
+    """Shift first, then slice: this rank's chunks of the tokens and of the shifted targets."""
     labels, mask = shift_targets(batch["tokens"], batch["loss_mask"])
     return context_parallel_slice({**batch, "labels": labels, "loss_mask": mask})
 
@@ -240,12 +240,12 @@ def shard_dim(parameter):
 
 
 def global_name(name, pp_rank, tied):
-    """The name in the unsharded model: a stage numbers its layers from 0, and the last one has its
-    own copy of a tied weight."""
+    """The name in the unsharded model. A stage numbers its layers from 0, and the last stage has a
+    copy of a tied weight."""
     from megatron.core import parallel_state
 
     stages = parallel_state.get_pipeline_model_parallel_world_size()
-    name = name.removeprefix("module.")  # of a Float16Module
+    name = name.removeprefix("module.")  # added by Float16Module
     if tied and name == "output_layer.weight":
         return "embedding.word_embeddings.weight"
     head, found, tail = name.partition("decoder.layers.")
@@ -256,12 +256,12 @@ def global_name(name, pp_rank, tied):
 
 
 def whole_grads(ranks):
-    """Unsharded gradients from the ranks of one replica: shards joined, copies compared."""
+    """Unsharded gradients from the ranks of one replica: joins shards, compares copies."""
     pieces, seen = {}, {}
     for result in sorted(ranks, key=lambda r: r["rank"]["tp"]):
         for name, (grad, dim) in result["grads"].items():
             first = seen.setdefault((name, result["rank"]["tp"]), grad)
-            if first is not grad:  # a tied weight, on the first stage and on the last
+            if first is not grad:  # a tied weight has a copy on the first and on the last stage
                 assert torch.equal(first, grad), f"{name} differs between its copies"
                 continue
             pieces.setdefault(name, (dim, []))[1].append(grad)
@@ -272,10 +272,10 @@ def whole_grads(ranks):
 
 
 def reduced_report(reports):
-    """The figure a Megatron-LM training loop (0.13 and later) logs from a rank's "lm loss" reports.
+    """The figure that a Megatron-LM training loop (0.13 and later) logs from "lm loss" reports.
 
-    Two numbers: (sum, count), added over micro-batches and data (and context) parallelism, then
-    divided. One number: averaged over the micro-batches, and that is all.
+    A report of two numbers is (sum, count): both are added over micro-batches and data (and
+    context) parallel ranks, then divided. One number is only averaged over the micro-batches.
     """
     from megatron.core import parallel_state
 

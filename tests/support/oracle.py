@@ -1,7 +1,7 @@
-"""The loss and its gradient in float64, row by row from the definitions; slow, and nothing clever.
+"""The loss and its gradient in float64, row by row from the definitions; slow and simple.
 
-Shares no code with the package. The gradient comes from autograd over the definition, not from a
-formula.
+It shares no code with the package. Autograd over the definition gives the gradient, so no formula
+is used.
 """
 
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class Expected:
 
 
 def scored_on(labels, loss_mask, shift, cu_seqlens, ignore_index):
-    """(target, weight) per row by walking the positions one at a time; labels `[b, s]`."""
+    """(target, weight) per row, found by walking the positions one at a time; labels `[b, s]`."""
     batch, seq = labels.shape
     document = None
     if cu_seqlens is not None:
@@ -75,7 +75,7 @@ def evaluate(
     vocab_size: int | None = None,
     upstream: Tensor | None = None,
 ) -> Expected:
-    """Everything, for unsharded logits `[b, s, v]`; `upstream` `[N]` multiplies each row's loss."""
+    """All results for unsharded logits `[b, s, v]`; `upstream` `[N]` multiplies each row's loss."""
     v = logits.shape[-1]
     size = v if vocab_size is None else vocab_size
     target, weight = scored_on(labels, loss_mask, shift, cu_seqlens, ignore_index)
@@ -83,7 +83,7 @@ def evaluate(
     losses, log_prob, lse_all, correct, entropy = [], [], [], [], []
     zero = torch.zeros((), dtype=torch.float64)
     for n, y in enumerate(target):
-        if weight[n] == 0:  # never touched, so that nothing of a masked row can show
+        if weight[n] == 0:  # never read, so a masked row cannot affect the result
             for out in (losses, log_prob, lse_all, entropy):
                 out.append(zero)
             correct.append(False)

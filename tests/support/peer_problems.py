@@ -1,4 +1,4 @@
-"""Small problems for the trap tests."""
+"""Small problems for the tests of peers' bugs."""
 
 import torch
 
@@ -8,7 +8,7 @@ INF, NAN = float("inf"), float("nan")
 
 
 def grad_of(logits, labels, mask=None, *, backend, upstream=None, **options):
-    """(loss, gradient) for a leaf copy of logits."""
+    """(loss, gradient) for a leaf copy of the logits."""
     leaf = logits.clone().requires_grad_()
     loss = fsl.sft_loss(leaf, labels, mask, backend=backend, **options)
     loss.backward(upstream)

@@ -7,7 +7,7 @@ import pytest
 
 
 def run_program(command):
-    """A program's outcome, whichever sanitizers are in it."""
+    """Run a program, with or without sanitizers; skips if ThreadSanitizer cannot start."""
     environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
     words = [str(word) for word in command]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)

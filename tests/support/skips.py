@@ -1,4 +1,4 @@
-"""A pytest plugin: after a run, one line for each reason why something was not tested."""
+"""A pytest plugin: after a run, prints one line per reason for skipped tests."""
 
 from collections import defaultdict
 
@@ -8,7 +8,7 @@ import pytest
 def pytest_terminal_summary(terminalreporter):
     tests, files = defaultdict(set), defaultdict(set)
     for report in terminalreporter.stats.get("skipped", []):
-        # A file skipped while it was collected has a report of another kind; two workers send two.
+        # A file skipped during collection has a CollectReport; with two workers it arrives twice.
         kind = files if isinstance(report, pytest.CollectReport) else tests
         kind[_reason(report)].add(report.nodeid)
     for reason in sorted(tests):

@@ -1,10 +1,10 @@
-"""Whether wheels are fit to be given away.
+"""Check that wheels can be published.
 
-    python tests/support/wheel_check.py dist/*.whl         what they hold and link
-    python tests/support/wheel_check.py --use dist/*.whl   and that each works in an empty one
+    python tests/support/wheel_check.py dist/*.whl         check contents and linked libraries
+    python tests/support/wheel_check.py --use dist/*.whl   also run each in an empty environment
 
-A wheel serves every torch from 2.6 on and every cluster image because its modules need nothing
-but the system's C and C++ runtimes; each rule here keeps something else out.
+A wheel serves every torch from 2.6 on and every cluster image, because its modules need only the
+system's C and C++ runtimes. Each rule here keeps out another dependency.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from elftools.elf.sections import SymbolTableSection
 
 MAX_MEGABYTES = 20
 
-#: Every manylinux system has these.
+#: Libraries that every manylinux system has.
 LISTED = {
     "libc.so.6",
     "libm.so.6",
@@ -37,20 +37,20 @@ LISTED = {
     "ld-linux-aarch64.so.1",
 }
 TORCH = re.compile(r"torch|c10|_ZNK?2at|[A-Z_]2at[0-9]|at::|GOMP_")
-#: Symbols that no library in LISTED has and that are there all the same: the interpreter's, and
-#: for _hip those of the runtime that torch has loaded.
+#: Symbols that exist at run time although no library in LISTED has them: the interpreter's, and for
+#: _hip the HIP runtime's, which torch has loaded.
 PROVIDED = {"_hip": re.compile(r"_?Py|_{0,2}hip"), None: re.compile(r"_?Py")}
 LABELS = {"cpu": {"_cpu"}, "cu": {"_cpu", "_cuda"}, "rocm": {"_cpu", "_hip"}}
 
 
 @dataclass
 class Elf:
-    """What a shared library asks of the system it is loaded into."""
+    """What a shared library needs from the system that loads it."""
 
     needed: list[str]
     search_paths: list[str]  # RPATH and RUNPATH
     symbols: list[str]  # all dynamic ones
-    unversioned: list[str]  # undefined, not weak, and of no particular library's version
+    unversioned: list[str]  # undefined and not weak, without a library's version
 
 
 def read_elf(file: IO[bytes]) -> Elf:
@@ -76,7 +76,7 @@ def read_elf(file: IO[bytes]) -> Elf:
 
 
 def module_faults(name: str, elf: Elf) -> list[str]:
-    """What is wrong with the module `name`: "_cpu", "_cuda" or "_hip"."""
+    """Faults of the module `name`: "_cpu", "_cuda" or "_hip"."""
     faults = [f"torch's symbol {symbol}" for symbol in elf.symbols if TORCH.search(symbol)]
     faults += [f"RPATH or RUNPATH {path}" for path in elf.search_paths]
     faults += [f"unlisted shared library {name}" for name in elf.needed if name not in LISTED]
@@ -90,7 +90,7 @@ def module_faults(name: str, elf: Elf) -> list[str]:
 
 
 def wheel_faults(path: Path) -> list[str]:
-    """What is wrong with a wheel."""
+    """Faults of a wheel."""
     faults, modules = [], set()
     megabytes = path.stat().st_size / 1e6
     if megabytes > MAX_MEGABYTES:
@@ -113,7 +113,7 @@ def wheel_faults(path: Path) -> list[str]:
 
 
 def expected_modules(wheel_name: str) -> set[str]:
-    """Those that the version's ending promises: 0.1.0+cu13 has _cpu and _cuda."""
+    """The modules that the version's suffix promises: 0.1.0+cu13 has _cpu and _cuda."""
     label = wheel_name.split("-")[1].partition("+")[2]
     kinds = [part.rstrip("0123456789") for part in re.split(r"[._]", label) if part]
     return set().union(*(LABELS.get(kind, {kind}) for kind in kinds))
@@ -132,7 +132,7 @@ torch.testing.assert_close(loss, want)
 print(fsl.__file__, fsl.__version__, selection.resolve(None, "cpu"), float(x.grad.abs().sum()) > 0)
 """
 
-#: _hip needs a runtime in the process; where torch brings none, the system's may stand in.
+#: _hip needs a HIP runtime in the process. If torch loaded none, the system's runtime is used.
 LOAD = """
 import ctypes, ctypes.util, sys, fused_sft_loss
 from fused_sft_loss.backends import loader
@@ -148,10 +148,10 @@ for module in sys.argv[1:]:
 
 
 def empty_environment(folder: Path) -> Path:
-    """The Python of a new virtual environment with nothing of ours.
+    """The Python of a new virtual environment without our packages.
 
-    torch is read from the environment this runs in. (Paths in a .pth file are not site
-    directories: an editable install over there has no effect.)
+    torch comes from the current environment, through a .pth file. (Paths in a .pth file are not
+    site directories, so an editable install there has no effect.)
     """
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     python = folder / "bin" / "python"
@@ -163,7 +163,7 @@ def empty_environment(folder: Path) -> Path:
 
 
 def install_and_use(wheel: Path, folder: Path) -> tuple[list[str], str]:
-    """Where the package lies, its version, backend and success; and its report."""
+    """(the package's path, version, backend, success), and its report."""
     python = str(empty_environment(folder))
     pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet"]
     subprocess.run([*pip, "--no-deps", "--ignore-installed", str(wheel)], check=True)

@@ -1,4 +1,4 @@
-"""Calls of sft_loss that must be refused, and what the message must say."""
+"""Calls of sft_loss that must be refused, with the words that the message must contain."""
 
 import torch
 
@@ -13,7 +13,7 @@ def changed(tensor, index, value):
     return tensor
 
 
-# (logits, labels, mask, options, error, words the message must hold)
+# (logits, labels, mask, options, error, words that the message must contain)
 TABLE = {
     "per-token losses [b, s]": (
         LOGITS[..., 0],

@@ -1,1 +1,1 @@
-"""What the compilers made of the GPU kernels, read from machine code; needs no GPU."""
+"""Audit of the compiled GPU kernels: reads their machine code; needs no GPU."""

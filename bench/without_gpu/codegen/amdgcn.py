@@ -1,4 +1,4 @@
-"""AMD machine code and resources, from the assembly text that the compiler prints."""
+"""Read AMD machine code and resources from the compiler's assembly text."""
 
 import re
 
@@ -15,7 +15,7 @@ _TRANSCENDENTAL = ("v_exp", "v_log", "v_rcp", "v_rsq", "v_sqrt", "v_sin", "v_cos
 
 
 def kernels(text: str) -> dict[str, Compiled]:
-    """The kernels of an AMDGCN listing by their mangled names."""
+    """The kernels of an AMDGCN listing, by mangled name."""
     listing, _, notes = text.partition("\namdhsa.kernels:")
     notes = notes.partition("\namdhsa.target:")[0]
     found = {}
@@ -27,16 +27,16 @@ def kernels(text: str) -> dict[str, Compiled]:
 
 
 def _resources(note: str) -> dict[str, int]:
-    """From a kernel's metadata note."""
+    """Resources, from a kernel's metadata note."""
 
     def number(key):
         return int(re.search(rf"^\s*\.{key}:\s*(\d+)", note, re.M)[1])
 
     return {
-        "registers": number("vgpr_count"),  # AGPRs among them
+        "registers": number("vgpr_count"),  # includes AGPRs
         "agprs": number("agpr_count"),
         "sgprs": number("sgpr_count"),
-        # An SGPR is spilled to a lane of a VGPR: no memory traffic, but two instructions.
+        # A spilled SGPR goes to a lane of a VGPR: no memory traffic, but two instructions.
         "spills": number("vgpr_spill_count") + number("sgpr_spill_count"),
         "scratch_bytes": number("private_segment_fixed_size"),
         "shared_bytes": number("group_segment_fixed_size"),
@@ -45,7 +45,7 @@ def _resources(note: str) -> dict[str, int]:
 
 
 def parse_text(text: str) -> Code:
-    """Code of one kernel's listing."""
+    """Parse the listing of one kernel."""
     code = Code()
     for line in text.splitlines():
         if line.startswith(".Lfunc_end"):
@@ -87,7 +87,7 @@ def _access(name: str, operands: list[str]) -> Access | None:
     found = _ACCESS.match(name)
     if not found:
         return None
-    # Before gfx942 a spill is a buffer access without an address: to the lane's own stack.
+    # Before gfx942 a spill is a buffer access with no address operand, to the lane's stack.
     stack = found[1] == "scratch" or (found[1] == "buffer" and "off," in operands)
     space = "local" if stack else "global"
     return Access(space, found[2] == "store", _BYTES[found[3]], found[1] == "flat")

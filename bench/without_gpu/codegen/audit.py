@@ -1,9 +1,9 @@
-"""What must hold of every compiled kernel; each rule says what it found instead."""
+"""Rules that every compiled kernel must pass; each violation says what was found instead."""
 
 from .loops import HELD
 
-#: Of the loops in a kernel, by its pass. The rest of a row that does not fit on the chip is read
-#: twice.
+#: The loops that each pass must have. One-read kernels also need the two-read loops, for the part
+#: of a row that does not fit on chip.
 PURPOSES = {
     "statistics": {"statistics"},
     "gradient": {"gradient", "zeros"},
@@ -13,7 +13,7 @@ PURPOSES = {
 
 
 def violations(record: dict) -> list[str]:
-    """Rules that a record (see record.make) breaks; empty when it is sound."""
+    """Rules that a record (see record.make) breaks; empty if it breaks none."""
     broken = []
     for key in ("spills", "scratch_bytes", "local_accesses"):
         if record[key]:

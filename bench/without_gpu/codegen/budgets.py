@@ -1,8 +1,8 @@
-"""What the launch tables were chosen for: registers and bytes in flight of the compiled kernels.
+"""Expected registers and bytes in flight of the compiled kernels; the launch tables rely on them.
 
-Of the widest line, at rows that start at multiples of 16 bytes. Tests compile the kernels and
-compare; whoever changes a kernel or a table sees here what it costs. Triton 3.9 with ptxas 13, nvcc
-13.0, clang 19.
+They hold for the widest line of a table and rows that start at multiples of 16 bytes. Tests compile
+the kernels and compare, so a change to a kernel or table shows its cost here. Measured with Triton
+3.9 with ptxas 13, nvcc 13.0, clang 19.
 """
 
 from dataclasses import dataclass
@@ -12,10 +12,10 @@ from dataclasses import dataclass
 class Budget:
     bf16: int  # registers per thread
     fp32: int
-    in_flight: int  # KiB of bf16 that the resident threads of an SM or CU load at once
+    in_flight: int  # KiB of bf16 logits that all resident threads of an SM or CU load at once
 
 
-#: By chip and use, see USES in triton_kernels/launch.py.
+#: By chip and use; triton_kernels/launch.py lists the USES.
 TRITON = {
     ("sm_80", "row_stats"): Budget(37, 39, 48),
     ("sm_80", "row_grad"): Budget(40, 52, 48),

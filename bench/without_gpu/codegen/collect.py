@@ -1,4 +1,4 @@
-"""Compile what Triton's launch table can launch, and describe each compiled kernel once."""
+"""Compile every launch of Triton's launch table and describe each compiled kernel once."""
 
 import multiprocessing
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 from ...errors import UserError
 from . import compiled_cache, record
 
-#: What a record is called in the pass it belongs to, by the kernel that makes it.
+#: The pass of each kernel.
 PASSES = {
     "row_stats_kernel": "statistics",
     "row_grad_kernel": "gradient",
@@ -26,9 +26,9 @@ class Work:
 
     target: str
     name: str
-    columns: int | None  # for V_local up to this; None: any
+    columns: int | None  # serves V_local up to this; None: any
     launch: object
-    use: str | None = None  # in the launch table; None: a kernel over vectors of rows
+    use: str | None = None  # in the launch table; None: a kernel over vectors of N rows
 
     @property
     def kernel(self) -> str:
@@ -48,7 +48,8 @@ class Work:
 def ours(target: str, options: bool) -> list[Work]:
     """Launches of every line of a target's table; see triton_offline.variants.
 
-    Without `options` what plain training launches, and of lines that it does not reach, all.
+    Without `options`: the launches of plain training, plus all launches of any line that plain
+    training does not reach.
     """
     from .. import triton_offline
 
@@ -70,7 +71,7 @@ def ours(target: str, options: bool) -> list[Work]:
 
 
 def _place(variant):
-    """The line of the launch table and the kernel that it serves."""
+    """The line of the launch table and its kernel."""
     return variant.shape, variant.launch.kernel.__name__
 
 
@@ -81,16 +82,16 @@ def records(
     folder: Path,
     jobs: int,
 ) -> list[dict]:
-    """Records of the launches of `source` that `keep` keeps, compiled kernels once each.
+    """Records of the launches of `source` that pass `keep`, one per distinct compiled kernel.
 
-    Compiled code and records are kept in `folder`; both are found again by their contents.
+    `folder` caches compiled code and records under hashes of their contents.
     """
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise UserError(
             "TRITON_INTERPRET=1 makes Triton interpret kernels; unset it to compile them"
         )
     os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
-    # What Triton 3.9 does for kernels that do not say; ours all do.
+    # Triton 3.9's default for kernels that do not set it; all of ours do.
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     tasks = [
         (source, target, index, folder)
@@ -99,7 +100,7 @@ def records(
         if keep(work)
     ]
     if jobs > 1 and len(tasks) > 1:
-        # Forked, so that Triton and torch are imported once; no thread has been started yet.
+        # Fork, so that Triton and torch are imported once. No thread has started yet.
         context = multiprocessing.get_context("fork")
         with ProcessPoolExecutor(jobs, mp_context=context) as pool:
             made = list(pool.map(_one, tasks, chunksize=4))
@@ -126,7 +127,7 @@ def _one(task) -> dict:
         "pass": PASSES.get(work.launch.kernel.__name__),
         "runs": arguments.get("RUNS"),
         "aligned": arguments.get("ALIGNED", True),
-        "wide": arguments.get("ALIGNED", True),  # elsewhere Triton loads element by element
+        "wide": arguments.get("ALIGNED", True),  # Triton loads unaligned rows element by element
         "hash": compiled.hash,
         **_described(compiled, work, folder / "records"),
         "threads_limit": 1024,
@@ -140,7 +141,7 @@ def _described(compiled, work: Work, folder: Path) -> dict:
 
     def make():
         (kernel,) = record.kernels(code, work.target).values()
-        # NVIDIA's is dynamic, AMD's is in both places.
+        # NVIDIA: dynamic shared memory, only in the metadata. AMD: in both places.
         shared_bytes = max(shared, kernel.resources["shared_bytes"])
         kernel = replace(kernel, resources={**kernel.resources, "shared_bytes": shared_bytes})
         return record.make(kernel, work.target, threads, work.element_bytes)
@@ -150,7 +151,7 @@ def _described(compiled, work: Work, folder: Path) -> dict:
 
 
 def _once_each(made: list[dict]) -> list[dict]:
-    """Launches of one line that compile to the same code are one record, of the first's name."""
+    """Merge launches of one line that compile to the same code; the first one's name stays."""
     unique: dict[tuple, dict] = {}
     for item in made:
         key = (item["target"], item["kernel"], item["columns"], item["hash"])

@@ -63,7 +63,7 @@ def run(args):
 
 
 def _collect(args, backends, targets, folder: Path):
-    """Records of ours and of the peer, and what has no compiler here."""
+    """Our records, the peer's records, and the targets without a compiler here."""
     from functools import partial
 
     from . import collect, native, peers
@@ -74,7 +74,7 @@ def _collect(args, backends, targets, folder: Path):
         )
 
     ours, theirs, absent = [], [], []
-    # Triton's first: it forks, which no thread may have been started for.
+    # Triton first: it forks, and a fork is only safe before any thread has started.
     if "triton" in backends:
         source = partial(_ours, options=args.options)
         ours += collect.records(source, targets, keep, folder, args.jobs)
@@ -112,7 +112,7 @@ def _ours(target, options):
 
 
 def _place(record):
-    """Beside each other what does the same on the same chip."""
+    """Sort key that puts comparable records of one chip next to each other."""
     from .table import is_plain
 
     has_options = bool(record["pass"]) and not is_plain(record)

@@ -1,4 +1,4 @@
-"""Records and compiled code that are found again by what they were made of."""
+"""Cache of records and compiled code, keyed by the hash of their inputs."""
 
 import hashlib
 import json
@@ -9,9 +9,9 @@ from pathlib import Path
 
 
 def described(folder: Path, code: bytes, about: tuple, make: Callable):
-    """What `make` says of `code` (JSON-able), from `folder` when it was said before.
+    """The result of `make`, a JSON-able description of `code`, cached in `folder`.
 
-    `about`: what else it depends on; the analysis itself is taken care of.
+    `about` holds the other inputs of `make`. The analysis' own source is always part of the key.
     """
     path = folder / f"{digest(code, repr(about).encode(), _analysis())}.json"
     if not path.exists():
@@ -24,7 +24,7 @@ def digest(*parts: bytes) -> str:
 
 
 def write(path: Path, content: bytes) -> None:
-    """At once, or not at all: another process may be reading or writing it."""
+    """Write atomically: another process may be reading or writing the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}")
     partial.write_bytes(content)
@@ -33,7 +33,7 @@ def write(path: Path, content: bytes) -> None:
 
 @cache
 def _analysis() -> bytes:
-    """The files that make a record: another analysis, another record."""
+    """The source files that make a record; a change to them invalidates the cache."""
     here = Path(__file__).parent
     names = (
         "../chips",

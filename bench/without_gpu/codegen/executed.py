@@ -1,6 +1,6 @@
-"""Passes of a training step as executed: their PTX in the interpreter of ../ptx.
+"""Count the passes of a training step by executing their PTX in the interpreter of ../ptx.
 
-Counted, where the other tables read what a loop would do; both should say the same.
+The other tables derive counts from the text of a loop. Both should agree.
 """
 
 import torch
@@ -10,7 +10,7 @@ ROWS, COLUMNS = 2, 128256
 
 
 def records(backends, targets, dtypes) -> list[dict]:
-    """Per element of the logits: bytes, ex2, shuffles and PTX instructions of each pass."""
+    """Bytes, ex2, shuffles and PTX instructions of each pass, per element of the logits."""
     return [
         _record(backend, target, dtype, name, counts)
         for target in targets
@@ -34,7 +34,7 @@ def _run(backend: str, target: str, dtype: str):
         from ..launches import cuda
 
         if target == cuda.TARGET:
-            # One block a row, however wide: the interpreter has no clusters, and no limit.
+            # One block per row of any width: the interpreter has no clusters and no memory limit.
             return cuda.Run(logits, labels, shift=False)().one_read()
     return None
 

@@ -1,4 +1,4 @@
-"""The CUDA and HIP kernels and their template arguments, by their mangled names."""
+"""Decode the CUDA and HIP kernels and their template arguments from mangled names."""
 
 import re
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from .record import ELEMENT_BYTES
 
 FOLDER = Path(__file__).parents[3] / "csrc/gpu"
 
-#: Template arguments of each kernel that has any, in order.
+#: Template arguments of each kernel, in order.
 TEMPLATES = {
     "row_stats": ("dtype", "statistics", "softcap", "shifted"),
     "row_grad": ("dtype", "softcap", "shifted"),
@@ -32,7 +32,7 @@ class Instance:
 
     kernel: str
     dtype: str | None = None
-    statistics: int | None = None  # of the statistics
+    statistics: int | None = None  # number of statistics per row
     softcap: bool = False
     shifted: bool = False
 
@@ -53,12 +53,12 @@ class Instance:
 
     @property
     def plain(self) -> bool:
-        """Whether a training step without options launches it, on aligned rows."""
+        """Whether plain training, with no options and aligned rows, launches it."""
         return self.statistics in (None, 3) and not self.softcap and not self.shifted
 
 
 def instance(mangled: str) -> Instance:
-    """The kernel that a symbol stands for."""
+    """Decode the mangled name of a kernel."""
     found = _MANGLED.match(mangled)
     if not found or found[1] not in TEMPLATES:
         raise ValueError(f"expected a kernel that TEMPLATES of {__file__} names, got {mangled}")

@@ -1,4 +1,4 @@
-// Prints, as JSON, the lines of the launch table that serve each generation it is given.
+// Prints the lines of the launch table that serve each given generation, as JSON.
 #include "../../../csrc/gpu/launch_table.h"
 
 #include <cstdio>
@@ -24,7 +24,7 @@ int main(int count, char** words) {
         std::cout << ", \"threads\": " << line.threads << ", \"segment\": " << line.segment
                   << ", \"why\": " << std::quoted(line.why) << "}";
         separator = ",\n";
-        if (line.columns == kAny) break;  // what follows is for older chips
+        if (line.columns == kAny) break;  // later lines are for older chips
       }
     }
   }

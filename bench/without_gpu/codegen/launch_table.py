@@ -1,4 +1,4 @@
-"""The launch table of the CUDA and HIP kernels, as a program compiled from it prints it."""
+"""The launch table of the CUDA and HIP kernels, printed by a program that includes its header."""
 
 import json
 import subprocess
@@ -19,11 +19,11 @@ SOURCE = Path(__file__).with_name("launch_table.cpp")
 
 @dataclass(frozen=True)
 class Line:
-    """A line of csrc/gpu/launch_table.h, for one chip and one kernel."""
+    """A line of csrc/gpu/launch_table.h for one chip and one kernel."""
 
     target: str
     kernel: str
-    columns: int | None  # for V_local up to this; None: any
+    columns: int | None  # serves V_local up to this; None: any
     threads: int
     segment: int
     why: str
@@ -37,7 +37,7 @@ def launch_table() -> tuple[Line, ...]:
 
 
 def lines(target: str, kernel: str) -> list[Line]:
-    """Of one chip and kernel, the narrowest first; none for a kernel over vectors of rows."""
+    """Lines of one chip and kernel, narrowest first; none for a kernel over vectors of N rows."""
     return [line for line in launch_table() if (line.target, line.kernel) == (target, kernel)]
 
 
@@ -47,7 +47,7 @@ def _generation(name: str) -> str:
 
 
 def _printed(generations: list[str]) -> bytes:
-    """Kept in build/codegen; another source, compiler or list of chips prints anew."""
+    """Cached in build/codegen; a new source, compiler or list of chips prints again."""
     try:
         compiler = compilers.cxx()
     except compilers.Missing as missing:

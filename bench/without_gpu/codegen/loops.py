@@ -1,35 +1,35 @@
-"""The hot loops of a row kernel: what one element of the logits costs in each."""
+"""Find the hot loops of a row kernel and count what one logit costs in each."""
 
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 
 from .machine_code import Code, Instruction, innermost_loops, outside_loops
 
-#: What a loop is for, by what it does to global memory and whether it takes exponentials.
+#: Purpose of a loop, from its accesses to global memory and its exponentials.
 STATISTICS = "statistics"  # loads, exp
 GRADIENT = "gradient"  # loads, exp, stores
 ZEROS = "zeros"  # stores
 SCALING = "scaling"  # loads, stores
 
-#: And where a row is held on chip between its statistics and its gradient: from global memory to
-#: shared memory; shared loads and exp; shared loads, exp and stores. All of them together, or what
-#: runs once where registers hold the row: ONE_READ.
+#: Loops of a kernel that holds a row in shared memory between statistics and gradient: copy from
+#: global to shared memory; shared loads and exp; shared loads, exp and stores. ONE_READ is their
+#: sum, or the code that runs once if registers hold the row.
 BRINGING, HELD_STATISTICS, HELD_GRADIENT = HELD = ("bringing", "held stats", "held grad")
 ONE_READ = "one read"
 
 CHUNK = 16  # bytes of a wide load
-VECTOR = 8  # logits that a shifted kernel takes in at once
+VECTOR = 8  # logits that a shifted kernel handles at once
 
 
 @dataclass(frozen=True)
 class Shifted:
-    """A kernel that takes in eight logits at any address by aligned loads, shifted into place.
+    """A kernel that loads eight logits from any address by aligned loads and shifts.
 
-    A lane loads the 16-byte chunks that hold its logits, one more than they fill. The last of them
-    is the next lane's first: the L1 cache has it for one of the two.
+    A lane loads all 16-byte chunks that hold its logits: one more than eight logits fill. The last
+    chunk is the next lane's first, so the L1 cache serves it to one of the two.
     """
 
-    exps: int  # per element, which is how elements are counted where there are no stores
+    exps: int  # per element; gives the count of elements in a loop without stores
 
     def elements(self, exps: int, stored: int, element_bytes: int) -> int:
         return stored // element_bytes or exps // (self.exps * VECTOR) * VECTOR
@@ -37,16 +37,16 @@ class Shifted:
 
 @dataclass(frozen=True)
 class HotLoop:
-    """Counts per element of the logits, unless said."""
+    """Counts per element of the logits, unless a field says otherwise."""
 
     purpose: str
-    elements: int  # that a thread takes in per iteration
+    elements: int  # handled by a thread per iteration
     instructions: float
     exps: float
     work: dict[str, float]  # instructions by class
-    loads_at_once: int  # that a thread waits for together, at most
+    loads_at_once: int  # largest number of loads that a thread has in flight
     requested: float  # bytes that loads ask the L1 cache for
-    loaded: float  # bytes among them that are no other lane's too
+    loaded: float  # requested bytes, without those that another lane loads too
     stored: float  # bytes
     load_bytes: list[int]  # sizes of the loads, each size once
     store_bytes: list[int]
@@ -58,11 +58,11 @@ class HotLoop:
 
 
 def hot_loops(code: Code, element_bytes: int, shifted: Shifted | None = None) -> list[HotLoop]:
-    """The main loop of each purpose, and of a row that is held what all takes together.
+    """The main loop of each purpose; for a row held on chip, also the sum of its three loops.
 
-    Beside it lie the loop over the rest of a row (at most one tile) and, where a compiler unrolled,
-    a loop over what is left: the one that takes in most per iteration is the main one, and of two
-    alike the one with fewer instructions, which is the one without column masks.
+    A kernel has more loops of the same purpose: one over the rest of a row (at most one tile) and,
+    if the compiler unrolled, one over the remainder. The main loop handles the most elements per
+    iteration. Among equals it has the fewest instructions, because it has no column masks.
     """
     main: dict[str, HotLoop] = {}
     for body in innermost_loops(code):
@@ -81,8 +81,8 @@ def hot_loops(code: Code, element_bytes: int, shifted: Shifted | None = None) ->
 
 
 def one_read_from_registers(code: Code, element_bytes: int) -> HotLoop | None:
-    """What a row costs that is held in registers, where all is unrolled: whatever runs once, of
-    which a little is not for the sake of its elements. None when there is no such row."""
+    """The cost of a row held in registers, where everything is unrolled: all code outside loops.
+    A little of that code processes no elements. None if the kernel holds no row."""
     body = outside_loops(code)
     wide = [i for i in body if not i.access or i.access.bytes == CHUNK]
     loop = count(wide, element_bytes)
@@ -116,7 +116,7 @@ def _together(loops: list[HotLoop]) -> HotLoop:
 def count(
     body: list[Instruction], element_bytes: int, shifted: Shifted | None = None
 ) -> HotLoop | None:
-    """Counts of a loop over logits of `element_bytes`; None when it is over something else."""
+    """Counts of a loop over logits of `element_bytes`; None if the loop reads no logits."""
     accesses = [i.access for i in body if i.access]
     exps = sum(i.exp for i in body)
     loads, stores, read, kept = (
@@ -163,11 +163,11 @@ def _purpose(loads: bool, stores: bool, exps: bool, to_shared: bool, wide: bool)
 
 
 def loads_at_once(body: list[Instruction]) -> int:
-    """Loads of global memory that no instruction has waited for yet, at most.
+    """The most loads of global memory in flight at once.
 
-    One waits for a load by naming a register that it fills. Twice round, for a loop whose loads are
-    for its next iteration. Copies to shared memory are waited for after the loop, so at least as
-    many as are in it.
+    An instruction waits for a load if it names a register that the load fills. The body is walked
+    twice, for loops whose loads serve the next iteration. A loop with copies to shared memory waits
+    for them after its end, so it has at least all its copies in flight.
     """
     if asynchronous := sum(i.name.startswith("LDGSTS") for i in body):
         return asynchronous

@@ -1,4 +1,4 @@
-"""Instructions of any vendor, the graph of their blocks, and its loops."""
+"""Instructions of any vendor, their control-flow graph and its loops."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ class Access:
     space: str  # "global", "local" (spills, arrays, stacks) or "shared"
     store: bool
     bytes: int
-    generic: bool = False  # the compiler does not know the space: found at run time, and slower
+    generic: bool = False  # address space unknown to the compiler: resolved at run time, slower
 
 
 @dataclass(frozen=True)
@@ -22,13 +22,13 @@ class Instruction:
     exp: bool = False
     targets: tuple[str, ...] = ()  # labels it may jump to
     falls_through: bool = True
-    registers: frozenset[int] = frozenset()  # of each thread, that it names
-    loaded: frozenset[int] = frozenset()  # that a load of global memory fills
+    registers: frozenset[int] = frozenset()  # per-thread registers that it names
+    loaded: frozenset[int] = frozenset()  # registers that a load of global memory fills
 
 
 @dataclass
 class Code:
-    """A kernel in program order; labels point at the index of the instruction that follows."""
+    """A kernel in program order; a label maps to the index of the next instruction."""
 
     instructions: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
@@ -36,7 +36,7 @@ class Code:
 
 @dataclass(frozen=True)
 class Compiled:
-    """A kernel as its compiler left it."""
+    """A kernel's code and resources as compiled."""
 
     code: Code
     #: registers, agprs, sgprs, spills, scratch_bytes, shared_bytes (static), threads_limit: as in a
@@ -45,7 +45,7 @@ class Compiled:
 
 
 def innermost_loops(code: Code) -> list[list[Instruction]]:
-    """Natural loops that hold no other loop, each as its instructions in program order."""
+    """Natural loops that contain no other loop, each as instructions in program order."""
     starts, successors = _blocks(code)
     loops = _natural_loops(successors)
     inner = [body for body in loops if not any(other < body for other in loops)]
@@ -57,7 +57,7 @@ def innermost_loops(code: Code) -> list[list[Instruction]]:
 
 
 def outside_loops(code: Code) -> list[Instruction]:
-    """What runs once, in program order."""
+    """The instructions that run once, in program order."""
     starts, successors = _blocks(code)
     inside = frozenset().union(*_natural_loops(successors))
     ends = [*starts[1:], len(code.instructions)]
@@ -90,7 +90,8 @@ def _blocks(code: Code) -> tuple[list[int], list[set[int]]]:
 
 
 def _natural_loops(successors: list[set[int]]) -> list[frozenset[int]]:
-    """Blocks of each loop: an edge to a dominator, and all that reaches it without passing that."""
+    """Blocks of each loop: an edge to a dominator, and all blocks that reach it without passing
+    the dominator."""
     dominators = _dominators(successors)
     predecessors = _reversed(successors)
     bodies: dict[int, set[int]] = {}
@@ -107,7 +108,7 @@ def _natural_loops(successors: list[set[int]]) -> list[frozenset[int]]:
 
 
 def _dominators(successors: list[set[int]]) -> list[set[int]]:
-    """For each block those that every way to it passes; none for blocks that nothing reaches."""
+    """For each block, the blocks on every path to it; empty for unreachable blocks."""
     predecessors = _reversed(successors)
     reached = _reachable(successors)
     result = [set(reached) if block in reached else set() for block in range(len(successors))]

@@ -1,4 +1,4 @@
-"""Records of the CUDA and HIP kernels, as those that collect.py makes of Triton's."""
+"""Records of the CUDA and HIP kernels, in the format of collect.py's records for Triton."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +17,8 @@ def records(
     folder: Path,
     jobs: int,
 ) -> tuple[list[dict], list[dict]]:
-    """One of each kernel that `keep` keeps and each line of the launch table that launches it,
-    and, with the reason, the targets that there is no compiler for."""
+    """One record per kernel that passes `keep` and line of the launch table that launches it; and
+    the targets without a compiler, with the reason."""
     targets = [target for target in targets if target in toolchains.TARGETS[backend]]
     toolchain = toolchains.find(backend)
     if not toolchain:
@@ -67,12 +67,12 @@ def _record(kernel, target: str, line: Line, one: Instance) -> dict:
 
 
 def _shifted(target: str, one: Instance) -> Shifted | None:
-    """AMD loads 16 bytes from any address, and shifts nothing: kUnalignedAccess, platform_hip.h."""
+    """AMD loads 16 bytes from any address and shifts nothing; see kUnalignedAccess."""
     return Shifted(2 if one.softcap else 1) if one.shifted and target.startswith("sm_") else None
 
 
 def _lines(target: str, kernel, one: Instance) -> list[Line]:
-    """Lines of the launch table; of a kernel that has none, the launch its bound allows."""
+    """Lines of the launch table. A kernel without lines gets one with its launch bound."""
     bound = kernel.resources["threads_limit"]
     return lines(target, one.kernel) or [Line(target, None, None, bound, 0, "")]
 
@@ -85,7 +85,7 @@ def _about(one: Instance, digest: str) -> dict:
         "element_bytes": one.element_bytes,
         "pass": PASSES.get(f"{one.kernel}_kernel"),
         "aligned": not one.shifted,
-        "wide": True,  # what is not aligned is shifted into place
+        "wide": True,  # unaligned rows are shifted into place
         "hash": digest,
         "launches": 1,
     }

@@ -1,7 +1,7 @@
-"""Liger's cross-entropy kernels as its own Python code launches them; never a dependency of ours.
+"""Liger's cross-entropy kernels, as Liger's own Python code launches them. Never a dependency.
 
-Nothing of it is copied: its wrapper runs on CPU tensors with the kernels replaced by recorders, and
-what it asked for is compiled.
+No code is copied: Liger's wrapper runs on CPU tensors with its kernels replaced by recorders. The
+recorded launches are then compiled.
 """
 
 import importlib
@@ -17,7 +17,7 @@ from .collect import Work
 
 INSTALL = "pip install --no-deps --target {folder} liger-kernel"
 
-#: What Liger's own look-up calls these chips.
+#: The names of the chips in Liger's look-up.
 ARCHITECTURES = {
     "sm_80": "ampere_ada",
     "sm_90": "hopper",
@@ -29,12 +29,12 @@ ARCHITECTURES = {
 
 ROWS = 2
 
-#: An upstream gradient with which Liger's backward has something to do.
+#: An upstream gradient other than 1, so that Liger's backward rescales.
 UPSTREAM = 0.5
 
 
 class Recorder:
-    """Stands in for a kernel: keeps what `kernel[grid](...)` is called with."""
+    """Replaces a kernel and records the arguments of `kernel[grid](...)`."""
 
     def __init__(self, kernel):
         self.kernel = kernel
@@ -46,7 +46,7 @@ class Recorder:
 
 @cache
 def load(folder: str):
-    """Liger's cross-entropy module, from `folder` or from wherever it is installed."""
+    """Liger's cross-entropy module, from `folder` or the installed one."""
     if Path(folder, "liger_kernel").is_dir() and folder not in sys.path:
         sys.path.append(folder)
     try:
@@ -60,9 +60,9 @@ def load(folder: str):
 
 @cache
 def launches(target: str, folder: str, dtypes: tuple[str, ...]) -> list[Work]:
-    """The launches of a training step with Liger, mean reduction and no options, for a target.
+    """The launches of a training step with Liger for a target: mean reduction, no options.
 
-    At the widths at which our launch table is compiled: its block size depends on the width.
+    They use the widths of our launch table, because Liger's block size depends on the width.
     """
     from fused_sft_loss.triton_kernels import launch
 

@@ -1,15 +1,15 @@
-"""A roofline from counted bytes and instructions: a prediction, never a measurement."""
+"""Roofline from counted bytes and instructions: a prediction, never a measurement."""
 
 from ..chips import Limits
 
 
 def predict(limits: Limits, loop: dict) -> dict:
-    """Bytes per second of a loop (see loops.HotLoop) on all units, and the pipe that bounds it; of
-    a loop that moves none, how long each pipe is busy is unknown.
+    """Predicted bytes per second of a loop (see loops.HotLoop) on all units, and the limiting pipe.
 
-    Each pipe alone, fully used: no latency, no tail, no cache. What a device reaches is below it.
+    The model takes each pipe alone and fully used: no latency, no tail, no cache. A device reaches
+    less. For a loop that moves no bytes, `busy` is empty.
     """
-    cycles: dict[str, float] = {}  # of a unit, per element
+    cycles: dict[str, float] = {}  # per unit and element
     for work, n in loop["work"].items():
         if work in limits.lanes:
             pipe, lanes = limits.lanes[work]

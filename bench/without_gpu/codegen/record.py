@@ -1,4 +1,4 @@
-"""One compiled kernel as a JSON-able record."""
+"""Make a JSON-able record of one compiled kernel."""
 
 from ..chips import CHIPS, resident_threads
 from . import amdgcn, sass
@@ -6,12 +6,12 @@ from .loops import Shifted, hot_loops, one_read_from_registers
 from .machine_code import Compiled
 from .predict import predict
 
-#: Of a logit.
+#: Size of a logit.
 ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 def kernels(code: bytes, target: str) -> dict[str, Compiled]:
-    """The kernels of a cubin, or of an AMDGCN listing, by their mangled names."""
+    """The kernels of a cubin or an AMDGCN listing, by mangled name."""
     return sass.kernels(code, target) if target.startswith("sm_") else amdgcn.kernels(code.decode())
 
 
@@ -25,8 +25,8 @@ def make(
 ) -> dict:
     """Resources and hot loops of a kernel launched with blocks of `threads`.
 
-    `element_bytes` is the size of a logit; None for kernels that read none. `in_registers`: a row
-    is held there, and what is done with it is no loop.
+    `element_bytes` is the size of a logit; None for kernels that read no logits. `in_registers`:
+    the kernel holds a row in registers and handles it in straight-line code.
     """
     limits = CHIPS[target]
     code, resources = compiled.code, compiled.resources

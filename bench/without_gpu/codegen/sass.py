@@ -1,4 +1,4 @@
-"""NVIDIA machine code and resources, by NVIDIA's disassemblers."""
+"""Read NVIDIA machine code and resources with NVIDIA's disassemblers."""
 
 import importlib.util
 import re
@@ -14,7 +14,7 @@ from .machine_code import Access, Code, Compiled, Instruction
 
 _LINE = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
 _PREDICATED = re.compile(r"\*/\s+@")
-# A routine that ptxas adds to a kernel (a division's slow path) has a name of its own.
+# A routine that ptxas adds to a kernel (such as a division's slow path) has a name, not a .L label.
 _LABEL = re.compile(r"^(\.L_x?_?\w+|\$[\w$]+):")
 _REGISTER = re.compile(r"\bR(\d+)\b")
 _TARGET = re.compile(r"`\(([^)]+)\)")
@@ -36,7 +36,7 @@ _ISSUE_ONLY = {"LDG", "STG", "LDL", "STL", "LDS", "STS", "LDC", "BAR", "SHFL", "
 
 @cache
 def tool(name: str) -> str:
-    """Path of a disassembler: Triton's wheel brings them, so does the CUDA toolkit."""
+    """Path of a disassembler. Triton's wheel and the CUDA toolkit contain them."""
     if triton := importlib.util.find_spec("triton"):
         path = Path(triton.origin).parent / "backends/nvidia/bin" / name
         if path.exists():
@@ -47,11 +47,11 @@ def tool(name: str) -> str:
 
 
 def kernels(cubin: bytes, target: str) -> dict[str, Compiled]:
-    """The kernels of a cubin by their mangled names."""
+    """The kernels of a cubin, by mangled name."""
     codes = parse_kernels(_run("nvdisasm", "-c", cubin))
     usage = dict(_USAGE.findall(_run("cuobjdump", "--dump-resource-usage", cubin)))
     bounds = launch_bounds(_run("cuobjdump", "--dump-elf", cubin))
-    # Shared memory that the system takes is counted as the kernel's from sm_90 on.
+    # From sm_90 on, a kernel's shared memory includes what the system reserves.
     systems = 0 if target == "sm_80" else CHIPS[target].shared_bytes_reserved
     return {
         name: Compiled(code, _resources(usage[name], code, systems, bounds.get(name)))
@@ -60,7 +60,7 @@ def kernels(cubin: bytes, target: str) -> dict[str, Compiled]:
 
 
 def launch_bounds(text: str) -> dict[str, int]:
-    """Most threads that a block of each kernel may have, from a `cuobjdump --dump-elf` listing."""
+    """Maximum threads per block of each kernel, from a `cuobjdump --dump-elf` listing."""
     _, *parts = _INFO.split(text)
     found = {
         name: _MAX_THREADS.search(body) for name, body in zip(parts[::2], parts[1::2], strict=True)
@@ -74,7 +74,7 @@ def _resources(usage: str, code: Code, systems: int, bound: int | None) -> dict[
         "registers": found["REG"],
         "agprs": 0,
         "sgprs": 0,
-        # A register that is spilled goes to the stack, in local memory; so does a local array.
+        # A spilled register goes to the stack, in local memory; so does a local array.
         "spills": sum(
             bool(i.access) and i.access.space == "local" and i.access.store
             for i in code.instructions
@@ -86,13 +86,13 @@ def _resources(usage: str, code: Code, systems: int, bound: int | None) -> dict[
 
 
 def parse_kernels(text: str) -> dict[str, Code]:
-    """Code of each section of an `nvdisasm -c` listing."""
+    """Parse each section of an `nvdisasm -c` listing."""
     _, *parts = _SECTION.split(text)
     return {name: parse_text(body) for name, body in zip(parts[::2], parts[1::2], strict=True)}
 
 
 def parse_text(text: str) -> Code:
-    """Code of one kernel's listing."""
+    """Parse the listing of one kernel."""
     code = Code()
     for line in text.splitlines():
         if label := _LABEL.match(line):
@@ -109,7 +109,7 @@ def _instruction(name: str, operands: str, predicated: bool) -> Instruction:
     targets, falls_through = (), True
     if base in ("BRA", "CALL"):
         targets = tuple(_TARGET.findall(operands))
-        # "BRA.U UP0, `(.L)": the condition is an operand. Calls here are jumps that come back.
+        # In "BRA.U UP0, `(.L)" the condition is an operand. A CALL is a jump that comes back.
         falls_through = predicated or "," in operands or base == "CALL"
     elif base in ("EXIT", "RET"):
         falls_through = predicated
@@ -127,7 +127,7 @@ def _instruction(name: str, operands: str, predicated: bool) -> Instruction:
 
 
 def _loaded(access: Access | None, operands: str) -> frozenset[int]:
-    to = _REGISTER.match(operands)  # not that of LDGSTS, which fills shared memory
+    to = _REGISTER.match(operands)  # no match for LDGSTS, which fills shared memory
     if not access or access.store or access.space != "global" or not to:
         return frozenset()
     return frozenset(range(int(to[1]), int(to[1]) + -(-access.bytes // 4)))

@@ -1,10 +1,10 @@
-"""The codegen tables."""
+"""Print the tables of `python -m bench codegen`."""
 
 from rich.table import Table
 
 from ..chips import CHIPS
 
-#: In this order a record's loops are shown; a loop of stored zeros is in the JSON only.
+#: Order of a record's loops. Only the JSON has the loops that store zeros.
 SHOWN = ("one read", "statistics", "gradient", "scaling")
 LOOPS = {"one read": "both", "statistics": "stats", "gradient": "grad", "scaling": "scale"}
 
@@ -93,13 +93,13 @@ def _figures(record: dict, loop: dict) -> list[str]:
 
 
 def _bytes(loop: dict) -> str:
-    """Loaded and stored; in brackets what the loads ask the L1 cache for, where that is more."""
+    """Loaded and stored bytes; in brackets the bytes requested from the L1 cache, if more."""
     asked = f"({loop['requested']:g})" if loop["requested"] != loop["loaded"] else ""
     return f"{loop['loaded']:g}{asked}+{loop['stored']:g}"
 
 
 def _registers(record: dict) -> str:
-    """Registers per thread; on AMD VGPRs, AGPRs among them, and SGPRs."""
+    """Registers per thread; on AMD VGPRs (AGPRs included) and SGPRs."""
     if record["target"].startswith("gfx"):
         return f"{record['registers']}({record['agprs']})+{record['sgprs']}"
     return str(record["registers"])
@@ -120,7 +120,7 @@ def _resources(records: list[dict]) -> Table:
 
 
 def beside(ours: list[dict], theirs: list[dict]) -> Table:
-    """Our plain passes against the same loops of the peer."""
+    """Compare our plain passes with the same loops of the peer."""
     table = Table(title="ours beside Liger, per element: bytes, instructions, exp")
     for name in ("target", "backend", "dtype", "loop", "line"):
         table.add_column(name, no_wrap=True)
@@ -155,7 +155,7 @@ def executed(records: list[dict]) -> Table:
 
 
 def pairs(ours: list[dict], theirs: list[dict]):
-    """(our record, its loop, the peer's record, its loop) of plain passes over the same rows."""
+    """(our record, its loop, the peer's record, its loop) for plain passes of the same width."""
     passes = ("statistics", "gradient")
     for r in (r for r in ours if is_plain(r) and r["pass"] in passes):
         for other in theirs:
@@ -165,7 +165,7 @@ def pairs(ours: list[dict], theirs: list[dict]):
 
 
 def is_plain(record: dict) -> bool:
-    """Whether it is a pass of plain training: no option, rows at multiples of 16 bytes."""
-    options = ("softcap", "x4", "x6")  # with softcap, label smoothing, metrics
+    """Whether it is a pass of plain training: no options, rows at multiples of 16 bytes."""
+    options = ("softcap", "x4", "x6")  # softcap, label smoothing, metrics
     named = any(word in record["name"] for word in options)
     return bool(record["pass"]) and record["aligned"] and not named

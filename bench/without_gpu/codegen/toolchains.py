@@ -1,4 +1,4 @@
-"""The CUDA and HIP compilers of this machine, and what they make of csrc/ for a chip."""
+"""Find this machine's CUDA and HIP compilers and compile csrc/ for a chip."""
 
 import os
 import re
@@ -21,14 +21,14 @@ INSTALL = {
     "cuda": "install the CUDA toolkit 12.8 or newer and set CUDA_HOME, or put nvcc on PATH",
     "hip": "apt-get install --no-install-recommends clang-19 libamdhip64-dev",
 }
-#: What the compilers call the chips. sm_90a as in wheels: kernels may use what only Hopper has.
+#: Compiler names of the chips. sm_90a as in wheels: kernels may use Hopper-only instructions.
 TARGETS = {
     "cuda": {
         name: f"sm_{CHIPS[name].build.removesuffix('+PTX').replace('.', '')}" for name in NVIDIA
     },
     "hip": {name: CHIPS[name].build for name in AMD},
 }
-# As in the build, where it matters to device code: contraction would be an FMA nobody wrote.
+# The build's flags that affect device code. No contraction: it would create FMAs.
 FLAGS = {
     "cuda": ("-std=c++17", "-O3", "-fmad=false"),
     "hip": (
@@ -52,7 +52,7 @@ class Toolchain:
         return [self.compiler, *FLAGS[self.backend], f"{option}={name}", output]
 
     def refusal(self, target: str) -> str | None:
-        """Why the compiler cannot make code for a target it should know; None: it can."""
+        """Why the compiler cannot compile for a target it should know; None if it can."""
         extra = ("-nogpuinc",) if self.backend == "hip" else ("-x", "cu")
         done = _run([*self.command(target), *extra, "-", "-o", os.devnull], "")
         if not done.returncode:
@@ -62,13 +62,13 @@ class Toolchain:
     def compile(
         self, targets: list[str], folder: Path, jobs: int, output: str | None = None
     ) -> dict[str, list[bytes]]:
-        """Code of every device file for each target, kept in `folder` by its contents.
+        """Code of every device file for each target, cached in `folder` by a hash of the inputs.
 
-        `output`: the compiler's option for what is made, "-ptx" for one.
+        `output` is the compiler's output option, such as "-ptx".
         """
         sources = sorted(FOLDER.glob("*.cu"))
         tasks = [(target, source) for target in targets for source in sources]
-        # The slowest first.
+        # Largest source first: it takes longest.
         tasks.sort(key=lambda task: -task[1].stat().st_size)
         with ThreadPoolExecutor(jobs) as pool:
             codes = list(pool.map(lambda task: self._one(*task, output, folder), tasks))
@@ -93,7 +93,7 @@ class Toolchain:
 
 @cache
 def find(backend: str) -> Toolchain | None:
-    """The compiler for `cuda` or `hip`, None when there is none."""
+    """The compiler for `cuda` or `hip`, or None."""
     if _left_out(backend):
         return None
     for compiler in _candidates(backend):
@@ -110,7 +110,7 @@ def need(backend: str) -> Toolchain:
 
 
 def advice(backend: str) -> str:
-    """How to get a compiler, or which switch leaves it out."""
+    """How to install a compiler, or the switch that disables it."""
     return _left_out(backend) or INSTALL[backend]
 
 
@@ -128,7 +128,7 @@ def _candidates(backend: str) -> list[str]:
 
 
 def _makes_hip(clang: str) -> bool:
-    """Whether it has the AMDGPU target and finds HIP's headers."""
+    """Whether clang has the AMDGPU target and finds HIP's headers."""
     command = [clang, *FLAGS["hip"], "--offload-arch=gfx90a", "-fsyntax-only", "-"]
     return _run(command, "#include <hip/hip_runtime.h>\n").returncode == 0
 
@@ -144,7 +144,7 @@ def _first_error(stderr: str) -> str:
 
 
 def _text(source: Path) -> str:
-    """A device file and what it includes of csrc/, without comments, which change no code."""
+    """A device file and the csrc/ files it includes, without comments: they change no code."""
     pending, texts = [source], {}
     while pending:
         path = pending.pop()

@@ -1,4 +1,4 @@
-"""The CUDA kernels as nvcc compiles them for sm_90, launched on CPU tensors by the interpreter."""
+"""Launch the CUDA kernels, compiled by nvcc for sm_90, on CPU tensors in the PTX interpreter."""
 
 from functools import cache
 from pathlib import Path
@@ -33,7 +33,7 @@ FOLDER = Path(__file__).parents[3] / "build/codegen"
 
 @cache
 def modules() -> dict[str, str]:
-    """The PTX of its module by the mangled name of a kernel."""
+    """Maps the mangled name of each kernel to the PTX of its module."""
     made = toolchains.need("cuda").compile([TARGET], FOLDER, 2, "-ptx")[TARGET]
     return {name: text for text in map(bytes.decode, made) for name in entries(text)}
 
@@ -46,16 +46,16 @@ def kernel(name: str, dtype=None, statistics=None, softcap=False, shifted=False)
 
 
 def line(kernel: str, columns: int) -> launch_table.Line:
-    """As line_for in launch_table.h."""
+    """The same choice as line_for in launch_table.h."""
     lines = launch_table.lines(TARGET, kernel)
     return next(one for one in lines if columns <= (one.columns or columns))
 
 
 class Run(Passes):
-    """With nvcc's kernels.
+    """The passes with nvcc's kernels.
 
-    `split`: a block for every segment of a row. `edit` may change the PTX of a kernel. The gradient
-    goes to `grad`, when given.
+    `split`: one block for every segment of a row. `edit` may change the PTX of a kernel. `grad`
+    receives the gradient, if given.
     """
 
     def __init__(
@@ -133,8 +133,8 @@ class Run(Passes):
         )  # fmt: skip
 
     def one_read(self, held=None):
-        """Instead of statistics, merge and gradient, by one block a row, which holds `held` columns
-        of it, or all."""
+        """Replaces statistics, merge and gradient. One block per row holds `held` columns on chip;
+        by default all."""
         logits, given = self.logits, self.given_grad
         grad = self.grad = self.unwritten_gradient() if given is None else given
         self.unwritten_losses()
@@ -164,7 +164,7 @@ class Run(Passes):
         )  # fmt: skip
 
     def _scales(self) -> Scales:
-        """As scales_of in row_math.cuh."""
+        """The same values as scales_of in row_math.cuh."""
         scale, cap = self.math.logit_scale, self.math.softcap
         unit = self._unit()
         log2 = np.float32(unit) * LOG2E
@@ -195,7 +195,8 @@ def blocks(rows: int) -> int:
 
 
 def skew(tensor: torch.Tensor) -> int:
-    """As common_skew in dispatch.h: where all rows start past 16 bytes, -1 if they differ."""
+    """Like common_skew in dispatch.h: bytes from a multiple of 16 to each row's start, -1 if rows
+    differ."""
     agree = all(
         n == 1 or stride * tensor.element_size() % 16 == 0
         for n, stride in zip(tensor.shape[:2], tensor.stride()[:2], strict=True)

@@ -1,4 +1,4 @@
-"""The structs that the C++ kernels take, as csrc/args.h and the device files declare them."""
+"""The argument structs of the C++ kernels, as csrc/args.h and the device files declare them."""
 
 from ctypes import (
     Structure,
@@ -75,7 +75,7 @@ Scales = _struct("Scales", **_of(c_float, "unit log2 far inward cap slope"))
 RowSplit = _struct("RowSplit", **_of(c_int32, "blocks segment"), parts=POINTER)
 Holding = _struct("Holding", **_of(c_int32, "cluster columns"))
 
-#: By the name that C++ knows them by.
+#: The structs by their C++ names.
 STRUCTS = {
     **{f"fsl::{s.__name__}": s for s in (Rows, RowMath, RowScale, StatsArgs, GradArgs)},
     **{f"fsl::{s.__name__}": s for s in (StatsGradArgs, RescaleArgs, TargetsArgs)},

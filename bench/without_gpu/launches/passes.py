@@ -1,4 +1,4 @@
-"""The passes of one loss on CPU tensors, as the PTX interpreter runs them."""
+"""The passes of one loss on CPU tensors, in the PTX interpreter."""
 
 import ctypes
 
@@ -9,10 +9,10 @@ from ..ptx import Machine
 
 
 class Passes:
-    """The passes of one loss, kernel by kernel: `loss` `[N]` fp32 (times weight) and `grad`.
+    """The passes of one loss, kernel by kernel. Results: `loss` `[N]` fp32 (times weight), `grad`.
 
-    Whoever derives says how `targets`, `statistics`, `merged` and `gradient` are launched, and
-    keeps `counts` of each. What they write holds nothing that could pass for a result before.
+    A subclass launches `targets`, `statistics`, `merged` and `gradient`, and keeps the `counts` of
+    each. Result tensors are filled beforehand with values that cannot pass for results.
     """
 
     def __call__(self):
@@ -33,14 +33,14 @@ class Passes:
         self.normalizer = torch.full((self.labels.numel(), 2), float("nan"))
 
     def unwritten_gradient(self) -> torch.Tensor:
-        """Apart from the logits, in rows that lie as theirs do."""
+        """A separate tensor with the strides of the logits."""
         logits = self.logits
         apart = torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype)
         return apart.fill_(float("nan"))
 
 
 def share(machine: Machine, name: str, tensor: torch.Tensor) -> None:
-    """Let kernels reach the tensor's memory; a second tensor in it keeps the first one's name."""
+    """Give kernels access to a tensor's memory. A storage keeps the name of its first tensor."""
     storage = tensor.untyped_storage()
     if storage.data_ptr() not in machine.memory.starts:
         memory = (ctypes.c_uint8 * storage.nbytes()).from_address(storage.data_ptr())

@@ -1,4 +1,4 @@
-"""Triton launches on CPU tensors, compiled for an NVIDIA GPU, executed by the PTX interpreter."""
+"""Run Triton launches on CPU tensors: compiled for an NVIDIA GPU, executed as PTX."""
 
 from dataclasses import replace
 from functools import cache
@@ -17,10 +17,7 @@ from .passes import Passes, share
 
 
 def execute(machine: Machine, chip, launches, edit=lambda text: text) -> None:
-    """Run `launches` of tensors in order; buffers get the names of the arguments.
-
-    `edit` may change the PTX.
-    """
+    """Run `launches` in order; buffers are named after arguments. `edit` may change the PTX."""
     for one in launches:
         compiled = triton_offline.compile(one, chip)
         names = [n for n, kind in compiled.src.signature.items() if kind != "constexpr"]
@@ -43,7 +40,7 @@ def _parsed(text: str) -> Kernel:
 
 
 class Run(Passes):
-    """With Triton's kernels, compiled for `target`."""
+    """The passes with Triton's kernels, compiled for `target`."""
 
     def __init__(
         self, target, logits, labels, loss_mask=None, *, split=False, seed=None, edit=None,
@@ -51,7 +48,7 @@ class Run(Passes):
         vocab_size=None, softcap=0.0, logit_scale=1.0, label_smoothing=0.0, z_loss=0.0,
     ):  # fmt: skip
         self.chip = triton_offline.CHIPS[target]
-        # A chip without multiprocessors to fill never shares a row out.
+        # A chip with no multiprocessors to fill never splits a row.
         self.planned_for = self.chip if split else replace(self.chip, multiprocessors=0)
         self.logits, self.labels, self.loss_mask = logits, labels, loss_mask
         self.inplace, self.shift, self.seed = inplace, shift, seed

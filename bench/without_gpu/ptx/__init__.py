@@ -1,4 +1,4 @@
-"""Executes PTX on the CPU: enough of it for the code that compilers make of elementwise kernels.
+"""A PTX interpreter on the CPU. It covers the code that compilers emit for elementwise kernels.
 
     kernel = Kernel(ptx_text)
     machine = Machine()
@@ -6,14 +6,15 @@
     machine.launch(kernel, grid, threads, [address, 4096, ...])
     machine.counts.loaded["logits"]  # bytes
 
-All threads of a block advance together as the lanes of numpy arrays. Counted as executed: bytes by
-buffer and address space, warp instructions, exponentials, shuffles, barriers. An access outside a
-buffer, a misaligned one, a shuffle without all its lanes and a barrier that not all threads reach
-are errors. With `seed` warps run in a random order between barriers, which shows a missing one.
+All threads of a block advance together, as lanes of numpy arrays. The machine counts executed work:
+bytes by buffer and address space, warp instructions, exponentials, shuffles, barriers. Errors are:
+an access outside a buffer, a misaligned access, a shuffle without all its lanes, and a barrier that
+some threads do not reach. With `seed`, warps run in a random order between barriers; this exposes a
+missing barrier.
 
-A copy by cp.async is made when its thread waits for it, and not before. A cluster is one block.
+cp.async copies when its thread waits for it, never earlier. A cluster is one block.
 
-Not here: bulk copies, mbarriers, larger clusters, matrix instructions, textures.
+Not supported: bulk copies, mbarriers, larger clusters, matrix instructions, textures.
 """
 
 from .machine import Counts, Machine

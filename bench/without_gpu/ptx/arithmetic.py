@@ -1,4 +1,4 @@
-"""What each arithmetic instruction computes, on typed lanes."""
+"""Arithmetic instructions on typed lanes."""
 
 import numpy as np
 
@@ -10,8 +10,8 @@ F64 = np.float64
 def fused(a, b, c):
     """a * b + c in float32, rounded once.
 
-    The product of two float32 is exact in float64. The sum is rounded to odd there (its last bit
-    set where bits were lost), and then rounding it to float32 is the only rounding.
+    The product of two float32 is exact in float64. The float64 sum is rounded to odd (the last bit
+    is set if bits were lost). Then only the rounding to float32 counts.
     """
     product, addend = a.astype(F64) * b.astype(F64), c.astype(F64)
     total = product + addend
@@ -25,7 +25,7 @@ def fused(a, b, c):
 
 
 def _quotient(a, b):
-    """Integer division, towards zero; a GPU has no exception for 0."""
+    """Integer division, towards zero. Division by 0 is not an error, as on a GPU."""
     safe = np.where(b == 0, 1, b)
     quotient = np.abs(a.astype(object)) // np.abs(safe.astype(object))
     negative = (a < 0) != (safe < 0)
@@ -47,7 +47,7 @@ def _high_product(a, b):
 
 
 def _table_of_three(a, b, c, table):
-    """lop3: bit i of the table answers for the bits (a, b, c) = i."""
+    """lop3: bit i of the table is the result for input bits (a, b, c) = i."""
     result = np.zeros_like(a)
     for i in range(8):
         if table >> i & 1:
@@ -56,7 +56,7 @@ def _table_of_three(a, b, c, table):
 
 
 def _permuted(a, b, selector):
-    """prmt: each byte of the result is one of the eight of b:a."""
+    """prmt: each byte of the result is one of the eight bytes of b:a."""
     both = a.astype(np.uint64) | (b.astype(np.uint64) << RAW(32))
     result = np.zeros_like(both)
     for i in range(4):
@@ -66,7 +66,7 @@ def _permuted(a, b, selector):
 
 
 def _funnel(name, low, high, amount, wraps):
-    """shf: the 64 bits high:low, shifted; a right shift takes the lower half, a left the upper."""
+    """shf: shifts the 64 bits high:low; a right shift returns the low half, a left the high."""
     amount = (amount & 31 if wraps else np.minimum(amount, 32)).astype(RAW)
     both = low.astype(RAW) | high.astype(RAW) << RAW(32)
     result = both >> amount if name == "r" else both << amount >> RAW(32)
@@ -105,18 +105,18 @@ BINARY = {
     "rem": lambda a, b: a - _quotient(a, b) * b,
 }
 
-#: What an opcode may say beside its type; anything else (other roundings, saturation) is unknown.
+#: Supported words beside the type in an opcode. Others (other roundings, saturation) are errors.
 MODIFIERS = {"rn", "lo", "hi", "wide", "approx", "full", "ftz", "NaN", "l", "r", "wrap", "clamp"}
 HANDLED = {*UNARY, *BINARY, "fma", "mad", "shl", "shr", "shf", "lop3", "prmt", "bfe"}
 
 
 def is_mixed(instruction) -> bool:
-    """`add.f32.bf16` and its like: narrow operands, an fp32 operand last, an fp32 result."""
+    """`add.f32.bf16` and the like: narrow operands, but the last operand and result are fp32."""
     return instruction.kind in ("bf16", "f16") and instruction.modifiers[-2:-1] == ("f32",)
 
 
 def operand_kinds(instruction) -> list[str]:
-    """The type of each operand but the result."""
+    """The type of each operand, without the result."""
     kinds = [instruction.kind] * (len(instruction.operands) - 1)
     if is_mixed(instruction):
         kinds[-1] = "f32"
@@ -156,7 +156,7 @@ def compute(instruction, operands):
 
 
 def _flushed(x):
-    """Subnormal float32 become zeros of their sign."""
+    """Flush subnormal float32 to zeros of the same sign."""
     return np.where(np.abs(x) < np.finfo(np.float32).tiny, np.copysign(np.float32(0), x), x)
 
 
@@ -188,7 +188,7 @@ def _one(instruction, kind, a):
 
 
 def _wide(instruction, operands):
-    """mul.wide and mad.wide: operands of the type, a result twice as wide."""
+    """mul.wide and mad.wide: the result is twice as wide as the operands."""
     kind = instruction.kind
     double = size_of(kind) * 2
     wide = (SIGNED if kind[0] == "s" else UNSIGNED)[double]

@@ -13,8 +13,8 @@ _ADDRESS = re.compile(r"\[\s*([%\w$.]+)\s*(?:\+\s*(-?\w+)\s*)?\]")
 _VECTOR = {"v2": 2, "v4": 4, "v8": 8}
 _IGNORED = {"membar", "fence", "prefetch", "discard", "griddepcontrol"}
 WARP = 32
-WINDOW = RAW(1 << 56)  # where shared memory starts among generic addresses
-POISON = 0xFF  # shared memory before it is written: NaN, or an address that is nowhere
+WINDOW = RAW(1 << 56)  # generic address where shared memory starts
+POISON = 0xFF  # unwritten shared memory: NaN as a number, outside every buffer as an address
 
 
 class Block:
@@ -27,11 +27,12 @@ class Block:
         self.done = np.zeros(threads, bool)
         self.registers: dict[str, np.ndarray] = {}
         self.predicates: dict[str, np.ndarray] = {}
-        # Read by code that throws the result away; as a float large, as an address nowhere.
+        # Compilers read unwritten registers and discard the result. This value is a large float
+        # and an address outside every buffer.
         self.unwritten = np.full(threads, 0x6EADBEEF6EADBEEF, RAW)
         static = -(-kernel.shared_bytes // 128) * 128
         self.shared = np.full(static + dynamic_shared, POISON, np.uint8)
-        self.copies: list[tuple] = []  # under way: lanes, shared offsets, global addresses
+        self.copies: list[tuple] = []  # in flight: lanes, shared offsets, global addresses
         self.special = {
             "%tid.x": self.lanes, "%ctaid.x": number, "%ntid.x": threads, "%nctaid.x": grid,
             "%laneid": self.lanes % WARP, "%warpid": self.lanes // WARP,
@@ -44,7 +45,7 @@ class Block:
         return ~self.done & ~self.waiting
 
     def step(self, among) -> bool:
-        """One instruction of those lanes that are furthest behind; False when none can run."""
+        """Execute one instruction of the lanes that are furthest behind; False if none can run."""
         able = self.ready() & among
         if not able.any():
             return False
@@ -106,7 +107,7 @@ class Block:
             raise NotImplementedError(i.text)
 
     def read(self, operand: str, kind: str):
-        """Raw bits of a register, a special register, a symbol or a literal, for every lane."""
+        """Raw bits of a register, special register, symbol or literal, for every lane."""
         if operand[0] == "%":
             if operand in self.special:
                 return np.broadcast_to(np.asarray(self.special[operand], RAW), self.threads)
@@ -164,7 +165,7 @@ class Block:
             self.write(to, self.read(source, i.kind), lanes)
 
     def _change_space(self, i, lanes) -> None:
-        """cvta: between generic addresses and those of a space; global ones are the same."""
+        """cvta: between generic addresses and a space. Global addresses are generic ones."""
         address = self.read(i.operands[1], "u64")
         if "shared" in i.modifiers:
             address = address - WINDOW if "to" in i.modifiers else address + WINDOW
@@ -173,7 +174,7 @@ class Block:
         self.write(i.operands[0], address, lanes)
 
     def _exchange(self, i, lanes) -> None:
-        """Shuffles and reductions of a warp: all of its living lanes must be here."""
+        """Shuffles and reductions: all running lanes of the warp must execute them together."""
         warp = self.lanes // WARP
         for number in np.unique(warp[lanes]):
             if not lanes[(warp == number) & ~self.done].all():
@@ -232,7 +233,7 @@ class Block:
                     self.write(register, bits, inside)
 
     def _copy(self, i, lanes) -> None:
-        """cp.async of 16 bytes, and the wait for all of a thread's."""
+        """cp.async of 16 bytes, and the wait for all copies of a thread."""
         if i.modifiers[:2] == ("async", "wait_all"):
             for of, to, source in self.copies:
                 now = of & lanes
@@ -277,14 +278,14 @@ class Block:
 
 
 def _extended(bits, kind: str):
-    """Signed loads fill the register with their sign."""
+    """A signed load extends its sign over the register."""
     if kind[0] != "s":
         return bits
     return typed(bits, kind).astype(np.int64).view(RAW)
 
 
 def _shuffle_source(mode: str, lane, amount, clamp):
-    """(lane that each lane reads, whether it is inside the segment), as the PTX manual says."""
+    """(source lane, whether it is inside the segment) for each lane, as in the PTX manual."""
     bound, segment = clamp & 31, (clamp >> 8) & 31
     most, least = (lane & segment) | (bound & ~segment), lane & segment
     source, inside = {

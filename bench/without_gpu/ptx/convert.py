@@ -1,4 +1,4 @@
-"""cvt, setp and selp."""
+"""cvt, the comparisons of setp, and the packing of mov."""
 
 import numpy as np
 
@@ -8,7 +8,7 @@ _ROUNDING = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
 
 
 def convert(instruction, operands):
-    """Raw bits of a cvt; `operands` are raw bits."""
+    """Raw bits of a cvt's result; `operands` are raw bits."""
     to, source = instruction.modifiers[-2:]
     if "sat" in instruction.modifiers:
         raise NotImplementedError(instruction.text)
@@ -40,14 +40,14 @@ _COMBINE = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
 
 
 def compare(instruction, a, b, other=None):
-    """A predicate per lane; `other` is the predicate that `.and`, `.or` and `.xor` take in."""
+    """A predicate per lane; `other` is the predicate operand of `.and`, `.or` and `.xor`."""
     name, kind = instruction.modifiers[0], instruction.kind
     a, b = typed(a, kind), typed(b, kind)
     if is_float(kind):
         unordered = np.isnan(a) | np.isnan(b)
         if name in ("num", "nan"):
             result = unordered if name == "nan" else ~unordered
-        elif name[-1] == "u" and name[:-1] in _COMPARE:  # true of NaN
+        elif name[-1] == "u" and name[:-1] in _COMPARE:  # unordered: true if an operand is NaN
             result = _COMPARE[name[:-1]](a, b) | unordered
         else:
             result = _COMPARE[name](a, b) & ~unordered
@@ -58,7 +58,7 @@ def compare(instruction, a, b, other=None):
 
 
 def unpack(bits, count: int, size: int):
-    """Raw bits of `count` parts of `size` bytes each, lowest first."""
+    """Raw bits of `count` parts of `size` bytes each, lowest part first."""
     mask = RAW((1 << 8 * size) - 1)
     return [(bits >> RAW(8 * size * i)) & mask for i in range(count)]
 

@@ -1,4 +1,4 @@
-"""Blocks, one after the other: which lanes run next, and control flow."""
+"""Run the blocks of a launch one after the other."""
 
 import numpy as np
 
@@ -8,13 +8,13 @@ from .parser import Kernel
 from .values import RAW, raw
 
 WARP = 32
-MOST_STEPS = 32  # that a randomly chosen warp runs before the next one is chosen
+MOST_STEPS = 32  # a randomly chosen warp runs at most this many instructions in a row
 
 
 class Machine:
-    """Global memory and counts that outlive a launch.
+    """Global memory and counts, kept across launches.
 
-    `seed`: blocks, and warps between barriers, run in a random order instead of all in step.
+    With `seed`, blocks, and warps between barriers, run in a random order; without it, in step.
     """
 
     def __init__(self, seed: int | None = None):
@@ -26,8 +26,8 @@ class Machine:
         return self.memory.add(name, array)
 
     def launch(self, kernel: Kernel, grid: int, threads: int, arguments, dynamic_shared: int = 0):
-        """Run `grid` blocks; `arguments` are integers (addresses too), floats and the bytes of
-        structs, in order."""
+        """Run `grid` blocks. `arguments` are integers (or addresses), floats and bytes of structs,
+        in order."""
         parameters = _parameter_bytes(kernel, arguments)
         blocks = range(grid) if self.random is None else self.random.permutation(grid)
         for number in blocks:

@@ -1,4 +1,4 @@
-"""Buffers of global memory, and what was moved to and from them."""
+"""Buffers of global memory, and counts of the bytes moved."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -10,17 +10,17 @@ from .values import RAW
 
 @dataclass
 class Counts:
-    """As executed: bytes by buffer (or "shared", "param"), and warp instructions by name.
+    """Executed work: bytes by buffer (or "shared", "param"), and warp instructions by name.
 
-    What several lanes of a warp access at one address moves once.
+    Lanes of a warp that access the same address count once.
     """
 
     loaded: Counter = field(default_factory=Counter)
     stored: Counter = field(default_factory=Counter)
     widths: dict = field(default_factory=dict)  # (buffer, size of an access) -> bytes
-    seen: dict = field(default_factory=dict)  # buffer of global memory -> which bytes were loaded
-    instructions: Counter = field(default_factory=Counter)  # by warp
-    exps: int = 0  # by lane
+    seen: dict = field(default_factory=dict)  # global buffer -> mask of the bytes loaded
+    instructions: Counter = field(default_factory=Counter)  # one per warp
+    exps: int = 0  # one per lane
 
     def moved(self, name: str, store: bool, warps, offsets, size: int) -> None:
         """Lanes of `warps` access `size` bytes at `offsets` of a buffer."""
@@ -34,7 +34,7 @@ class Counts:
         seen[offsets.astype(np.int64)[:, None] + np.arange(size)] = True
 
     def touched(self, name: str) -> int:
-        """Bytes of a buffer of global memory that were loaded, once or more."""
+        """Bytes of a global buffer that were loaded at least once."""
         return int(self.seen[name].sum()) if name in self.seen else 0
 
     @property
@@ -43,13 +43,13 @@ class Counts:
 
 
 class Global:
-    """Named numpy arrays at their own addresses."""
+    """Named numpy arrays. A kernel sees each array at its address in this process."""
 
     def __init__(self):
         self.names, self.starts, self.bytes = [], [], []
 
     def add(self, name: str, array) -> int:
-        """Address of a contiguous numpy array, which kernels read and write in place."""
+        """Add a contiguous numpy array, which kernels access in place; returns its address."""
         if not array.flags.c_contiguous:
             raise ValueError("expected a contiguous array")
         flat = array.reshape(-1).view(np.uint8)
@@ -63,10 +63,10 @@ class Global:
         return start
 
     def find(self, addresses, size: int):
-        """(name, bytes, offsets) per buffer that lanes access, with a mask of those lanes."""
+        """Yields (name, bytes, offsets, mask of lanes) for each buffer that lanes access."""
         left = np.ones(addresses.shape, bool)
         for name, start, flat in zip(self.names, self.starts, self.bytes, strict=True):
-            offsets = addresses - RAW(start)  # wraps round below the start
+            offsets = addresses - RAW(start)  # below the start it wraps to a large number
             inside = left & (offsets < RAW(flat.size))
             if inside.any():
                 if (offsets[inside] > RAW(max(flat.size - size, 0))).any() or flat.size < size:

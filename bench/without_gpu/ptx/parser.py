@@ -1,4 +1,4 @@
-"""PTX text to a list of instructions."""
+"""Parse PTX text into a list of instructions."""
 
 import re
 from dataclasses import dataclass, field
@@ -38,9 +38,9 @@ class Parameter:
 
 @dataclass
 class Kernel:
-    """An entry of a module: parameters, shared memory, instructions, labels.
+    """A kernel of a PTX module: parameters, shared memory, instructions, labels.
 
-    `name`: which; of a module with one entry, that.
+    `name` may be empty if the module has one entry.
     """
 
     text: str
@@ -48,7 +48,7 @@ class Kernel:
     parameters: dict[str, Parameter] = field(default_factory=dict)
     shared: dict[str, int] = field(default_factory=dict)  # name -> offset
     shared_bytes: int = 0
-    dynamic: list[str] = field(default_factory=list)  # names that point at dynamic shared memory
+    dynamic: list[str] = field(default_factory=list)  # arrays in dynamic shared memory
     code: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
 
@@ -63,7 +63,7 @@ class Kernel:
         self._read_parameters(entry[2])
         body = _up_to_closing_brace(text[entry.end() :])
         first = min(other.start() for other in entries.values())
-        self._read_shared(text[:first] + body)  # the module's and its own
+        self._read_shared(text[:first] + body)  # the module's arrays and the kernel's
         for statement in _statements(body):
             self._read_statement(statement)
 
@@ -85,7 +85,7 @@ class Kernel:
                 self.shared_bytes = start + int(length)
             else:
                 self.dynamic.append(name)
-        for name in self.dynamic:  # after all that is static
+        for name in self.dynamic:  # dynamic memory follows all static arrays
             self.shared[name] = -(-self.shared_bytes // 128) * 128
 
     def _read_statement(self, statement: str) -> None:
@@ -121,11 +121,11 @@ def _up_to_closing_brace(text: str) -> str:
 
 
 def _statements(body: str):
-    """Labels (with their colon) and instructions; directives and scopes are dropped."""
+    """Labels (with their colon) and instructions, without directives and scopes."""
     body = re.sub(r"^\s*([\w$]+:)", r"\1;", body, flags=re.M)
     for statement in body.split(";"):
         statement = " ".join(statement.split())
-        # A scope's brace stands alone; a brace that opens a vector follows an opcode or a comma.
+        # A scope's brace begins a statement; a vector's brace follows an opcode or a comma.
         while statement[:1] in ("{", "}"):
             statement = statement[1:].lstrip()
         if statement and not statement.startswith("."):

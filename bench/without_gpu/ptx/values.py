@@ -1,4 +1,4 @@
-"""Registers hold 64 raw bits per lane; these functions see them as PTX types and back."""
+"""Registers hold 64 raw bits per lane. Convert these bits to PTX types and back."""
 
 import re
 
@@ -23,7 +23,7 @@ def is_float(kind: str) -> bool:
 
 
 def typed(bits, kind: str):
-    """Raw bits as numbers: bf16 becomes float32, everything else the numpy type of its name."""
+    """Raw bits as numbers: bf16 becomes float32, other types their numpy type."""
     size = size_of(kind)
     if kind == "bf16":
         return (bits.astype(np.uint16).astype(np.uint32) << 16).view(np.float32)
@@ -34,7 +34,7 @@ def typed(bits, kind: str):
 
 
 def raw(numbers, kind: str):
-    """The inverse of `typed`; floats are rounded once, to nearest even."""
+    """The inverse of `typed`. Floats are rounded once, to nearest even."""
     numbers = np.asarray(numbers)
     size = size_of(kind)
     if kind == "bf16":
@@ -42,23 +42,23 @@ def raw(numbers, kind: str):
     if is_float(kind) and kind not in PACKED:
         with np.errstate(over="ignore"):
             return numbers.astype(FLOAT[size]).view(UNSIGNED[size]).astype(RAW)
-    # Through the type's own width: what does not fit is cut off, as in a register.
+    # Cast through the type's own width, which truncates as a register does.
     return numbers.astype(UNSIGNED[size]).astype(RAW)
 
 
 def bfloat16_bits(x):
-    """Bits of float32 rounded to bfloat16, to nearest even; PTX's canonical NaN is 0x7fff."""
+    """Bits of float32 rounded to bfloat16, to nearest even. PTX's canonical NaN is 0x7fff."""
     bits = x.view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
     return np.where(np.isnan(x), np.uint32(0x7FFF), rounded).astype(np.uint16)
 
 
 def halves(bits):
-    """The two float32 of an f32x2."""
+    """The two float32 halves of an f32x2."""
     low = bits.astype(np.uint32).view(np.float32)
     return low, (bits >> RAW(32)).astype(np.uint32).view(np.float32)
 
 
 def join(low, high, bits: int = 32):
-    """Raw bits of two raw halves of `bits` bits."""
+    """Raw bits of two raw halves, each `bits` wide."""
     return low | (high << RAW(bits))

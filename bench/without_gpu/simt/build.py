@@ -1,4 +1,4 @@
-"""Compile device files for the SIMT shim of this folder: every GPU thread runs on the CPU."""
+"""Compile device files for the SIMT shim in this folder; it runs every GPU thread on the CPU."""
 
 import hashlib
 import os
@@ -13,7 +13,7 @@ SHIM = Path(__file__).parent
 OBJECTS = ROOT / "build" / "simt"
 COMPILER = os.environ.get("CXX", "c++")
 BASE = ("-std=c++17", "-g", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror")
-# Contraction would be an FMA that no device file asked for.
+# The device compilers do not contract a * b + c into an FMA; neither may this one.
 DEVICE = (
     *("-O2", "-ffp-contract=off", f"-I{ROOT / 'csrc/gpu'}", f"-I{SHIM}"),
     '-DFSL_PLATFORM_HEADER="platform_simt.h"',
@@ -23,7 +23,7 @@ TSAN = ("-fsanitize=thread",)
 
 
 def missing():
-    """What keeps this machine from compiling for the shim, or None."""
+    """Why this machine cannot compile for the shim, or None."""
     try:
         return optional.reason_without_boost()
     except compilers.Missing as missing:
@@ -38,7 +38,7 @@ def run(command):
 
 
 def compile_object(source, flags):
-    """The object file, from an earlier run when the preprocessed source is still the same."""
+    """The object file. Reuses one from an earlier run if the preprocessed source is the same."""
     command = [COMPILER, *BASE, *flags, "-x", "c++"]
     text = run([*command, "-E", source])
     name = hashlib.sha256("\0".join([*map(str, command), text]).encode()).hexdigest()[:32]
@@ -52,16 +52,16 @@ def compile_object(source, flags):
 
 
 def instructions():
-    """What spares the kernels calls for an FMA or 16 bits on this CPU; results are the same."""
+    """Flags for this CPU's FMA and fp16 instructions: no library calls, and the same results."""
     cpu = Path("/proc/cpuinfo")
     known = cpu.read_text().split() if cpu.exists() else ()
     return tuple(f"-m{name}" for name in ("fma", "f16c") if name in known)
 
 
 def device_objects(sources, warp, flags=()):
-    """Objects of device files for `warp` lanes, and of the shim."""
+    """Objects of the device files for warps of `warp` lanes, and of the shim."""
     device = (*DEVICE, *instructions(), f"-DFSL_SIMT={warp}", *flags)
-    # The shim itself is the same in every program: it finds out which sanitizers run.
+    # One shim serves every program: it finds out at run time which sanitizers are linked in.
     shim = ("-O2", "-DFSL_SIMT=0", f"-I{SHIM}")
     jobs = [(source, device) for source in sources]
     jobs += [(source, shim) for source in sorted(SHIM.glob("*.cpp"))]
@@ -70,7 +70,7 @@ def device_objects(sources, warp, flags=()):
 
 
 def compile_program(sources, output, warp, flags=()):
-    """Build `output` of `sources` for `warp` lanes; compiler and linker get `flags`."""
+    """Build program `output` from `sources` for `warp` lanes; `flags` reach compiler and linker."""
     objects = device_objects(sources, warp, flags)
     run([COMPILER, *objects, "-o", output, *flags, "-lboost_context"])
     return Path(output)

@@ -1,5 +1,5 @@
-// Kernels that keep the rules, and kernels that each break one, for test_simt.py: checks NAME [KIND [SEED]]
-// prints what a kernel computed, or the error of its launch.
+// Kernels for test_simt.py: some follow the rules of a GPU, each of the others breaks one. The program
+// `checks NAME [KIND [SEED]]` prints what a kernel computed, or the error of its launch.
 #include <cstdio>
 #include <cstdlib>
 #include <thread>
@@ -13,14 +13,14 @@ namespace {
 constexpr int kThreads = 4 * kWarp;
 constexpr int most_shared() { return (kWarp == 64 ? 64 : 227) << 10; }
 
-// --- right ---------------------------------------------------------------------------------------------
+// --- correct kernels -----------------------------------------------------------------------------------
 
 FSL_DEVICE int warp_sum(int value) {
   for (int mask = kWarp / 2; mask; mask /= 2) value += shuffle_xor(value, mask);
   return value;
 }
 
-// The sum over each block of its block's id + i, i < kThreads.
+// For each block, the sum of block_id + i over i < kThreads. Without `wait` the sum races.
 FSL_KERNEL(1024, 1) sums(int* out, bool wait) {
   FSL_SHARED(int, scratch, kMaxWarps);
   const int own = warp_sum(static_cast<int>(block_id()) + thread_id());
@@ -31,8 +31,8 @@ FSL_KERNEL(1024, 1) sums(int* out, bool wait) {
   out[block_id() * block_threads() + thread_id()] = sum;
 }
 
-// Each thread's id, by way of shared memory. Kinds: 1 does not wait for its copy, 2 exits with one under way,
-// 3 an address that is no multiple of 16, 4 to memory that is not shared.
+// Copies each thread's id through shared memory. Kinds: 1 reads before the wait, 2 exits with a copy in
+// flight, 3 copies from an address that is not a multiple of 16, 4 copies to global instead of shared memory.
 FSL_KERNEL(1024, 1) copies(int* out, int kind) {
   int* const source = out + 4 * thread_id();
   *source = thread_id();
@@ -45,7 +45,7 @@ FSL_KERNEL(1024, 1) copies(int* out, int kind) {
   if (kind != 2) *source = got;
 }
 
-// Each instantiation has an array of its own, and every block a fresh one.
+// Each instantiation of a template gets a separate array, and every block gets fresh memory.
 template <int kValue>
 FSL_DEVICE int* array_of() {
   FSL_SHARED(int, array, 4);
@@ -59,7 +59,7 @@ FSL_KERNEL(1024, 1) fresh(int* out) {
   out[3 * block_id() + 2] = array_of<1>() != array_of<2>() && array_of<1>() == array_of<1>();
 }
 
-// Every thread of a block but block 1's returns at once.
+// All threads return at once, except those of block 1.
 FSL_KERNEL(1024, 1) blocks_leave(int* out) {
   if (block_id() != 1) return;
   barrier();
@@ -67,7 +67,7 @@ FSL_KERNEL(1024, 1) blocks_leave(int* out) {
   out[thread_id()] = warp_sum(1);
 }
 
-// Blocks tell their neighbours their ids. `kind` is 0 when all is well.
+// Each block reads the id of its neighbour in the cluster. `kind` 0 is correct.
 FSL_KERNEL(1024, 1) neighbours(int* out, int kind) {
   FSL_SHARED(int, id, 1);
   const int next = (simt::cluster_rank() + 1) % simt::cluster_size();
@@ -82,32 +82,32 @@ FSL_KERNEL(1024, 1) neighbours(int* out, int kind) {
   out[0] = kind == 3 ? *early : *simt::cluster_map(id, next);
   out[1] = *early;
   if (kind == 5 && block_id() == 1) return;
-  if (kind < 3) simt::cluster_barrier();  // or a block exits that others still read from
+  if (kind < 3) simt::cluster_barrier();  // without it a block exits while others read its memory
 }
 
-// --- wrong: `kind` says how ----------------------------------------------------------------------------
+// --- incorrect kernels: `kind` selects the error -------------------------------------------------------
 
 FSL_KERNEL(1024, 1) diverge(int* out, int kind) {
   const bool low = thread_id() < kWarp / 2;
-  if (kind == 0) {  // two barriers
+  if (kind == 0) {  // two different barriers
     if (low) barrier();
     else barrier();
   } else if (kind == 1) {  // a barrier and a shuffle
     if (low) barrier();
     else out[thread_id()] = shuffle_xor(1, 1);
-  } else if (kind == 2) {  // two shuffles
+  } else if (kind == 2) {  // two different shuffles
     int one = 1;
     if (low) one = shuffle_xor(one, 1);
     else one = shuffle_xor(one, 1);
     out[thread_id()] = one;
-  } else if (kind == 3) {  // half a shuffle
+  } else if (kind == 3) {  // a shuffle by half the warp
     if (low) out[thread_id()] = shuffle_xor(1, 1);
   } else if (kind == 4) {  // exits before a barrier
     if (low) return;
     barrier();
-  } else if (kind == 5) {  // exits while others are at a barrier
+  } else if (kind == 5) {  // exits while others wait at a barrier
     if (low) barrier();
-  } else if (kind == 6) {  // masks
+  } else if (kind == 6) {  // two different masks
     out[thread_id()] = shuffle_xor(1, low ? 1 : 2);
   } else if (kind == 7) {
     out[thread_id()] = shuffle_xor(1, kWarp);
@@ -122,7 +122,7 @@ FSL_KERNEL(1024, 1) diverge(int* out, int kind) {
   }
 }
 
-// Writes a word outside of an array: of the launch's, a static, the dynamic one.
+// Writes a word outside of an array: kind 0 the output, 1 a static array, 2 the dynamic array.
 FSL_KERNEL(1024, 1) out_of_bounds(int* global, int kind, int offset) {
   FSL_SHARED(int, array, 4);
   FSL_SHARED(int, neighbour, 4);
@@ -136,14 +136,14 @@ FSL_KERNEL(1024, 1) misaligned(int* global) {
   if (thread_id() == 0) reinterpret_cast<Chunk*>(global + 1)->word[0] = 1;
 }
 
-// All blocks write one word.
+// Every block writes the same word.
 FSL_KERNEL(1024, 1) collide(int* out) {
   barrier();
   if (thread_id() == 0) *out = static_cast<int>(block_id());
   barrier();
 }
 
-// --- one by one ----------------------------------------------------------------------------------------
+// --- program -------------------------------------------------------------------------------------------
 
 template <class... Params, class... Args>
 std::vector<int> run(const char* name, void (*kernel)(int*, Params...), Grid grid, int size, Args... args) {
@@ -161,14 +161,14 @@ std::vector<int> packed() {
   return out;
 }
 
-// Numbers of 16 bits that come back as they were, through fp32.
+// How many 16-bit patterns survive fp16 -> fp32 -> fp16.
 std::vector<int> halves() {
   int same = 0;
   for (uint32_t half = 0; half < 0x10000; ++half) same += pack_half(0.0f, widen_half(half)) == half << 16;
   return {same};
 }
 
-// After a launch that failed, and on another thread of the CPU.
+// A launch on a second CPU thread, after a failed launch on the first.
 std::vector<int> again() {
   std::vector<int> out;
   try {
@@ -180,7 +180,7 @@ std::vector<int> again() {
 }
 
 std::vector<int> refused(int kind) {
-  const int wide = kWarp == 64 ? 2 : 16;  // of clusters
+  const int wide = kWarp == 64 ? 2 : 16;  // twice the largest cluster
   const Grid grids[] = {
       {1, 1024 + kWarp}, {1, kWarp - 1},       {1, 0},          {1, kWarp, most_shared() + 1},
       {1, kWarp, -1},    {16, kWarp, 0, wide}, {3, kWarp, 0, 2}};

@@ -1,4 +1,4 @@
-// Threads start, meet, exit, and go on where another one waits.
+// Scheduler of the GPU threads: start, wait, switch to the next ready thread, exit.
 #include "engine.h"
 
 #include <mutex>
@@ -11,14 +11,14 @@ void work();
 
 FiberPool pool(work);
 
-// xorshift64*
+// Random number below `end`, by xorshift64*.
 uint32_t random_below(size_t end) {
   uint64_t& x = engine.random;
   x ^= x >> 12, x ^= x << 25, x ^= x >> 27;
   return ((x * 0x2545f4914f6cdd1dull) >> 32) * end >> 32;
 }
 
-// Null when every thread that is left waits.
+// The next thread to run; null when every remaining thread waits.
 Thread* pick() {
   std::vector<Thread*>& ready = engine.ready;
   if (ready.empty()) return nullptr;
@@ -28,7 +28,7 @@ Thread* pick() {
   return next;
 }
 
-// From here on this CPU thread is that GPU thread, but for the stack.
+// Make `thread` the running thread. The caller then jumps to its stack.
 void become(Thread* thread, Fiber* fiber) {
   thread->fiber = fiber;
   engine.running = thread;
@@ -37,7 +37,7 @@ void become(Thread* thread, Fiber* fiber) {
   tsan::switch_to(thread->tsan);
 }
 
-// Inlined, for a jump between stacks costs the prediction of every return up to the kernel.
+// Inlined: a jump between stacks makes the CPU mispredict every return up to the kernel.
 __attribute__((always_inline)) inline void suspend() {
   Thread* next = pick();
   if (!next) fail("deadlock");
@@ -46,7 +46,7 @@ __attribute__((always_inline)) inline void suspend() {
   jump(*mine, *engine.fiber);
 }
 
-// What a thread's exit means to those it might have met.
+// A thread exits. It is an error if others wait for it at this meeting.
 void exit_from(Meeting& meeting) {
   ++meeting.exited;
   if (meeting.arrived)
@@ -68,7 +68,8 @@ void exit_thread() {
   home.shared.bury();
 }
 
-// The life of a fiber: a thread, then the next that has not started, until one is next that waits elsewhere.
+// Body of a fiber. Runs a thread, then the next one if it has not started. A thread that has started has a
+// fiber: jump there.
 void work() {
   for (;;) {
     try {
@@ -81,7 +82,7 @@ void work() {
     Thread* next = pick();
     if (!next && engine.cluster.exited < engine.cluster.count) fail("deadlock");
     Fiber* mine = engine.fiber;
-    if (tsan::runs()) {  // a stack for each thread, until the cluster is torn down
+    if (tsan::runs()) {  // each thread keeps its stack until the cluster is torn down
       if (!next) leave();
       become(next, next->fiber ? next->fiber : pool.take());
     } else {
@@ -105,7 +106,7 @@ void work() {
 
 bool same(Site a, Site b) { return a.line == b.line && (a.file == b.file || !std::strcmp(a.file, b.file)); }
 
-// Whether the running thread is the last to arrive. If so it goes on, and must wake the others.
+// Returns true for the last thread to arrive. That thread does not wait; it must wake the others.
 bool arrive(Meeting& meeting, Site site, int mask = 0) {
   if (meeting.exited) diverge(meeting, site, mask, ", and others have exited");
   if (!meeting.arrived) {
@@ -178,8 +179,8 @@ void set_up_cluster(int64_t first_block) {
   for (int i = count; i-- > 0;) e.ready.push_back(&e.threads[i]);
 }
 
-// ThreadSanitizer takes a thread for whichever earlier one had its number. So they live until the launch
-// ends, for as many as it has numbers for.
+// ThreadSanitizer reuses the number of a destroyed thread and confuses the two. So threads are destroyed when
+// the launch ends, or when more than this many are kept: it has a limited count of numbers.
 constexpr size_t kRemembered = 4096;
 void forget() {
   for (void* thread : engine.past) __tsan_destroy_fiber(thread);
@@ -198,7 +199,8 @@ void tear_down_cluster() {
   }
   if (engine.past.size() > kRemembered) forget();
   for (Block& block : engine.blocks) block.shared.release();
-  // With their memory ThreadSanitizer forgets who met there: the next blocks are not ordered after these.
+  // Freeing the memory makes ThreadSanitizer forget who met there, so it does not order the next blocks after
+  // these.
   if (tsan::runs()) std::vector<Block>().swap(engine.blocks);
 }
 
@@ -244,7 +246,8 @@ void cluster_barrier(Site site) { synchronize(engine.cluster, site); }
 uint32_t exchange(uint32_t value, int mask, Site site) {
   Meeting& warp = *engine.running->warp;
   if (mask < 0 || mask >= warp.count) diverge(warp, site, mask, ", outside of a warp");
-  // Whoever is early for the next turn offers elsewhere than where others may still look.
+  // Two buffers in turn: a lane that is early for the next exchange must not overwrite values that slower
+  // lanes still have to read.
   uint32_t* offered = engine.offered[warp.turn % 2].data();
   const int me = engine.running->index;
   offered[me] = value;
@@ -272,7 +275,7 @@ int launch(const Grid& grid, void (*body)(const void*), const void* context) {
   engine.caller_tsan = tsan::current();
   engine.failure.clear();
   engine.thrown = nullptr;
-  // Seeds begin at some other block: blocks may run in any order.
+  // With a seed, start at a random block: blocks may run in any order.
   const int64_t clusters = grid.blocks / grid.cluster, start = engine.seed ? random_below(clusters) : 0;
   for (int64_t i = 0; i < clusters && engine.failure.empty() && !engine.thrown; ++i)
     run_cluster((start + i) % clusters * grid.cluster);

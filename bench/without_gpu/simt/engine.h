@@ -1,4 +1,4 @@
-// What runs: the threads of one cluster at a time, all on the CPU thread that called launch().
+// State of a launch. The threads of one cluster run at a time, all on the CPU thread that called launch().
 #pragma once
 
 #include <exception>
@@ -13,32 +13,32 @@ namespace simt {
 struct Thread;
 struct Block;
 
-// Threads that wait for each other: a warp, a block or a cluster.
+// A group of threads that wait for each other: a warp, a block or a cluster.
 struct Meeting {
   const char* what = nullptr;
-  Thread* first = nullptr;  // its threads lie in a row
+  Thread* first = nullptr;  // the threads are contiguous
   int count = 0;
   int arrived = 0, exited = 0;
-  Site site = {};  // of those who wait
+  Site site = {};  // where the waiting threads are
   int mask = 0;
-  unsigned turn = 0;  // how often they have met
-  // ThreadSanitizer's, one after the other: who is early for the next turn must not be ordered before who is
-  // late to leave this one.
+  unsigned turn = 0;  // completed meetings
+  // Addresses for ThreadSanitizer, used in turn. With one address, a thread that is early for the next
+  // meeting would be ordered before a thread that is late to leave this one.
   char order[2] = {};
 };
 
 struct Thread : Place {
-  int index = 0;  // in the cluster; a warp begins at a multiple of its lanes
+  int index = 0;  // in the cluster; the first lane of a warp is at a multiple of the warp's size
   Block* home = nullptr;
   Meeting* warp = nullptr;
-  Fiber* fiber = nullptr;  // null before it has started and after it has exited
+  Fiber* fiber = nullptr;  // null before the thread starts and after it exits
   Meeting* waits = nullptr;
   bool exited = false;
-  std::vector<Copy> copies = {};  // under way
+  std::vector<Copy> copies = {};  // in flight
   void* tsan = nullptr;
 };
 
-// A block's static arrays, made when the first thread asks, and its dynamic array.
+// A block's dynamic array and its static arrays, each allocated when a thread first asks for it.
 class SharedMemory {
  public:
   static constexpr size_t kStatic = 48 << 10;
@@ -46,14 +46,14 @@ class SharedMemory {
   void start(size_t dynamic_bytes, size_t limit);
   void* get(const Variable* variable, size_t bytes);
   void* dynamic() const;
-  // The place in this memory that corresponds to `at` in `other`; null if that is not in there.
+  // Translates `at`, an address in `other`, to this memory; null if it is not in `other`.
   void* corresponding(const SharedMemory& other, void* at);
-  void bury();  // its block has exited
+  void bury();  // poisons the memory when the block has exited
   void release();
 
  private:
   struct Array {
-    const Variable* variable;  // null: the dynamic one
+    const Variable* variable;  // null: the dynamic array
     char* memory;
     size_t bytes;
   };
@@ -67,7 +67,7 @@ struct Block {
   Meeting all;
   std::vector<Meeting> warps;
   SharedMemory shared;
-  char end = 0;  // ThreadSanitizer's: its threads have exited
+  char end = 0;  // ThreadSanitizer orders the exits of the block's threads by this address
   bool exited() const { return all.exited == all.count; }
 };
 
@@ -79,29 +79,29 @@ struct Engine {
   std::vector<Thread> threads;  // of the cluster
   std::vector<Block> blocks;
   Meeting cluster;
-  std::vector<uint32_t> offered[2];  // by shuffle_xor
-  std::vector<Thread*> ready;        // the next to run is at the back
+  std::vector<uint32_t> offered[2];  // by shuffle_xor, two turns
+  std::vector<Thread*> ready;        // the next thread to run is the last
   uint64_t seed = 0, random = 0;
 
   Thread* running = nullptr;
-  Fiber* fiber = nullptr;  // the one it runs on
+  Fiber* fiber = nullptr;  // of the running thread
   Fiber caller;            // of launch()
   void* caller_tsan = nullptr;
-  char end = 0;             // ThreadSanitizer's: all threads have exited
-  std::vector<void*> past;  // threads of blocks that have exited
+  char end = 0;             // ThreadSanitizer orders the exits of all threads by this address
+  std::vector<void*> past;  // ThreadSanitizer's handles of threads that have exited
 
   std::string failure;
   std::exception_ptr thrown;
 };
 extern Engine engine;
 
-// Ends the launch with an error that says `why`, and where all threads are.
+// Ends the launch with an error: `why`, and where every thread is.
 [[noreturn]] void fail(const std::string& why);
 std::string words(Site site);
 std::string words(const Variable& variable);
 std::string words(const Meeting& meeting, Site site, int mask);
 
-// Back to launch(), for good.
+// Returns to launch(). The fiber never resumes.
 [[noreturn]] void leave();
 
 }  // namespace simt

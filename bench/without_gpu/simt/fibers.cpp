@@ -8,11 +8,12 @@
 namespace simt {
 namespace {
 
-// Untouched pages cost nothing, and a sanitizer's report is written on the stack of whoever is at fault.
+// Large, because a sanitizer writes its report on the stack of the thread at fault. Untouched pages cost
+// nothing.
 constexpr size_t kStack = (256 + 4) << 10;
 
-// Tops of stacks lie at different offsets within a page, or all of them would compete for a few lines of
-// cache.
+// Stack tops start at different offsets within a page. At equal offsets they would compete for a few cache
+// lines.
 constexpr size_t kColors = 32, kColor = 128;
 
 void (*entry)();
@@ -52,7 +53,8 @@ Fiber* FiberPool::take() {
   }
   Fiber* fiber = idle_.back();
   idle_.pop_back();
-  // To ThreadSanitizer a used stack is memory that two threads write to in no order. Mapped again, it is new.
+  // ThreadSanitizer would report a reused stack as a race between its old and new thread. Mapping it again
+  // makes it new memory.
   if (tsan::runs()) map(fiber->low, fiber->size, MAP_FIXED);
   const size_t color = reinterpret_cast<uintptr_t>(fiber->low) / kStack % kColors * kColor;
   fiber->context =
@@ -61,7 +63,7 @@ Fiber* FiberPool::take() {
 }
 
 void FiberPool::reclaim(Fiber* fiber) {
-  unhide(fiber->low, fiber->size);  // frames that will never return
+  unhide(fiber->low, fiber->size);  // its frames never return, so they never unpoison their redzones
   give_back(fiber);
 }
 

@@ -1,4 +1,4 @@
-// Stacks to run GPU threads on, and jumps between them that AddressSanitizer and ThreadSanitizer can follow.
+// Stacks for GPU threads and jumps between them, visible to AddressSanitizer and ThreadSanitizer.
 #pragma once
 
 #include <boost/context/detail/fcontext.hpp>
@@ -6,8 +6,8 @@
 #include <cstddef>
 #include <vector>
 
-// The sanitizers' runtimes, null in a program without: these files are compiled the same for every program,
-// and never instrumented themselves.
+// The sanitizers' runtime functions. They are weak, so null in a program without a sanitizer: these files are
+// compiled once for all programs and are never instrumented.
 #define FSL_WEAK __attribute__((weak))
 extern "C" {
 FSL_WEAK void __sanitizer_start_switch_fiber(void** fake_stack_save, const void* bottom, size_t size);
@@ -30,28 +30,28 @@ FSL_WEAK void AnnotateIgnoreWritesEnd(const char* file, int line);
 namespace simt {
 
 struct Fiber {
-  void* context = nullptr;  // where it goes on, while it does not run
-  char* low = nullptr;      // of its stack, above the guard page; null: the stack of the caller of launch()
+  void* context = nullptr;  // where it resumes, while suspended
+  char* low = nullptr;      // lowest stack byte, above the guard page; null: the stack of launch()'s caller
   size_t size = 0;
-  void* fake_stack = nullptr;  // AddressSanitizer's
+  void* fake_stack = nullptr;  // saved by AddressSanitizer
 };
 
 class FiberPool {
  public:
-  // `work` is run on a fiber when it is first jumped to, and never returns.
+  // A fiber runs `work` when it is first jumped to. `work` must not return.
   explicit FiberPool(void (*work)()) : work_(work) {}
   FiberPool(const FiberPool&) = delete;
   ~FiberPool();
   Fiber* take();
   void give_back(Fiber* fiber) { idle_.push_back(fiber); }
-  void reclaim(Fiber* fiber);  // one that was left in the middle of something
+  void reclaim(Fiber* fiber);  // for a fiber suspended in the middle of a thread
 
  private:
   void (*work_)();
   std::vector<Fiber*> idle_, all_;
 };
 
-// The first thing after a jump: note where the one before goes on.
+// Must run first after a jump: saves where the previous fiber resumes.
 inline void land(const boost::context::detail::transfer_t& from, void* fake_stack) {
   Fiber& before = *static_cast<Fiber*>(from.data);
   before.context = from.fctx;
@@ -61,14 +61,14 @@ inline void land(const boost::context::detail::transfer_t& from, void* fake_stac
   before.low = static_cast<char*>(const_cast<void*>(low));
 }
 
-// `for_good`: nobody will jump back to `from`.
+// `for_good`: nothing will jump back to `from`.
 inline void jump(Fiber& from, Fiber& to, bool for_good = false) {
   if (__sanitizer_start_switch_fiber)
     __sanitizer_start_switch_fiber(for_good ? nullptr : &from.fake_stack, to.low, to.size);
   land(boost::context::detail::jump_fcontext(to.context, &from), from.fake_stack);
 }
 
-// AddressSanitizer: to touch it is an error from now on.
+// AddressSanitizer reports every access to hidden memory.
 inline void hide(void* memory, size_t bytes) {
   if (__asan_poison_memory_region) __asan_poison_memory_region(memory, bytes);
 }
@@ -76,7 +76,7 @@ inline void unhide(void* memory, size_t bytes) {
   if (__asan_unpoison_memory_region) __asan_unpoison_memory_region(memory, bytes);
 }
 
-// A thread of control as ThreadSanitizer knows it. Nothing orders two of them but release() and acquire().
+// ThreadSanitizer's handles for GPU threads. Only release() and acquire() order two threads.
 namespace tsan {
 constexpr unsigned kWithoutOrder = 1;  // __tsan_switch_to_fiber_no_sync
 
@@ -93,7 +93,7 @@ inline void acquire(void* at) {
   if (runs()) __tsan_acquire(at);
 }
 
-// What the shim allocates and clears meanwhile is no access of any thread's.
+// In its scope ThreadSanitizer ignores accesses: the shim's allocations belong to no GPU thread.
 struct Unseen {
   Unseen() {
     if (!runs()) return;

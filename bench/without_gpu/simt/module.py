@@ -1,4 +1,4 @@
-"""The CUDA and HIP backends on a CPU: csrc's device files, launchers and bindings over the shim."""
+"""The CUDA and HIP backends on a CPU: csrc's device files, launchers and bindings on the shim."""
 
 import fcntl
 import importlib.util
@@ -11,24 +11,24 @@ from fused_sft_loss.backends.gpu import Gpu
 
 from .build import COMPILER, OBJECTS, ROOT, compile_object, device_objects, run
 
-#: What runs where: lanes of a warp, and (generation, multiprocessors) of the chip that is played.
-#: A chip with many multiprocessors shares every row out, one with none shares none out.
+#: Lanes of a warp, and the simulated chip as (generation, multiprocessors). With many
+#: multiprocessors every row is split over blocks; with none no row is split.
 CHIPS = {"cuda": (32, (90, 132)), "hip": (64, (0x942, 0))}
 
 
 @cache
 def backend(name, chip=None):
-    """The backend "cuda" or "hip" over the shim."""
+    """The backend "cuda" or "hip" on the shim."""
     warp, usual = CHIPS[name]
     return Gpu(module(warp), lambda device: chip or usual)
 
 
 @cache
 def module(warp):
-    """The compiled module for `warp` lanes; objects are kept while their sources stay."""
+    """The compiled module for `warp` lanes. Objects are reused while their sources are the same."""
     name = f"_simt{warp}"
     OBJECTS.mkdir(parents=True, exist_ok=True)
-    with open(OBJECTS / f"{name}.lock", "w") as lock:  # of several test processes one compiles
+    with open(OBJECTS / f"{name}.lock", "w") as lock:  # one of several test processes compiles
         fcntl.flock(lock, fcntl.LOCK_EX)
         path = build(name, warp, OBJECTS / f"{name}.so")
     spec = importlib.util.spec_from_file_location(name, path)

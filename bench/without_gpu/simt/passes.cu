@@ -1,5 +1,5 @@
-// The launchers of csrc/ on one small problem, for sanitizers and for lanes in another order: prints the bits
-// of all results. Arguments: multiprocessors of the chip (0: no row is shared out), seed.
+// Runs csrc/'s launchers on one small problem and prints a hash of each result, for sanitizers and random
+// thread orders. Arguments: multiprocessors of the chip (0: no row is split over blocks), seed.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -38,7 +38,7 @@ struct Problem {
     uint32_t state = 1;
     for (uint16_t& x : logits) {
       state = state * 1664525u + 1013904223u;
-      x = static_cast<uint16_t>(state >> 16 & 0x80ffu) | 0x3f00u;  // of either sign, between 1/2 and 4
+      x = static_cast<uint16_t>(state >> 16 & 0x80ffu) | 0x3f00u;  // either sign, from 1/2 to 4
     }
     gpu::row_targets({labels.data(), mask.data(), nullptr, 1, kRows, 0, kRows, 1, kRows, 1, false, -100,
                       kColumns, target.data(), weight.data(), count.data(), weight_sum.data()},
@@ -47,7 +47,7 @@ struct Problem {
     print("weight_sum", weight_sum);
   }
 
-  // As many times its loss as the row weighs.
+  // The upstream gradient: each row's loss times its weight.
   RowScale scale() const { return {weight.data(), 1, nullptr, nullptr}; }
 
   void run(Want want, float softcap, float smoothing) {
@@ -69,7 +69,7 @@ struct Problem {
     print("entropy", entropy);
     if (metrics) return;
     std::vector<uint16_t> apart(logits.size() + 1),
-        same = logits;  // elsewhere (and elsewhere aligned); in place
+        same = logits;  // out of place, with another alignment; and in place
     Rows grad = rows(apart);
     grad.data = apart.data() + 4;
     const auto args_to = [&](const Rows& in, const Rows& out) {
@@ -78,7 +78,7 @@ struct Problem {
     gpu::row_grad(args_to(rows(logits), grad), chip, nullptr);
     gpu::row_grad(args_to(rows(same), rows(same)), chip, nullptr);
     apart.erase(apart.begin());
-    for (int row = 0; row < kRows; ++row)  // between the rows lies what nobody wrote
+    for (int row = 0; row < kRows; ++row)  // copy the padding between rows, which no kernel writes
       for (int i = kColumns; i < kStride; ++i) apart[3 + row * kStride + i] = same[3 + row * kStride + i];
     for (int i = 0; i < 3; ++i) apart[i] = same[i];
     print("grad", same);
@@ -86,7 +86,7 @@ struct Problem {
     one_read(math, same, loss);
   }
 
-  // The same from one read, then for twice the scale: by rescaling, which is exact for a power of two.
+  // The same by row_stats_grad, then rescaled to twice the scale, which is exact for a power of two.
   void one_read(const RowMath& math, std::vector<uint16_t> wanted, const std::vector<float>& wanted_loss) {
     std::vector<float> loss(kRows), normalizer(kRows * kNormalizer), twice(kRows);
     std::vector<uint16_t> same = logits;

@@ -1,4 +1,4 @@
-// The platform of the SIMT shim, in place of platform_cuda.h (FSL_SIMT=32: lanes of a warp) or platform_hip.h
+// The SIMT shim's platform. Replaces platform_cuda.h (FSL_SIMT=32, the lanes of a warp) or platform_hip.h
 // (64).
 #pragma once
 
@@ -36,7 +36,7 @@ FSL_DEVICE T shuffle_xor(T value, int mask, simt::Site site = simt::here()) {
   return simt::shuffle_xor(value, mask, site);
 }
 FSL_DEVICE float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
-FSL_DEVICE float max(float a, float b) { return __builtin_fmaxf(a, b); }  // of a NaN and a number, the number
+FSL_DEVICE float max(float a, float b) { return __builtin_fmaxf(a, b); }  // ignores a NaN, like the GPU
 FSL_DEVICE float exp2(float x) { return __builtin_exp2f(x); }
 FSL_DEVICE float log(float x) { return __builtin_logf(x); }
 FSL_DEVICE float reciprocal(float x) { return 1.0f / x; }

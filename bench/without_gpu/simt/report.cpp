@@ -1,4 +1,4 @@
-// What a launch that broke a rule is told.
+// The error message of a launch that broke a rule.
 #include "engine.h"
 
 namespace simt {
@@ -13,7 +13,7 @@ std::string state_of(const Thread& thread) {
 // "threads 0-15, 32-47 wait at barrier (rows.cuh:20); threads 48-63 have exited"
 std::string states_of(const Block& block) {
   const Thread* const first = block.all.first;
-  std::vector<std::pair<std::string, std::string>> states;  // and the threads in them
+  std::vector<std::pair<std::string, std::string>> states;  // each state and its threads
   for (int i = 0; i < block.all.count;) {
     const std::string state = state_of(first[i]);
     const int begin = i;

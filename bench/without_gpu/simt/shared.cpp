@@ -1,4 +1,4 @@
-// Shared memory. Every array is an allocation of its own, so that AddressSanitizer knows its ends.
+// Shared memory. Each array is a separate allocation, so that AddressSanitizer knows its bounds.
 #include "engine.h"
 
 #include <cstdlib>
@@ -45,7 +45,7 @@ void* SharedMemory::corresponding(const SharedMemory& other, void* at) {
   return nullptr;
 }
 
-// ThreadSanitizer sees this write, and that nothing orders it after another block's access.
+// ThreadSanitizer sees this write. It reports a race with any later or unordered access by another block.
 void SharedMemory::bury() {
   for (const Array& array : arrays_) {
     std::memset(array.memory, 0xff, array.bytes);

@@ -1,6 +1,6 @@
-// The stand-in for a GPU behind platform_simt.h: every GPU thread is a thread of control of its own on one
-// CPU thread, and what a device would leave undefined is an error. A kernel that breaks a rule makes launch()
-// throw std::runtime_error with the block, the threads and the lines.
+// The simulated GPU behind platform_simt.h. Every GPU thread is a fiber on one CPU thread. Behaviour that a
+// device leaves undefined is an error: launch() throws std::runtime_error with the block, the threads and the
+// lines.
 #pragma once
 
 #include <cstddef>
@@ -9,15 +9,14 @@
 
 namespace simt {
 
-// Where a thread meets others. Threads that meet at different lines are a divergence.
+// Source line where threads wait for each other. Waiting at different lines is an error: divergence.
 struct Site {
   const char* file;
   int line;
 };
 constexpr Site here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { return {file, line}; }
 
-// A __shared__ array. Its address is its identity, so that each instantiation of a template has one of its
-// own.
+// A __shared__ array, identified by its address: each instantiation of a template has one.
 struct Variable {
   const char* name;
   Site site;
@@ -28,7 +27,7 @@ struct Place {
   uint32_t block, blocks;
   int rank, ranks;  // of the block, within its cluster
 };
-extern const Place* place;  // of the thread that runs now
+extern const Place* place;  // of the running thread
 
 inline int thread_id() { return place->thread; }
 inline int block_threads() { return place->threads; }
@@ -45,21 +44,21 @@ To bit_cast(From from) {
   return to;
 }
 
-// --- threads meet ----------------------------------------------------------------------------------------
+// --- synchronisation -------------------------------------------------------------------------------------
 
-// All threads of the block, or of the cluster, come to this line; none has exited.
+// Every thread of the block, or of the cluster, must reach this line; none may have exited.
 void barrier(Site site = here());
 void cluster_barrier(Site site = here());
 
-// All lanes of the warp come to this line with this mask. No memory is ordered by it.
+// Every lane of the warp must reach this line with the same mask. Orders no memory accesses.
 uint32_t exchange(uint32_t value, int mask, Site site);
 template <class T>
 T shuffle_xor(T value, int mask, Site site = here()) {
   return bit_cast<T>(exchange(bit_cast<uint32_t>(value), mask, site));
 }
 
-// --- shared memory: bytes of 0xff (NaN) when a block starts, and again once it has exited
-// -----------------------
+// --- shared memory ---------------------------------------------------------------------------------------
+// Holds bytes of 0xff (NaN) when a block starts and after it has exited.
 
 void* shared(const Variable* variable, size_t bytes);
 template <class T>
@@ -68,12 +67,11 @@ T* shared(size_t count, const Variable* variable) {
   return static_cast<T*>(shared(variable, count * sizeof(T)));
 }
 
-// The launch's shared_bytes, aligned to 16; null for none.
+// The launch's shared_bytes, aligned to 16; null if there are none.
 void* dynamic_shared();
 
-// An asynchronous copy of 16 aligned bytes into shared memory of this block. It is made when this thread
-// calls async_wait, and not before: whoever does not wait reads 0xff. A thread may not exit with one under
-// way.
+// An asynchronous copy of 16 aligned bytes into shared memory of this block. async_wait() makes the copy: a
+// thread that does not wait reads 0xff. A thread may not exit with a copy in flight.
 struct alignas(16) Sixteen {
   unsigned char bytes[16];
 };
@@ -83,23 +81,23 @@ struct Copy {
 };
 void async_copy(void* shared, const void* global, Site site = here());
 bool next_copy(Copy* copy);
-// Inlined into the kernel, so that sanitizers see what it reads and writes.
+// Inlined into the kernel, so that sanitizers see its accesses.
 inline void async_wait() {
   for (Copy copy; next_copy(&copy);) *copy.to = *copy.from;
 }
 
-// The same variable in another block of the cluster. An error when `local` is no shared memory of this block,
-// or when that block has exited.
+// The same variable in another block of the cluster. An error if `local` is not in this block's shared
+// memory, or if the other block has exited.
 void* cluster_map(void* local, int rank, Site site);
 template <class T>
 T* cluster_map(T* local, int rank, Site site = here()) {
   return static_cast<T*>(cluster_map(static_cast<void*>(local), rank, site));
 }
 
-// --- launches
-// --------------------------------------------------------------------------------------------------
+// --- launches --------------------------------------------------------------------------------------------
 
-// 0: threads run in the order of their ids. Otherwise whichever seed picks, whenever one waits or exits.
+// 0: threads run in the order of their ids. Otherwise the seed picks the next thread whenever one waits or
+// exits.
 void set_seed(uint64_t seed);
 
 struct Grid {
@@ -109,7 +107,7 @@ struct Grid {
 };
 int launch(const Grid& grid, void (*body)(const void*), const void* context);
 
-// Nonzero where a device would refuse the launch.
+// Nonzero if a device would refuse the launch.
 template <class Body>
 int launch(const char* kernel, int64_t blocks, int threads, int shared_bytes, int cluster, const Body& body) {
   return launch(
@@ -117,14 +115,13 @@ int launch(const char* kernel, int64_t blocks, int threads, int shared_bytes, in
       [](const void* context) { (*static_cast<const Body*>(context))(); }, &body);
 }
 
-// --- 16 bits
-// ---------------------------------------------------------------------------------------------------
+// --- 16-bit floats ---------------------------------------------------------------------------------------
 
 inline float widen_half(uint32_t half) { return bit_cast<_Float16>(static_cast<uint16_t>(half)); }
 
 inline uint32_t to_half(float x) { return bit_cast<uint16_t>(static_cast<_Float16>(x)); }
 
-// Round to nearest even; a NaN becomes a quiet one.
+// Rounds to nearest even. A NaN becomes a quiet NaN.
 inline uint32_t to_bf16(float x) {
   const uint32_t bits = bit_cast<uint32_t>(x);
   return (x != x ? bits | 0x400000u : bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;

@@ -1,6 +1,6 @@
-"""In PYTHONPATH, this keeps every Python process from finding Triton.
+"""Hides Triton from every Python process that has this folder in PYTHONPATH.
 
-See csrc/toolchains/without.py.
+csrc/toolchains/without.py explains the switch that needs it.
 """
 
 import sys
