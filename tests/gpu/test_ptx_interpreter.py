@@ -179,10 +179,11 @@ def test_fused_multiply_add_rounds_once():
         (random.standard_normal(2000) * 2.0 ** random.integers(-12, 12, 2000)).astype(np.float32)
         for _ in range(3)
     )
-    # Just below a tie in float32: 1 + 2^-24 - 2^-48.
-    a = np.append(a, np.float32(1 + 2**-12)).astype(np.float32)
-    b = np.append(b, np.float32(2**-24 * (1 - 2**-12))).astype(np.float32)
-    c = np.append(c, np.float32(1.0)).astype(np.float32)
+    # 2^-60 below a tie in float32, which float64 rounds to the tie, and from there upwards.
+    a = np.append(a, np.float32(1 + 2**-18)).astype(np.float32)
+    b = np.append(b, np.float32(2**-24 * (1 - 2**-18))).astype(np.float32)
+    c = np.append(c, np.float32(1 + 2**-23)).astype(np.float32)
+    assert np.float32(float(a[-1]) * float(b[-1]) + float(c[-1])) != fused(a, b, c)[-1]
     for x, y, z, found in zip(a, b, c, fused(a, b, c), strict=True):
         exact = Fraction(float(x)) * Fraction(float(y)) + Fraction(float(z))
         near = [np.nextafter(found, np.float32(d)) for d in (-np.inf, np.inf)]

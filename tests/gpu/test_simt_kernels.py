@@ -68,7 +68,7 @@ def program_without(barrier, name, folder):
     sources = folder / "csrc/gpu"
     text = (sources / name).read_text()
     assert text.count(barrier) == 1
-    (sources / name).write_text(text.replace(barrier, "\n    //"))
+    (sources / name).write_text(text.replace(barrier, "\n"))
     return build(folder, 32, build_shim.TSAN, sources)
 
 
@@ -76,9 +76,9 @@ def program_without(barrier, name, folder):
 @pytest.mark.parametrize(
     ("barrier", "name"),
     [
-        ("  barrier();", "block.cuh"),  # in block_reduce
+        ("\n  barrier();", "block.cuh"),  # in block_reduce
         # One thread overwrites the target's gradient, which another thread has written.
-        ("    barrier();  // its own logit is written over", "row_stats_grad.cuh"),
+        ("\n    barrier();", "row_stats_grad.cuh"),
     ],
 )
 def test_thread_sanitizer_names_a_missing_barrier(tmp_path, barrier, name):
