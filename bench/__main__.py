@@ -20,12 +20,15 @@ COMMANDS = {
 
 
 def main(argv=None):
-    """Run one command; returns the exit status (2 for wrong arguments, 130 for Ctrl-C)."""
+    """Run one command and return the exit status: 1 for a UserError, 130 for Ctrl-C.
+
+    Wrong arguments exit with 2.
+    """
     argv = sys.argv[1:] if argv is None else argv
     try:
         parser, commands = _parsers()
         name = argv[0] if argv else None
-        if name in COMMANDS:  # only this command's imports are paid for
+        if name in COMMANDS:  # import nothing for the other commands
             module = importlib.import_module(COMMANDS[name][0])
             module.add_arguments(commands[name])
         args = parser.parse_args(argv)

@@ -1,21 +1,21 @@
-"""Marks in time, on the device's own clock where it has one."""
+"""Marks in time: CUDA events on a GPU, the host's clock on a CPU."""
 
 import time
 
 import torch
 
-LEAD_BYTES, LEAD_FILLS = 2**28, 32  # 8 GiB to write: some milliseconds on any GPU
+LEAD_BYTES, LEAD_FILLS = 2**28, 32  # writes 8 GiB: some milliseconds on any GPU
 
 
 class Clock:
-    """`start()`, some work, `mark()`, more work, `mark()`: intervals() are what lies between.
+    """Times work between marks: `start()`, work, `mark()`, more work, `mark()`, `intervals()`.
 
-    No synchronisation in between: on CUDA a mark is an event in the stream.
+    A mark does not synchronise: on CUDA it is an event in the stream.
 
-    ahead  the device's time alone. While a GPU waits for its next kernel the host's time would
-           count; so `start()` first gives it something else to do, and the work is launched
-           meanwhile, as in a training step, where the host is ahead. Work that takes the host
-           longer than that is still charged for it. Of no effect on a CPU.
+    ahead  measure the device's time only. A GPU that waits for its next kernel would add the host's
+           time. So `start()` first gives the GPU other work, and the host launches the measured
+           work meanwhile, as in a training step, where the host is ahead. If the launches take
+           longer than that other work, the rest of their time still counts. No effect on a CPU.
     """
 
     def __init__(self, device, ahead=False):
@@ -26,7 +26,7 @@ class Clock:
             self._lead = torch.empty(LEAD_BYTES, dtype=torch.uint8, device=device)
 
     def start(self):
-        """Wait for what came before, forget older marks, then mark."""
+        """Wait for earlier work, drop the old marks, then mark."""
         self.marks = []
         self.wait()
         if self._lead is not None:
@@ -42,7 +42,7 @@ class Clock:
             self.marks.append(time.perf_counter())
 
     def intervals(self):
-        """Seconds between marks, one after the other."""
+        """Seconds between each mark and the next."""
         pairs = list(zip(self.marks, self.marks[1:], strict=False))
         if not self.cuda:
             return [b - a for a, b in pairs]
@@ -50,6 +50,6 @@ class Clock:
         return [a.elapsed_time(b) / 1e3 for a, b in pairs]
 
     def wait(self):
-        """Until the device has done what it was given."""
+        """Wait until the device has finished its work."""
         if self.cuda:
             torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""What a user of `python -m bench` can put right: one line, no traceback."""
+"""Errors that a user of `python -m bench` can fix: shown in one line, without a traceback."""
 
 import importlib
 import importlib.util
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 class UserError(Exception):
-    """The message names what was expected, what came and the fix."""
+    """The message says what was expected, what came, and the fix."""
 
 
 def need(module, package=None):
@@ -22,10 +22,10 @@ def need(module, package=None):
 
 
 def need_installed(module, package):
-    """As `need`, without importing: for what is slow to import and used by other processes."""
+    """Like `need`, but without the import: for slow libraries that only other processes use."""
     try:
         found = importlib.util.find_spec(module)
-    except ImportError:  # of a parent package
+    except ImportError:  # a parent package is missing
         found = None
     if found is None:
         raise UserError(
@@ -35,7 +35,10 @@ def need_installed(module, package):
 
 
 def writable_file(path):
-    """`path` as a Path that can be written, its folder made; checked before any long work."""
+    """Make the folder of `path`, check that the file can be written, and return it as a Path.
+
+    Call it before any long work.
+    """
     path = Path(path)
     writable_folder(path.parent)
     try:
@@ -46,7 +49,10 @@ def writable_file(path):
 
 
 def writable_folder(path):
-    """`path` as an existing Path in which files can be made; checked before any long work."""
+    """Make the folder `path`, check that files can be made in it, and return it as a Path.
+
+    Call it before any long work.
+    """
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)

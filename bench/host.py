@@ -1,8 +1,8 @@
-"""`python -m bench host`: what a call of the loss costs the host.
+"""`python -m bench host`: the host's time for one call of the loss.
 
-A GPU waits for its host when a step is small. Here the logits have a few hundred elements, on one
-thread of the CPU, so what is timed is Python, autograd and the calls of kernels. The losses take
-turns, and the 10th percentile leaves out what else the machine did.
+A GPU waits for its host when a step is small. Here the logits have a few hundred elements, and the
+CPU uses one thread. So the measured time is that of Python, autograd and the calls of kernels. The
+losses are interleaved. The 10th percentile excludes calls that other work on the machine delayed.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def _steps() -> dict[str, Callable[[], None]]:
     def step(loss: Callable[..., torch.Tensor], **options) -> Callable[[], None]:
         def once() -> None:
             leaf.grad = None
-            logits = leaf * 1.0  # as a model gives them: not a leaf
+            logits = leaf * 1.0  # like a model's output: not a leaf
             loss(logits, labels, mask, **options).backward()
 
         return once

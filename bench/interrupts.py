@@ -1,25 +1,25 @@
-"""Ctrl-C ends a command in one line, whatever it is doing."""
+"""Ctrl-C ends a command at any time, with one line of text."""
 
 import os
 import signal
 import sys
 from contextlib import contextmanager
 
-STATUS = 130  # the shell's own for a process ended by SIGINT
+STATUS = 130  # what a shell reports if SIGINT ends a process
 
 
 def exit_at_once():
-    """From now on Ctrl-C ends the process where it is.
+    """From now on Ctrl-C ends the process at once.
 
-    The usual KeyboardInterrupt gets lost in the imports of large libraries, which catch everything
-    in places; there is nothing to clean up at that time.
+    A KeyboardInterrupt would get lost while large libraries are imported, because some of them
+    catch all exceptions. There is nothing to clean up at that time.
     """
     signal.signal(signal.SIGINT, _exit)
 
 
 @contextmanager
 def raised():
-    """Inside, Ctrl-C is a KeyboardInterrupt: for work that leaves something to clean up."""
+    """Inside, Ctrl-C raises KeyboardInterrupt, so that the work can clean up."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Where a figure was measured: processor, versions, settings. Goes into every record."""
+"""Describes where something was measured: processor, versions, settings. Part of every record."""
 
 import os
 import platform
@@ -28,7 +28,7 @@ def describe(command, argv, device="cpu"):
         "commit": commit(),
         "device": device_name(device),
         "clocks_mhz": clocks(device),
-        "load_average": os.getloadavg()[0],  # what else is running shows in every time
+        "load_average": os.getloadavg()[0],  # other running programs slow it down
         "processor": processor(),
         "cores": usable_cores(),
         "threads": torch.get_num_threads(),
@@ -52,14 +52,14 @@ def commit():
 
 
 def device_name(device):
-    """The processor's name, or the GPUs' and their number."""
+    """The name of the processor, or the number and the name of the GPUs."""
     if device != "cuda":
         return processor()
     return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
 
 
 def clocks(device):
-    """MHz now, of each core or of each GPU's processor and memory; None where not readable."""
+    """Current MHz of each core, or of each GPU's processor and memory; None if not readable."""
     if device == "cuda":
         tool = "--query-gpu=clocks.sm,clocks.mem", "--format=csv,noheader,nounits"
         text = _output("nvidia-smi", *tool) or _output("rocm-smi", "--showclocks", "--csv")
@@ -72,7 +72,7 @@ def clocks(device):
 
 
 def _output(*command):
-    """What a program prints, None where it is missing or fails."""
+    """The output of a program, or None if it is missing or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
@@ -115,7 +115,7 @@ def cache(device):
 
 
 def free_memory():
-    """Bytes that a process may still take, of the machine and of its control group, or None."""
+    """Bytes that a process can still allocate on the machine and in its control group, or None."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         available = next(line for line in lines if line.startswith("MemAvailable"))

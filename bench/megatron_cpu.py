@@ -1,10 +1,10 @@
-"""The real megatron-core on the CPU with gloo. Nothing in megatron-core is edited.
+"""Run the real megatron-core on the CPU with gloo, without editing it.
 
     init(tp=2)                                    # in every rank, see bench.ranks.run_ranks
     cfg = config(num_layers=2, hidden_size=64)    # TransformerConfig for the initialised sizes
     model = build_model(cfg, vocab=1024, seq=64)  # GPTModel of this stage, logits sharded over TP
 
-With a GPU the same calls leave CUDA alone: the stand-ins below are put in only when there is none.
+With a GPU the same calls use CUDA: the replacements below are installed only without a GPU.
 """
 
 import os
@@ -23,7 +23,7 @@ __all__ += ["run_ranks", "sequence_shard", "zigzag_positions"]
 
 
 class _CudaOnCpu(TorchFunctionMode):
-    """Creates on the CPU what code asks to create on, move to or pin for a CUDA device."""
+    """Tensors that code creates on, moves to or pins for a CUDA device are on the CPU instead."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -41,15 +41,15 @@ _stand_in = None
 
 
 def use_cpu_for_cuda():
-    """Let megatron-core run without CUDA, for the rest of this process; does nothing with CUDA.
+    """Let megatron-core run without CUDA for the rest of this process. Does nothing with CUDA.
 
-    The schedules, sequence parallelism and the pipeline's messages name the CUDA device outright,
-    and there is no option for it: hence these stand-ins.
+    The schedules, sequence parallelism and the pipeline's messages always use the CUDA device, and
+    no option changes that. So functions of torch.cuda are replaced.
     """
     global _stand_in
     if torch.cuda.is_available() or _stand_in is not None:
         return
-    torch.cuda.current_device = lambda: torch.device("cpu")  # passed on as device=...
+    torch.cuda.current_device = lambda: torch.device("cpu")  # Megatron passes it on as device=...
     torch.cuda.synchronize = lambda device=None: None
     torch.cuda.current_stream = lambda device=None: None
     _stand_in = _CudaOnCpu()
@@ -57,9 +57,9 @@ def use_cpu_for_cuda():
 
 
 def init(tp=1, pp=1, cp=1):
-    """Set up Megatron's tensor, pipeline and context parallel groups; the rest is data parallel.
+    """Set up Megatron's tensor, pipeline and context groups; the remaining factor is data parallel.
 
-    Uses the default process group when there is one, else makes a group of this process alone.
+    Uses the default process group if there is one, else makes a group of only this process.
     Returns megatron.core.parallel_state.
     """
     _hush()
@@ -71,13 +71,13 @@ def init(tp=1, pp=1, cp=1):
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
     use_cpu_for_cuda()
     parallel_state.initialize_model_parallel(tp, pp, context_parallel_size=cp)
-    # The inference tracker's fork() is a null context: no CUDA generator is asked for.
+    # The inference tracker's fork() does nothing, so it needs no CUDA generator.
     initialize_rng_tracker(inference_rng_tracker=True)
     return parallel_state
 
 
 def _hush():
-    """Leave out Megatron's warnings about missing Transformer Engine, Apex and CUDA settings."""
+    """Suppress Megatron's warnings about missing Transformer Engine, Apex and CUDA settings."""
     warnings.filterwarnings("ignore", module=r"megatron\.")
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\..*` is deprecated")
 
@@ -92,7 +92,10 @@ def reset():
 
 
 def config(dtype=torch.float32, **options):
-    """A small dropout-free TransformerConfig for the sizes given to `init`; `options` override."""
+    """A small TransformerConfig without dropout, for the sizes given to `init`.
+
+    `options` replace its defaults.
+    """
     from megatron.core import parallel_state as ps
     from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -118,12 +121,12 @@ def config(dtype=torch.float32, **options):
 
 
 def build_model(cfg, vocab, seq, *, seed=0, float16_module=True, **options):
-    """This pipeline stage of a GPTModel: called without labels it returns logits [b, s, vocab/tp].
+    """This rank's pipeline stage of a GPTModel. Without labels it returns logits [b, s, vocab/tp].
 
-    The same seed gives the same weights for any tensor-parallel size (the full weight is drawn,
-    then the shard taken), but not for any pipeline-parallel size. A bf16 or fp16 model is wrapped
-    in Megatron's Float16Module, which returns fp32 logits unless called with fp32_output=False;
-    float16_module=False leaves the wrapper out. `options` go to GPTModel.
+    A seed gives the same weights for every tensor-parallel size, because the full weight is drawn
+    before the shard is taken. Another pipeline-parallel size gives other weights. A bf16 or fp16
+    model is wrapped in Megatron's Float16Module, which returns fp32 logits unless it is called with
+    fp32_output=False. float16_module=False omits the wrapper. `options` go to GPTModel.
     """
     from megatron.core import parallel_state as ps
     from megatron.core.models.gpt.gpt_model import GPTModel
@@ -144,7 +147,7 @@ def build_model(cfg, vocab, seq, *, seed=0, float16_module=True, **options):
 
 
 def layer_spec(cfg):
-    """Megatron's local layer spec; with the norm and the attention that SP and CP need on a CPU."""
+    """Megatron's local layer spec. With SP or CP, norm and attention are replaced for the CPU."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.transformer_block import (
         TransformerBlockSubmodules,
@@ -162,7 +165,7 @@ def layer_spec(cfg):
 
 
 class _SequenceParallelNorm(torch.nn.LayerNorm):
-    """LayerNorm for the local spec under sequence parallelism, which Megatron's own one refuses.
+    """LayerNorm for the local spec with sequence parallelism, which Megatron's own norm refuses.
 
     Marks its parameters so that finalize_model_grads sums their gradients over tensor parallelism.
     """
@@ -208,7 +211,7 @@ class _GatherSequence(torch.autograd.Function):
 
 
 class CPUAttention(torch.nn.Module):
-    """Causal core attention for context parallelism: keys and values are gathered, queries stay.
+    """Causal core attention for context parallelism. It gathers keys and values, but not queries.
 
     Megatron's own local attention refuses context parallelism.
     """

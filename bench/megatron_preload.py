@@ -1,10 +1,10 @@
-"""Imports megatron-core without its warnings, once, in the server that `bench.ranks` forks from."""
+"""Import megatron-core once, without its warnings, in the server that `bench.ranks` forks from."""
 
 import logging
 import warnings
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # Transformer Engine and Apex are missing: known, and not used
+    warnings.simplefilter("ignore")  # Transformer Engine and Apex are missing, and not needed
     logging.disable(logging.WARNING)
     import megatron.core  # noqa: F401
     import megatron.core.models.gpt.gpt_layer_specs  # noqa: F401

@@ -1,17 +1,17 @@
-"""Peak memory of a piece of work, in bytes beyond what was there when it began.
+"""Peak memory of a piece of work, in bytes above the level when it began.
 
-Two figures, because neither tells all:
+There are two figures, because neither is complete:
 
-allocated  what torch's allocator handed out. On a CPU the profiler reports every allocation and
-           release in order, and they are added up: exact to the byte, the same run after run. It
-           does not report the release of what was allocated before it started, so a record must
-           be open before the work's inputs are made if the work releases them. On CUDA it is the
-           caching allocator's own peak. This is the figure of record.
-resident   the process's resident set, from the kernel's high-water mark (Linux only, None
-           elsewhere). It also sees what native code takes behind torch's back, but only pages
-           that were touched, nothing where the C library reuses memory it had kept, and with it
-           whatever else the process does at that time, the profiler included: good to a few MiB.
-           It shows that the figure of record hides nothing.
+allocated  Memory that torch's allocator handed out. On a CPU the profiler reports every allocation
+           and release in order, and they are added up. The result is exact to the byte, and the
+           same in every run. The profiler does not report the release of memory that was allocated
+           before it started. If the work releases its inputs, open the record before they are made.
+           On CUDA it is the peak of the caching allocator. Promises are checked with this figure.
+resident   The process's resident set, from the kernel's high-water mark (None except on Linux). It
+           also counts memory that native code takes without torch. But it counts only pages that
+           were touched, and misses memory that the C library had kept and uses again. It includes
+           everything that the process does at that time, even the profiler. It is good to a few
+           MiB, and shows that the first figure misses nothing.
 """
 
 import ctypes
@@ -20,7 +20,7 @@ import os
 import tempfile
 from dataclasses import dataclass
 
-# The profiler announces itself on stderr otherwise; read when torch loads it.
+# Without it the profiler writes a notice to stderr. It is read when torch loads the profiler.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 import torch
@@ -29,7 +29,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 @dataclass(frozen=True)
 class Usage:
-    """Bytes beyond the level at the start; `held` is what is still there at the end."""
+    """Bytes above the level at the start. `held` is still allocated at the end."""
 
     peak: int
     held: int
@@ -37,7 +37,7 @@ class Usage:
 
 
 def peak_memory(fn, device="cpu"):
-    """Usage of `fn()`. What it returns is alive at the end: it counts as held."""
+    """Usage of `fn()`. Its result is alive at the end, so it counts as held."""
     with MemoryRecord(device) as record:
         record.mark("begin")
         result = fn()
@@ -47,7 +47,7 @@ def peak_memory(fn, device="cpu"):
 
 
 class MemoryRecord:
-    """Memory between marks that the work itself sets, one process and one device at a time.
+    """Memory between marks that the work sets. For one process and one device at a time.
 
         with MemoryRecord() as record:
             record.mark("begin")
@@ -55,14 +55,14 @@ class MemoryRecord:
             record.mark("end")
         record.usage("begin", "end").peak
 
-    A mark may be set anywhere on the thread that runs the work, in an autograd hook too. The work
-    runs slower than it otherwise would: time it in another run.
+    A mark may be set anywhere on the thread that runs the work, also in an autograd hook. Recording
+    slows the work down, so time it in another run.
     """
 
     def __init__(self, device="cpu"):
         self.device = torch.device(device)
         self.marks = []
-        self._levels = {}  # mark -> (allocated then, highest since the mark before)
+        self._levels = {}  # mark -> (level there, highest since the mark before)
         self._resident = {}  # the same for the resident set
 
     def __enter__(self):
@@ -95,7 +95,7 @@ class MemoryRecord:
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def usage(self, begin, end, base=None):
-        """Usage between two marks, beyond the level at mark `base` (default: at `begin`)."""
+        """Usage between two marks, above the level at mark `base` (default: `begin`)."""
         for name in (begin, end):
             if name not in self._levels:
                 raise ValueError(f"expected one of the marks {list(self._levels)}, got {name!r}")
@@ -111,7 +111,7 @@ class MemoryRecord:
         return Usage(*beyond(self._levels), resident)
 
     def _replay(self):
-        """Mark -> (level, highest level since the mark before), from the profiler's own trace."""
+        """{mark: (level, highest level since the mark before)}, from the profiler's trace."""
         levels, level, highest = {}, 0, 0
         for event in sorted(self._events(), key=lambda event: event["ts"]):
             if event["name"].startswith(_MARK):
@@ -123,7 +123,7 @@ class MemoryRecord:
         return levels
 
     def _events(self):
-        # The exported trace is the documented place where allocations appear one by one.
+        # The exported trace is documented, and lists every single allocation.
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "trace.json")
             self._profile.export_chrome_trace(path)
@@ -135,7 +135,7 @@ _MARK = "memory mark: "
 
 
 def _return_free_memory():
-    """Let the C library give back what it keeps, so that the resident set shows it taken again."""
+    """Make the C library return the memory it keeps, so that its reuse shows as resident."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (AttributeError, OSError, TypeError):  # not glibc
@@ -143,7 +143,7 @@ def _return_free_memory():
 
 
 def _resident_bytes():
-    """(resident now, highest since the last call), or None where the kernel does not tell."""
+    """(resident now, highest since the last call), or None if the kernel does not report them."""
     try:
         with open("/proc/self/status", encoding="ascii") as file:
             lines = dict(line.split(":", 1) for line in file if ":" in line)

@@ -1,8 +1,8 @@
-"""Run a function in several local processes that form one gloo process group, and never hang.
+"""Run a function in several local processes that form one process group, and never hang.
 
-Workers are forked from a clean server process that has torch and fused_sft_loss (and megatron-core)
-imported already and has run nothing: a group starts in a fraction of a second, whatever threads and
-autograd state the caller has.
+Workers are forked from a server process that has imported torch, fused_sft_loss and megatron-core,
+and has run nothing. So a group starts in a fraction of a second, and the threads and the autograd
+state of the caller do not matter.
 """
 
 import importlib.util
@@ -21,11 +21,11 @@ from multiprocessing.connection import wait
 import torch
 import torch.distributed as dist
 
-GRACE_S = 3.0  # after one rank failed: time the others have to finish or to fail on their own
+GRACE_S = 3.0  # after one rank failed: the time for the others to finish or fail
 
 
 class RankError(RuntimeError):
-    """Some ranks raised, died or did not finish; the message holds every rank's own report."""
+    """Some ranks raised, died or did not finish; the message holds the report of each."""
 
     def __init__(self, message, exceptions=None):
         super().__init__(message)
@@ -37,21 +37,21 @@ def run_ranks(
 ):
     """Call `fn(*args, **kwargs)` in `world_size` processes; return its results in rank order.
 
-    fn          a module-level function (it is sent by name). Inside it the default process group is
-                up (file store): torch.distributed.get_rank() says who it is.
-    timeout     seconds for the whole call; when it passes every process is killed.
-    threads     torch.set_num_threads of each process.
-    backend     of that group: "gloo", or "cpu:gloo,cuda:nccl" with a GPU for each
-    on_message  called here with (rank, object) for each `send_to_parent(object)` of a worker.
+    fn          a module-level function, because it is sent by name. It may use the default process
+                group (file store); torch.distributed.get_rank() is its rank.
+    timeout     seconds for the whole call; after that every process is killed
+    threads     torch.set_num_threads of each process
+    on_message  called here with (rank, object) for each `send_to_parent(object)` of a worker
+    backend     of the process group: "gloo", or "cpu:gloo,cuda:nccl" with a GPU for each process
 
-    Raises RankError with every rank's traceback when any rank fails, dies or is late.
+    Raises RankError with the report of each rank that fails, dies or is late.
     """
     context = _context(gpus="cuda" in backend)
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         job = pickle.dumps((fn, args, kwargs))
         group = _Group(world_size, on_message)
         try:
-            resource_tracker.ensure_running()  # starting it would undo the blocking that follows
+            resource_tracker.ensure_running()  # first: its start unblocks SIGINT
             with _interrupts_blocked():
                 for rank in range(world_size):
                     group.start(context, (rank, world_size, folder, timeout, threads, backend))
@@ -83,7 +83,7 @@ class _Group:
         self.processes.append(process)
 
     def send(self, job):
-        """Let all begin. Until then a worker waits in Python, and ends when the pipe closes."""
+        """Send the job to all workers. They wait for it, and end if the pipe closes."""
         for pipe, rank in list(self.pipes.items()):
             try:
                 pipe.send_bytes(job)
@@ -136,7 +136,7 @@ class _Group:
 
 
 def _work(pipe, rank, world_size, folder, timeout, threads, backend):
-    """A worker's whole life: join the group, run the job, report, leave."""
+    """What a worker runs: join the group, run the job, report, exit."""
     global _worker_pipe
     _worker_pipe = pipe
     try:
@@ -161,21 +161,22 @@ def _work(pipe, rank, world_size, folder, timeout, threads, backend):
         report = (traceback.format_exc(), (type(error).__name__, str(error)))
         answer = pickle.dumps(("failure", report))
     pipe.send_bytes(answer)
-    # Skips destructors on purpose: gloo's threads of a half-dead group may wait for a peer forever.
+    # Skip destructors: gloo's threads may wait forever for a peer that has died.
     pipe.close()
     os._exit(0)
 
 
 def _die_with_parent():
-    """Leave when the process that called run_ranks is gone, also when it was killed outright."""
+    """Exit when the process that called run_ranks has ended, even if it was killed."""
     multiprocessing.parent_process().join()
     os._exit(1)
 
 
 def _context(gpus):
-    """The forkserver where there is one, with the slow imports done once in the server.
+    """A forkserver that does the slow imports once; spawn on platforms without a forkserver.
 
-    With GPUs torch alone: some libraries start CUDA when imported, and no fork survives that.
+    With GPUs the server imports only torch: some libraries start CUDA when they are imported, and
+    CUDA does not work after a fork.
     """
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
@@ -190,7 +191,7 @@ def _context(gpus):
 
 
 class _interrupts_blocked:
-    """Processes started inside inherit the mask and never see Ctrl-C: the parent acts on it."""
+    """Blocks SIGINT. Processes started inside inherit this, so only the parent reacts to Ctrl-C."""
 
     def __enter__(self):
         self.before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})

@@ -1,7 +1,7 @@
 """python -m bench readme: write the generated parts of the README and of docs/.
 
-Figures come from the records in bench/results, pictures are drawn from them, and docs/api.md comes
-from the docstrings. With --check nothing is written, and what is out of date is an error.
+Tables and pictures come from the records in bench/results, docs/api.md from the docstrings. With
+--check nothing is written, and parts that are out of date are an error.
 """
 
 from pathlib import Path
@@ -39,7 +39,7 @@ def run(args):
 
 
 def read_records(folder):
-    """Name of the device -> its record, of all records in `folder`."""
+    """{name of a device: its record}, of all records in `folder`."""
     found = {path.stem: record.read(path) for path in sorted(folder.glob("*.json"))}
     if not found:
         raise UserError(f"expected records in {folder}, got none; make them with: make bench")
@@ -47,7 +47,7 @@ def read_records(folder):
 
 
 def pages(measured, readme):
-    """Page -> {name of a generated block: its Markdown}."""
+    """{page: {name of a generated block: its Markdown}}."""
     return {
         "README.md": gain.blocks(measured),
         "docs/index.md": {"options": options(readme)},
@@ -57,7 +57,7 @@ def pages(measured, readme):
 
 
 def options(readme):
-    """The README's table of options, which has one place to be edited."""
+    """The README's table of options. docs/index.md copies it, so it is edited in one place."""
     lines = readme.partition("\n| option |")[2].splitlines()
     if not lines:
         raise UserError("README.md: expected a table that begins with | option |")
@@ -92,7 +92,7 @@ def _picture(root, name):
 
 
 def _drawn(root, name, measured):
-    """Whether the picture there was drawn from this very record."""
+    """Whether the picture exists and was drawn from this record."""
     path = _picture(root, name)
     need("matplotlib")
     from .kernels import plots

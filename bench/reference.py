@@ -1,7 +1,8 @@
-"""The loss that SFT scripts write by hand, which fused_sft_loss is compared with.
+"""The loss that SFT scripts write by hand. fused_sft_loss is compared with it.
 
-Shift copies of the logits, an fp32 copy, per-token cross-entropy, a mask: several buffers of twice
-the logits' size, whatever the fraction of tokens that is scored.
+It copies the logits to shift them, copies them to fp32, computes the cross-entropy of each token
+and applies the mask. Several buffers have twice the size of bf16 logits, even if few tokens are
+scored.
 """
 
 import inspect
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 
 
 def reference_loss(logits, labels, loss_mask):
-    """Mean cross-entropy of predicting labels[:, t+1] from logits[:, t], where the mask says so.
+    """Mean cross-entropy of predicting labels[:, t+1] from logits[:, t], for tokens in the mask.
 
     logits     [b, s, v] floating point, the whole vocabulary
     labels     [b, s] int64, the input ids, not shifted
@@ -25,7 +26,7 @@ def reference_loss(logits, labels, loss_mask):
     rows = predicted.view(-1, predicted.size(-1)).float()
     losses = F.cross_entropy(rows, target.view(-1), reduction="none")
     scored = mask.sum()
-    # Without a branch on a value, so that torch.compile takes it as one graph.
+    # No branch on a value, so that torch.compile makes one graph.
     return (losses * mask).sum() / torch.where(scored > 0, scored, 1.0)
 
 
@@ -35,15 +36,16 @@ def reference_loss_func(labels, loss_mask, output_tensor):
     output_tensor  [b, s, v/tp], from the model called without labels
     """
     loss = reference_loss(gather_vocabulary(output_tensor), labels, loss_mask)
-    # The schedule divides the loss in place: the report must have its own memory.
+    # The schedule divides the loss in place, so the report needs its own memory.
     return loss, {"lm loss": loss.detach().clone()}
 
 
 def gather_vocabulary(logits):
-    """[b, s, v/tp] of every tensor-parallel rank -> [b, s, v] on each; `logits` itself for tp=1.
+    """Gather [b, s, v/tp] of all tensor-parallel ranks to [b, s, v]; for tp=1 return `logits`.
 
-    F.cross_entropy needs the whole vocabulary: without this the loss under tensor parallelism is
-    wrong. The gathered copy, tp times the rank's logits, is a cost this loss really has.
+    F.cross_entropy needs the whole vocabulary: without the gather, the loss is wrong with tensor
+    parallelism. The gathered copy has tp times the size of a rank's logits. It is a real cost of
+    this loss.
     """
     from megatron.core.parallel_state import get_tensor_model_parallel_world_size
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
@@ -54,8 +56,10 @@ def gather_vocabulary(logits):
 
 
 def make_reference_forward_step(get_batch):
-    """A Megatron forward_step on the reference loss; `get_batch(data_iterator)` returns a dict of
-    tokens, position_ids, attention_mask, labels and loss_mask, each [b, s] (attention_mask: None).
+    """A Megatron forward_step with the reference loss.
+
+    `get_batch(data_iterator)` returns a dict of tokens, position_ids, attention_mask, labels and
+    loss_mask, each [b, s] (attention_mask: None).
     """
 
     def forward_step(data_iterator, model):

@@ -1,4 +1,4 @@
-"""sft_loss, SFTLoss and token_metrics: defaults, validation, and the way into the operators."""
+"""sft_loss, SFTLoss and token_metrics: they check their arguments and call the operators."""
 
 import contextlib
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ METRICS = "token_metrics"
 
 
 class LossTerms(NamedTuple):
-    """The pieces of a reduction, none of them read by the host."""
+    """Unreduced losses and their normalisers. All stay on the device."""
 
     losses: Tensor  # labels' shape, fp32: weight * loss, exactly 0 where not scored
     weight_sum: Tensor  # 0-d fp32
@@ -161,7 +161,7 @@ def sft_loss(
 def loss_terms(
     logits: Tensor, labels: Tensor, loss_mask: Tensor | None, options: Options
 ) -> LossTerms:
-    """Per-token losses and what normalises them; the losses carry the graph."""
+    """Per-token losses, their sum of weights and count. The losses have a graph."""
     call = _prepared(logits, labels, loss_mask, options, "loss")
     if call.one_read:
         return call.one_read_terms(labels.shape)
@@ -172,7 +172,7 @@ def loss_terms(
 def loss_terms_and_metrics(
     logits: Tensor, labels: Tensor, loss_mask: Tensor | None, options: Options
 ) -> tuple[LossTerms, TokenMetrics]:
-    """`loss_terms` and the figures of `token_metrics` (without a graph), from one forward read."""
+    """`loss_terms`, and the figures of `token_metrics` without a graph, from one forward read."""
     if options.one_read:
         raise NotImplementedError(
             "expected no grad_in_forward where more than the loss is reported, got "
@@ -185,14 +185,17 @@ def loss_terms_and_metrics(
 
 
 def _expected_gradient(expected: bool | float | Tensor, weight_sum: Tensor, mean: bool) -> Tensor:
-    """0-d, of every token's loss; as autograd will compute it, so that the bits are the same."""
+    """The expected gradient of each token's loss, 0-d.
+
+    For the mean it is divided in the same way as autograd will divide it, so the bits are equal.
+    """
     if not isinstance(expected, Tensor):
-        expected = weight_sum.new_full((), float(expected))  # filled on the device: no copy to it
+        expected = weight_sum.new_full((), float(expected))  # filled on the device, not copied
     return weighted_mean(expected.detach(), weight_sum) if mean else expected.detach()
 
 
 def weighted_mean(total: Tensor, weight_sum: Tensor) -> Tensor:
-    """total / weight_sum, and 0 with a graph where nothing is scored."""
+    """total / weight_sum. If nothing is scored, the result is 0 and has a graph."""
     return total / torch.where(weight_sum > 0, weight_sum, 1.0)
 
 
@@ -234,7 +237,7 @@ class SFTLoss(torch.nn.Module):
         return sft_loss(logits, labels, loss_mask, **options)
 
     def __getstate__(self) -> dict:
-        """For copies and pickles: a process group goes by its name."""
+        """For copies and pickles: the group's name and ranks replace the process group."""
         state = super().__getstate__()
         if isinstance(group := self.options.get("tp_group"), groups.NamedGroup | None):
             return state
@@ -245,7 +248,7 @@ class SFTLoss(torch.nn.Module):
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         if isinstance(group := self.options.get("tp_group"), groups.NamedGroup):
-            # Where it is not there yet, the first call looks again, or says what is wrong.
+            # If the group does not exist yet, the first call looks again, or raises.
             with contextlib.suppress(ValueError):
                 self.options = {**self.options, "tp_group": groups.found(group)}
 
@@ -255,13 +258,13 @@ class SFTLoss(torch.nn.Module):
 
 
 class _Call(NamedTuple):
-    """A call that is right as far as shapes and options go."""
+    """A call whose options and shapes are checked."""
 
-    logits: Tensor  # [b, s, v], a view: rows are read where they lie
+    logits: Tensor  # [b, s, v]: a view, without a copy
     scoring: Scoring
     math: RowMath
     options: Options
-    name: str  # what is computed, on which ranks that share a vocabulary have to agree
+    name: str  # what is computed; ranks that share a vocabulary must agree on it
     group_name: str
     backend: str
 
@@ -286,8 +289,11 @@ class _Call(NamedTuple):
         )
 
     def one_read_terms(self, shape: torch.Size, mean: bool = False) -> LossTerms:
-        """`mean`: the caller divides by weight_sum, so the gradient that grad_in_forward expects
-        for the quotient is divided by it, too."""
+        """LossTerms with the gradient computed in forward.
+
+        mean: the caller divides the sum of losses by weight_sum, so the expected gradient of each
+        loss is divided by it too.
+        """
         found = autograd.row_targets(self.scoring, self.math.vocab_size, self.backend)
         targets = Targets(*found)
         expected = _expected_gradient(self.options.grad_in_forward, targets.weight_sum, mean)
@@ -302,7 +308,7 @@ class _Call(NamedTuple):
         return LossTerms(losses.view(shape), targets.weight_sum, targets.count)
 
     def loss_and_metrics(self) -> tuple[Losses, tuple[Tensor, ...]]:
-        """With a graph, all of them `[N]`."""
+        """Losses `[N]` with a graph, and the metrics `[N]` without one."""
         found = autograd.differentiable_loss_and_metrics(
             self.logits,
             self.scoring,
@@ -325,7 +331,7 @@ class _Call(NamedTuple):
 def _prepared(
     logits: Tensor, labels: Tensor, loss_mask: Tensor | None, options: Options, name: str
 ) -> _Call:
-    """The call, or the error of this rank, of which all ranks that share the vocabulary hear."""
+    """Check the arguments. Wrong ones raise, and ranks that share the vocabulary are told."""
     try:
         math, group_name, backend = _validated(logits, labels, loss_mask, options, name)
     except Exception as error:
@@ -344,7 +350,7 @@ def _prepared(
 def _validated(
     logits: Tensor, labels: Tensor, loss_mask: Tensor | None, options: Options, name: str
 ) -> tuple[RowMath, str, str]:
-    """(row math, group name, backend), or the error of this rank."""
+    """(row math, group name, backend). Raises if this rank's arguments are wrong."""
     options.validate()
     checks.tensors(logits, labels, loss_mask, options.cu_seqlens, options.layout)
     checks.constant_mask(loss_mask)
@@ -368,7 +374,8 @@ def _validated(
             "grad_in_forward"
         )
     device = logits.device.type
-    # A constant to torch.compile, which a number given as grad_in_forward is not.
+    # torch.compile needs constant arguments here. options.one_read is not constant: it depends on
+    # the number that is given as grad_in_forward.
     backend = (
         selection.resolve(options.backend, device, one_read=True)
         if options.one_read

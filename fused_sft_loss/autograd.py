@@ -1,7 +1,8 @@
-"""The schedule as torch.library operators: targets -> statistics -> merge -> loss -> gradient.
+"""The loss and its gradient as torch.library operators.
 
-Operators, so that torch.compile and opcheck see schemas, shapes and what is mutated. Saved for
-backward: the logits themselves and vectors of N rows; nothing else of the logits' size.
+The steps are: targets -> statistics -> merge -> loss -> gradient. An operator has a schema, so
+torch.compile and opcheck know the shapes of its results and which arguments it changes. Backward
+keeps the logits themselves and vectors of N rows, and nothing else of the logits' size.
 """
 
 from collections.abc import Callable
@@ -19,13 +20,13 @@ from .rowmath import RowMath
 from .scoring import Scoring
 from .targets import Targets
 
-#: Results in schemas: of Losses, and of token_metrics.
+#: Result types in schemas: the fields of Losses, and the figures of token_metrics.
 LOSSES = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 FIGURES = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
 
 
 def _losses_like(scoring: Scoring, reduction: str) -> Losses:
-    """Without data."""
+    """Uninitialised results of :func:`loss`."""
     targets = Targets.empty(scoring.labels)
     losses, normalizer = losses_like(targets.weight)
     result = losses if reduction == "none" else losses.new_empty(())
@@ -33,7 +34,7 @@ def _losses_like(scoring: Scoring, reduction: str) -> Losses:
 
 
 def _figures_like(weight: Tensor) -> tuple[Tensor, ...]:
-    """loss, log_prob, lse, correct and entropy, without data."""
+    """Uninitialised loss, log_prob, lse, correct and entropy."""
     dtypes = (torch.float32, torch.float32, torch.float32, torch.bool, torch.float32)
     return tuple(torch.empty_like(weight, dtype=dtype) for dtype in dtypes)
 
@@ -41,7 +42,7 @@ def _figures_like(weight: Tensor) -> tuple[Tensor, ...]:
 def _targets(
     scoring: Scoring, logits: Tensor, math: RowMath, call: str, group_name: str, backend: str
 ) -> Targets:
-    """Of a call on which all ranks of the group agree."""
+    """The targets. With a group, its ranks compare their calls; see :mod:`.agreement`."""
 
     def find() -> Targets:
         return scoring.found_by(selection.load(backend).row_targets, math.vocab_size)
@@ -57,7 +58,7 @@ def _targets(
     lambda scoring, *rest: tuple(Targets.empty(scoring.labels)),
 )
 def row_targets(scoring: Scoring, vocab_size: int, backend: str) -> tuple[Tensor, ...]:
-    """See :func:`.targets.row_targets`; raises ValueError for values that cannot be right."""
+    """See :func:`.targets.row_targets`, and :meth:`.Scoring.found_by` for the errors."""
     return tuple(scoring.found_by(selection.load(backend).row_targets, vocab_size))
 
 
@@ -100,7 +101,10 @@ def loss_and_metrics(
     group_name: str,
     backend: str,
 ) -> tuple[Tensor, ...]:
-    """The fields of :class:`.Losses`, `[N]` losses, then all of `token_metrics`; of one read."""
+    """The fields of :class:`.Losses`, then the figures of `token_metrics`, from one read.
+
+    The losses are `[N]`: `reduction` must be "none".
+    """
     math, kernels = math.read(), selection.load(backend)
     targets = _targets(scoring, logits, math, call, group_name, backend)
     gathered = composed.merged_rows(kernels, targets, logits, math, group_name, METRICS)
@@ -117,7 +121,7 @@ def loss_and_metrics(
 def token_metrics(
     logits: Tensor, scoring: Scoring, math: RowMath, call: str, group_name: str, backend: str
 ) -> tuple[Tensor, ...]:
-    """(loss, log_prob, lse, correct, entropy), `[N]` each, of one read of the scored rows."""
+    """(loss, log_prob, lse, correct, entropy), `[N]` each, from one read of the scored rows."""
     math, kernels = math.read(), selection.load(backend)
     targets = _targets(scoring, logits, math, call, group_name, backend)
     gathered = composed.merged_rows(kernels, targets, logits, math, group_name, METRICS)
@@ -135,8 +139,11 @@ _GRADIENT = (
     lambda logits, *rest: torch.empty_like(logits),
 )
 def row_grad(logits: Tensor, *rest: Any) -> Tensor:
-    """Gradient of the logits, in their dtype. `grad` is that of each loss `[N]`, or of their sum
-    or, with weight_sum, their mean."""
+    """Gradient of the logits, in their dtype.
+
+    `grad` is the upstream gradient: of each loss `[N]`, of their sum (0-d), or with weight_sum of
+    their mean (0-d).
+    """
     out = torch.empty_like(logits)
     _write_grad(logits, *rest, out=out)
     return out
@@ -144,7 +151,7 @@ def row_grad(logits: Tensor, *rest: Any) -> Tensor:
 
 @operator(f"row_grad_(Tensor(a!) logits, {_GRADIENT}) -> ()", lambda *args: None, changes=0)
 def row_grad_(logits: Tensor, *rest: Any) -> None:
-    """:func:`row_grad` over the logits themselves."""
+    """:func:`row_grad`, written over the logits."""
     _write_grad(logits, *rest, out=logits)
 
 
@@ -165,7 +172,7 @@ def _write_grad(
 
 
 class _Differentiable(torch.autograd.Function):
-    """The first result of an operator has a gradient in the logits, all others are figures."""
+    """An operator whose first result is differentiable in the logits, and no other result."""
 
     operator: ClassVar[Callable]
 
@@ -205,7 +212,7 @@ class Loss(_Differentiable):
 
 
 class LossAndMetrics(_Differentiable):
-    """:func:`loss_and_metrics`, its losses differentiable in the logits."""
+    """:func:`loss_and_metrics`; its losses are differentiable in the logits."""
 
     operator = staticmethod(loss_and_metrics)
 

@@ -97,7 +97,7 @@ def _owner(logits: Tensor) -> Tensor:
 
 
 def _saved(maker: Node) -> Iterator[Tensor]:
-    """The results that the operator `maker` saved and hooks packed; torch 2.6 shows none."""
+    """The results of operator `maker` that it saved through hooks; torch 2.6 does not show them."""
     for name in ("_raw_saved_result", "_raw_saved_output", "_raw_saved_tensors"):
         saved = getattr(maker, name, ())
         for entry in saved if isinstance(saved, tuple) else (saved,):
@@ -110,12 +110,12 @@ def _shares_memory(a: Tensor, b: Tensor) -> bool:
 
 
 def _keep_place_in_graph(logits: Tensor) -> None:
-    """Let hooks that are registered after the loss be attached where the gradient passes.
+    """Make sure that hooks registered after the loss see the gradient.
 
     When memory is written to, autograd makes a new grad_fn for each view of it. No gradient passes
-    there, and `register_hook` on such a view crashes the process (torch 2.13). A view that already
-    has a dictionary of hooks, even an empty one, keeps it at its old grad_fn, and later hooks are
-    added to that dictionary.
+    through the new grad_fn, and `register_hook` on such a view crashes the process (torch 2.13). A
+    view that already has a dictionary of hooks, even an empty one, keeps it at its old grad_fn.
+    Later hooks are added to that dictionary.
     """
     if logits._is_view():
         logits.register_hook(lambda grad: None).remove()

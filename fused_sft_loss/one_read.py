@@ -1,9 +1,10 @@
-"""The schedule of grad_in_forward as torch.library operators: loss and gradient from one read.
+"""grad_in_forward as torch.library operators: loss and gradient from one read of the logits.
 
-Forward knows the gradient that backward will be given (`expected`), so it leaves each row only once
-its gradient is written: over the logits, or to a buffer. Backward compares, row by row and on the
-device, and does again what was stored for another scale: from the logits, which a buffer leaves as
-they were, exactly; over the logits by the ratio, which rounds a second time.
+Forward knows the gradient that backward is expected to get. So it reads each row once, and writes
+its gradient to a buffer or over the logits. Backward compares the real gradient with the expected
+one, row by row and on the device, and corrects the rows that were stored for another scale. With a
+buffer the logits are unchanged: the rows are computed again, exactly. In place the rows are
+multiplied by the ratio, which rounds a second time. See "One read" in docs/design.md.
 """
 
 from typing import Any
@@ -22,10 +23,10 @@ from .targets import Targets
 def token_losses(
     logits: Tensor, targets: Targets, math: RowMath, backend: str, expected: Tensor, inplace: bool
 ) -> Tensor:
-    """weight * loss `[N]`, fp32, differentiable in the logits `[b, s, v]`, once.
+    """weight * loss `[N]`, fp32, differentiable in the logits `[b, s, v]`. Backward runs once.
 
-    `expected` is the 0-d gradient that each of the results will be given. In place the logits hold
-    their own gradient from here on.
+    `expected` is the gradient, 0-d, that backward is expected to get for each of the results. With
+    `inplace`, the memory of the logits holds their gradient after this call.
     """
     target, weight = targets.target, targets.weight
     stored = RowScale(expected, weight).values()
@@ -42,15 +43,15 @@ def token_losses(
     return with_grad(logits, losses, grad, target, weight, normalizer, stored, math, backend)
 
 
-#: A row in place is stored for its expected scale while that lies between these, and for 1
-#: otherwise: from zeros and from infinities no other gradient can be made. Below 2^-24 all of a
-#: row would be 0 in fp16.
+#: In place, a row is stored for its expected scale if that lies between these numbers, else for
+#: scale 1: a ratio cannot correct zeros and infinities. In fp16 the lower limit is 2^-24, the
+#: smallest positive number.
 STORED_FOR_ONE_BELOW = {torch.float16: 2.0**-24}
 STORED_FOR_ITSELF = (2.0**-60, 2.0**60)
 
 
 def can_be_rescaled(stored: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """The scales `[N]` for which rows are stored in place; 0 still where the weight is."""
+    """The scales `[N]` for which rows are stored in place. They stay 0 where the weight is 0."""
     least, most = STORED_FOR_ITSELF
     size = stored.abs()
     kept = (size >= STORED_FOR_ONE_BELOW.get(dtype, least)) & (size <= most)
@@ -58,10 +59,11 @@ def can_be_rescaled(stored: Tensor, weight: Tensor, dtype: torch.dtype) -> Tenso
 
 
 class _SameMemory(torch.autograd.Function):
-    """A tensor by another name, and not as a view.
+    """A tensor on the same storage that autograd does not treat as a view.
 
-    Of a view that is written to autograd makes a new place in the graph, whose gradient is a copy
-    as large as the view's base. This place was taken before.
+    Writing in place to a view makes autograd insert CopySlices, whose gradient copies the whole
+    base. The losses are therefore attached to this result, whose place in the graph is made before
+    the write.
     """
 
     @staticmethod
@@ -91,7 +93,7 @@ def row_stats_grad(logits: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     changes=0,
 )
 def row_stats_grad_(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    """:func:`row_stats_grad` over the logits themselves."""
+    """:func:`row_stats_grad`, with the gradient written over the logits."""
     return _write(logits, *rest, out=logits)
 
 
@@ -126,7 +128,7 @@ def row_regrad_(
     math: RowMath,
     backend: str,
 ) -> None:
-    """The gradient for `upstream` in those rows of `grad` that hold it for another scale."""
+    """Compute again, for `upstream`, the rows of `grad` that were stored for another scale."""
     scale, kernels = RowScale(upstream, weight), selection.load(backend)
     kernels.row_regrad(logits, normalizer, target, scale, math.read(), grad, stored)
 
@@ -140,14 +142,16 @@ def row_regrad_(
 def row_rescale_(
     grad: Tensor, upstream: Tensor, weight: Tensor, stored: Tensor, math: RowMath, backend: str
 ) -> None:
-    """:func:`row_regrad_` where the logits are gone: such rows times scale / stored."""
+    """:func:`row_regrad_` for overwritten logits: multiply those rows by scale / stored."""
     scale = RowScale(upstream, weight)
     selection.load(backend).row_rescale(grad, scale, stored, math.read())
 
 
 class WithGrad(torch.autograd.Function):
-    """The losses `[N]`, whose gradient in the logits is `grad`, or where that is None lies in their
-    memory; both for the scale `stored` `[N]`."""
+    """The losses `[N]`, with the gradient that forward stored for the scales `stored` `[N]`.
+
+    `grad` holds the gradient. If it is None, the memory of the logits holds it.
+    """
 
     @staticmethod
     def forward(logits: Tensor, losses: Tensor, *rest: Any) -> Tensor:

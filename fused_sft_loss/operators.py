@@ -1,12 +1,12 @@
-"""Operators under ``torch.ops.fused_sft_loss``, with little between a call and its kernel.
+"""Register operators under ``torch.ops.fused_sft_loss``. Ordinary calls bypass the dispatcher.
 
-torch.compile, opcheck and dispatch modes need operators: schemas, shapes and what is written to.
-An ordinary call needs none of that, so it goes to the Python function itself, which spares the host
-the dispatcher. (torch.library.custom_op would besides ask at every call what test_compile.py asks
-once, of aliases and of defaults.)
+torch.compile, opcheck and dispatch modes need operators: schemas, shapes, and which arguments are
+written to. An ordinary call needs none of these. It calls the Python function itself, which saves
+the host the time of the dispatcher. (torch.library.custom_op would also check aliases and defaults
+in every call. test_compile.py checks them once.)
 
-A schema may name a record, as in "RowMath math": the operator then takes the record's fields in its
-place, which the record's class packs and unpacks. Functions and callers see the record alone.
+A schema may name a record, as in "RowMath math". The operator then takes the fields of the record
+instead, and :class:`Layout` packs and unpacks them. Functions and callers see only the record.
 """
 
 import functools
@@ -23,7 +23,7 @@ from .rowmath import RowMath
 from .scoring import Scoring
 
 NAMESPACE = "fused_sft_loss"
-#: Kinds of records, and their fields in a schema.
+#: The records that a schema may name, and their fields as the operator takes them.
 RECORDS: dict[str, type[RowMath] | type[Scoring]] = {"RowMath": RowMath, "Scoring": Scoring}
 FIELDS = {"RowMath": rowmath.SCHEMA, "Scoring": scoring.SCHEMA}
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -31,19 +31,19 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def operator(schema: str, fake: Callable, changes: int | None = None) -> Callable:
-    """Decorate a function to be the operator that `schema`, ``name(...) -> ...``, describes.
+    """Decorate a function: register it as the operator that `schema` describes.
 
-    It has no gradient. Its first argument is a tensor, or a Scoring. `fake` takes the same
-    arguments and returns tensors of the right shapes without data; `changes` is the place of an
-    argument that is written to.
+    The schema is ``name(...) -> ...``. The operator has no gradient. Its first argument is a tensor
+    or a Scoring. `fake` takes the same arguments and returns uninitialised tensors of the right
+    shapes. `changes` is the index of an argument that the function writes to.
 
     Returns:
-        What to call: the function itself, or the operator where somebody is watching.
+        A function that calls the operator if the call is `watched`, else the decorated function.
     """
 
     def register(kernel: Callable) -> Callable:
         layout, run = Layout(schema), kernel if changes is None else _counted(kernel, changes)
-        # Not for torch.compile to look into, when what it compiled calls the operator.
+        # torch.compile must not trace the kernel when compiled code calls the operator.
         registered = layout.define(torch.compiler.disable(run), "CompositeExplicitAutograd")
         torch.library.register_fake(
             f"{NAMESPACE}::{layout.name}", layout.of_fields(fake), lib=_library
@@ -58,7 +58,7 @@ def operator(schema: str, fake: Callable, changes: int | None = None) -> Callabl
 
 
 def _counted(kernel: Callable, changes: int) -> Callable:
-    """The kernel, which autograd is told changes one of its arguments."""
+    """The kernel; each call first bumps the version counter of the argument it writes to."""
 
     def change(*args: Any) -> Any:
         torch.autograd.graph.increment_version(args[changes])
@@ -68,14 +68,14 @@ def _counted(kernel: Callable, changes: int) -> Callable:
 
 
 def differentiable(schema: str, function: type[torch.autograd.Function]) -> Callable:
-    """Register an autograd.Function over such operators as the operator that `schema` describes.
+    """Register an autograd.Function that calls such operators as the operator of `schema`.
 
-    The Function has `forward` and `setup_context` apart, as torch.func needs them. Elsewhere both
-    run in one call, because apply() of such a class first binds the arguments by name, which takes
-    the host longer than all the rest.
+    The Function has separate methods `forward` and `setup_context`, because torch.func needs them.
+    apply() of such a Function first binds the arguments by name, which takes the host longer than
+    the rest of the call. All other calls therefore use AtOnce, which runs both in one method.
 
     Returns:
-        What to call in place of the operator: torch.func must be given the Function itself.
+        A function to call instead of the operator. Under torch.func it applies the Function itself.
     """
 
     class AtOnce(torch.autograd.Function):
@@ -113,7 +113,7 @@ def watched(first: Tensor | Scoring) -> bool:
 
 
 class Layout:
-    """How the arguments of a function, among them records, lie in an operator's schema."""
+    """Converts between arguments with records and the flat arguments of an operator's schema."""
 
     def __init__(self, schema: str):
         self.name, _, rest = schema.partition("(")
@@ -135,14 +135,14 @@ class Layout:
         return getattr(torch.ops.fused_sft_loss, self.name).default
 
     def packed(self, args: tuple) -> list:
-        """Fields in place of records."""
+        """Replace each record by its fields."""
         flat: list[Any] = []
         for value, record in zip(args, self.records, strict=True):
             flat += [value] if record is None else value.packed()
         return flat
 
     def of_fields(self, function: Callable) -> Callable:
-        """The function of records as a function of their fields."""
+        """Wrap a function that takes records into one that takes their fields."""
 
         @functools.wraps(function)
         def of_fields(*flat: Any) -> Any:
@@ -159,17 +159,19 @@ class Layout:
 
 
 def first_order(backward: Callable) -> Callable:
-    """Decorate a Function's backward: its first result is a gradient that has no gradient itself.
+    """Decorate a Function's backward so that a second derivative raises.
 
-    torch's once_differentiable looks at the upstream gradient alone. That of a loss is a constant
-    1, so a second derivative (create_graph=True, torch.func) would silently be 0.
+    The first result of backward is the gradient of the logits. It has no gradient itself. torch's
+    once_differentiable raises only if the upstream gradient requires a gradient. The upstream
+    gradient of a loss is a constant 1, so with it a second derivative (create_graph=True,
+    torch.func) would silently be 0.
     """
 
     @functools.wraps(backward)
     def run(ctx: Any, *grads: Any) -> Any:
         if not torch.is_grad_enabled():
             return backward(ctx, *grads)
-        logits = ctx.saved_tensors[0]  # before they may be overwritten
+        logits = ctx.saved_tensors[0]  # read before backward may overwrite them
         with torch.no_grad():
             grad_logits, *others = backward(ctx, *grads)
         return (_FirstOrder.apply(grad_logits, logits, *grads), *others)
@@ -178,7 +180,7 @@ def first_order(backward: Callable) -> Callable:
 
 
 class _FirstOrder(torch.autograd.Function):
-    """The gradient; it depends on the other inputs, in a way that is not implemented."""
+    """Returns the gradient, and keeps its inputs in the graph. Its own backward raises."""
 
     @staticmethod
     def forward(grad_logits: Tensor, logits: Tensor, *grads: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The options of a loss, and whether they can be right whatever the tensors."""
+"""The options of a loss, and the checks that do not depend on the batch."""
 
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -15,7 +15,7 @@ RANGE = "a normal fp32 number (1.2e-38 to 3.4e38)"
 
 @dataclass(frozen=True)
 class Options:
-    """The keyword options of :func:`sft_loss` but reduction; see there."""
+    """The keyword options of :func:`sft_loss` except reduction; it describes them."""
 
     shift: bool = True
     layout: str = "bsv"
@@ -33,7 +33,7 @@ class Options:
     backend: str | None = None
 
     def validate(self) -> None:
-        """Raise TypeError or ValueError for options that are wrong whatever the tensors."""
+        """Raise TypeError or ValueError for options that are wrong for every batch."""
         expect(self.layout in ("bsv", "sbv"), "layout 'bsv' or 'sbv'", self.layout)
         for name, kind in KINDS.items():
             if type(getattr(self, name)) not in kind.usual:
@@ -85,12 +85,12 @@ class Options:
 
 
 def in_fp32(value: float) -> bool:
-    """Whether the kernels, which compute in fp32, see a positive number as it is (but rounded)."""
+    """Whether a number is positive and normal in fp32, in which the kernels compute."""
     return FP32.tiny <= value <= FP32.max
 
 
 class _Kind(NamedTuple):
-    """What an option may be: all `types`; those in `usual` are found without asking an ABC."""
+    """The types of an option. Those in `usual` are checked without the slower ABC check."""
 
     named: str
     types: tuple[type, ...]
@@ -110,8 +110,8 @@ KINDS = {
 
 
 def _typed(options: Options, name: str, kind: _Kind) -> None:
-    """Raise TypeError unless the option is of its kind (a bool counts as no number), or None where
-    that is its default."""
+    """Raise TypeError unless the option has one of its types, or is None and None is its default.
+    A bool is not accepted as a number."""
     value = getattr(options, name)
     if value is None and getattr(Options, name) is None:
         return
@@ -126,7 +126,7 @@ def expect(holds: bool, expected: str, got: object) -> None:
 
 
 def check_scale(logit_scale: float, softcap: float | None) -> None:
-    """Raise ValueError unless the kernels can multiply by it in fp32; no softcap is None or 0."""
+    """Raise ValueError unless logit_scale, and its ratio to a softcap, are normal in fp32."""
     expect(in_fp32(logit_scale), f"logit_scale positive and {RANGE}", logit_scale)
     if softcap:
         ratio = logit_scale / softcap
@@ -134,7 +134,7 @@ def check_scale(logit_scale: float, softcap: float | None) -> None:
 
 
 def _readable(logit_scale: Tensor) -> None:
-    """Raise ValueError unless the tensor's value may be read without waiting for a device."""
+    """Raise ValueError unless it is a 0-d CPU tensor without requires_grad."""
     if logit_scale.requires_grad:
         raise ValueError(
             "expected logit_scale without requires_grad, got a tensor that wants a gradient, which "

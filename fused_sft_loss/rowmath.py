@@ -7,8 +7,8 @@ from torch import Tensor
 
 from .options import check_scale
 
-#: The fields of RowMath in an operator's schema. torch.compile would compile anew for each value of
-#: a float, so logit_scale travels as a 0-d CPU tensor.
+#: The fields of RowMath in an operator's schema. logit_scale is a 0-d CPU tensor there, because
+#: torch.compile would compile again for each new value of a float.
 SCHEMA = (
     "float label_smoothing, float z_loss, float softcap, Tensor logit_scale, "
     "SymInt vocab_start, SymInt vocab_size"
@@ -19,11 +19,11 @@ class RowMath(NamedTuple):
     """loss = (1-eps) * (lse - z_y) + eps * (lse - mean z) + z_loss * lse^2, with eps =
     label_smoothing.
 
-    z = softcap * tanh(logit_scale * x / softcap), or logit_scale * x where softcap is 0; infinities
-    pass the cap unchanged, so a masked-out column (-inf) stays out and +inf surfaces as NaN. lse
-    and the mean run over the global vocabulary [0, vocab_size); columns beyond it are padding.
-    Smoothing is that of ``torch.nn.functional.cross_entropy``; the z-loss that of PaLM (arXiv
-    2204.02311, section 5).
+    z = softcap * tanh(logit_scale * x / softcap), or logit_scale * x if softcap is 0. Infinities
+    are not capped: a masked-out column (-inf) stays out, and +inf makes the loss NaN. lse and the
+    mean run over the global vocabulary [0, vocab_size). Columns beyond it are padding. Smoothing is
+    defined as in ``torch.nn.functional.cross_entropy``, the z-loss as in PaLM (arXiv 2204.02311,
+    section 5).
 
     struct RowMath of csrc/args.h has the same fields in the same order.
     """
@@ -43,8 +43,11 @@ class RowMath(NamedTuple):
         return self._replace(logit_scale=scale)
 
     def read(self) -> "RowMath":
-        """The record with a number for logit_scale, which is checked: not before an operator runs,
-        where torch.compile passes on a tensor."""
+        """The record with logit_scale as a checked number.
+
+        Operators call it when they run: while torch.compile traces, logit_scale may be a tensor
+        whose value is unknown.
+        """
         if not isinstance(self.logit_scale, Tensor):
             return self
         scale = float(self.logit_scale)
@@ -53,13 +56,13 @@ class RowMath(NamedTuple):
 
     @property
     def unit(self) -> float:
-        """z = unit * x, x being the capped logit under a softcap and the raw one otherwise.
+        """The factor in z = unit * x. x is the capped logit with a softcap, else the raw logit.
 
-        Statistics are in units of this x: a difference of neighbouring x is exact, and one of
+        Statistics hold this x and not z: a difference of two close x is exact, a difference of two
         rounded products unit * x is not.
         """
         return 1.0 if self.softcap else float(self.logit_scale)
 
     def valid_columns(self, columns: int) -> int:
-        """How many of a shard's `columns` are vocabulary rather than padding."""
+        """How many of a shard's `columns` are vocabulary, not padding."""
         return max(0, min(columns, self.vocab_size - self.vocab_start))

@@ -1,4 +1,4 @@
-"""What decides which label each row is scored on, as one record from the API to the kernels."""
+"""The inputs that decide each row's label and weight, as one record from the API to the kernels."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,7 +10,8 @@ from .targets import Targets
 
 
 def may_synchronise(tensor: Tensor) -> bool:
-    """Whether values may be looked at: free on a CPU, elsewhere a synchronisation on request."""
+    """Whether tensor values may be read on the host: always on a CPU; on an accelerator only with
+    FUSED_SFT_LOSS_CHECK=1, because it synchronises."""
     return flags.enabled(flags.CHECK) or tensor.device.type == "cpu"
 
 
@@ -29,7 +30,7 @@ class Scoring(NamedTuple):
 
     @property
     def checked(self) -> bool:
-        """Whether values may be looked at."""
+        """Whether the values are checked; see :func:`may_synchronise`."""
         return may_synchronise(self.labels)
 
     def packed(self) -> tuple:
@@ -37,7 +38,7 @@ class Scoring(NamedTuple):
         return self
 
     def read(self) -> "Scoring":
-        """The record as every backend reads it alike; see :func:`.targets.readable`."""
+        """The record in the dtypes that all backends read; see :func:`.targets.readable`."""
         labels, loss_mask, cu_seqlens = self[:3]
         given = targets.readable(labels, loss_mask, cu_seqlens)
         return self._replace(labels=given[0], loss_mask=given[1], cu_seqlens=given[2])
@@ -45,10 +46,10 @@ class Scoring(NamedTuple):
     def found_by(
         self, row_targets: Callable[["Scoring", int], Targets], vocab_size: int
     ) -> Targets:
-        """The targets that a backend finds.
+        """The targets, computed by a backend's `row_targets`.
 
         Raises:
-            ValueError: values that cannot be right, where they may be looked at.
+            ValueError: a wrong weight, boundary or scored label, if the values are `checked`.
         """
         if not self.checked:
             return row_targets(self.read(), vocab_size)
@@ -58,7 +59,7 @@ class Scoring(NamedTuple):
         return found
 
     def check_values(self) -> None:
-        """Raise ValueError for a weight or a boundary that cannot be right."""
+        """Raise ValueError for a wrong weight or document boundary."""
         targets.check_values(self.loss_mask, self.cu_seqlens, self.labels.numel())
 
     def check_labels(self, target: Tensor, vocab_size: int) -> None:

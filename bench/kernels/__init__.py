@@ -1,1 +1,1 @@
-"""python -m bench kernels: time and memory of the loss beside every peer, on this machine."""
+"""python -m bench kernels: time and memory of the loss and of its peers, on this machine."""

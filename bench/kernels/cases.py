@@ -1,4 +1,4 @@
-"""What is measured: a model's logits, how they are sharded, and how many rows are scored."""
+"""The cases to measure: a model's logits, their shards, and how many rows are scored."""
 
 from dataclasses import dataclass, replace
 
@@ -10,18 +10,18 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DEGREES = (1, 2, 4, 8)  # of tensor parallelism
 FRACTIONS = (1.0, 0.7, 0.5, 0.3, 0.1)
 MODES = ("fwd", "bwd", "full")
-BATCH = 2  # sequences, where --shape does not say
+BATCH = 2  # sequences, without --shape
 GPU_ROWS = 4096  # a micro-batch of SFT on one accelerator
 SMALLEST_CPU_LOGITS = 20 * 2**20
-CPU_LOGITS_PER_CORE = 10 * 2**20  # at most: all providers on all models within minutes
+CPU_LOGITS_PER_CORE = 10 * 2**20  # limit: all providers on all models take minutes
 FEWEST_ROWS = 8
-MOST_COPIES = 64  # of logits so small that nobody asks how fast they are
+MOST_COPIES = 64  # a limit for tiny logits, whose speed does not matter
 MEGATRON_MULTIPLE = 128  # Megatron's make-vocab-size-divisible-by
 
 
 @dataclass(frozen=True)
 class Model:
-    """A vocabulary as a model has it: `vocab` true ids in `padded` columns."""
+    """A model's vocabulary: `vocab` ids in `padded` columns of logits."""
 
     name: str
     vocab: int
@@ -29,7 +29,7 @@ class Model:
     softcap: float | None = None
 
     def columns(self, tp):
-        """Columns of one of `tp` shards; padded as Megatron does where they do not divide."""
+        """Columns of one of `tp` shards. If tp does not divide `padded`, pad as Megatron does."""
         if self.padded % tp == 0:
             return self.padded // tp
         multiple = MEGATRON_MULTIPLE * tp
@@ -50,12 +50,12 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Case:
-    """The logits [batch, seq, columns] of one process, and what of them is scored.
+    """The logits [batch, seq, columns] of one process, and the fraction of scored rows.
 
-    tp     shards that the vocabulary is cut into
-    nproc  processes that compute together: tp, or 1 for the shard of one rank on its own, which is
-           then a whole problem of `columns` ids
-    vocab  true ids, of all shards that are computed
+    tp     number of shards of the vocabulary
+    nproc  processes that compute together: tp or 1. With 1, one shard is computed alone, as a whole
+           problem of `columns` ids.
+    vocab  ids without padding, in all shards that are computed
     """
 
     model: str
@@ -76,7 +76,7 @@ class Case:
 
     @property
     def scored_rows(self):
-        """Rows that count: a response at the end of every sequence, whose last row has no label."""
+        """Scored rows: a response at the end of each sequence, whose last row has no label."""
         return self.batch * min(round(self.seq * self.scored), self.seq - 1)
 
     @property
@@ -89,7 +89,7 @@ class Case:
 
     @property
     def vocab_size(self):
-        """For sft_loss: the true vocabulary, or None where there is no padding."""
+        """The argument of sft_loss: ids without padding, or None if there is no padding."""
         return None if self.vocab == self.columns * self.nproc else self.vocab
 
     @property
@@ -105,15 +105,15 @@ class Case:
 
     @property
     def source(self):
-        """The same for cases that can share their logits: all but the fraction."""
+        """The case without its fraction. Cases with the same `source` can share their logits."""
         return replace(self, scored=1.0)
 
     def minimum_bytes(self, mode):
-        """Bytes that must be read and those that must be zeroed, (moved, zeroed), per process.
+        """(bytes that must be moved, bytes that must be zeroed) in one process.
 
-        A scored row is read for the loss, and read and written for its gradient; the gradient of
-        another row is stored zeros. Of e bytes an element and a scored fraction f that is e*f
-        forward and 2*e*f + e*(1 - f) backward; 2f + 4f + 2(1 - f) for bf16.
+        A scored row is read for the loss, and read and written for its gradient. The gradient of
+        any other row is zeros. With e bytes per element and a scored fraction f, forward takes e*f
+        and backward 2*e*f + e*(1 - f). For bf16 see "Bytes" in docs/design.md.
         """
         row = self.columns * self.element_size
         unscored = self.rows - self.scored_rows
@@ -122,7 +122,7 @@ class Case:
 
 
 def copies(case, cache):
-    """Buffers that must take turns so that more than the last-level cache lies between two uses."""
+    """Number of buffers to use in turn, so that a reused one has left the last-level cache."""
     return min(MOST_COPIES, 1 + max(1, -(-(cache or 0) // case.logits_bytes)))
 
 
@@ -146,20 +146,23 @@ def model_case(model, tp, nproc, batch, seq, dtype, scored, seed):
 
 
 def wanted_bytes(device_type, cache, cores, row_bytes):
-    """Bytes of logits, of all processes together: as many as the last cache holds, but no more than
-    `cores` read in a few milliseconds. Copies take turns, so that they are in no cache."""
+    """Bytes of logits: on a CPU of all processes together, on a GPU of each process.
+
+    On a CPU they are as large as the last-level cache, but not larger than `cores` read in a few
+    milliseconds. Copies are used in turn, so that they are in no cache.
+    """
     if device_type == "cuda":
         return GPU_ROWS * row_bytes
     return max(SMALLEST_CPU_LOGITS, min(cache or 0, CPU_LOGITS_PER_CORE * cores))
 
 
 def fit(make, wanted, free, needed):
-    """The largest case `make(seq)` up to `wanted` bytes of logits whose `needed(case)` is free.
+    """The largest case `make(seq)` with at most `wanted` bytes of logits that fits into `free`.
 
     wanted  bytes of logits of one process
-    free    bytes, None when unknown
-    needed  predicted bytes of a case, everything included
-    Raises UserError when not even FEWEST_ROWS fit.
+    free    bytes, None if unknown
+    needed  needed(case) -> all bytes that the case is predicted to need
+    Raises UserError if not even FEWEST_ROWS fit.
     """
     fewest = FEWEST_ROWS // BATCH
     smallest = make(fewest)
@@ -175,7 +178,7 @@ def fit(make, wanted, free, needed):
 
 
 def must_fit(case, free, needed):
-    """Raise UserError, naming the largest sequence that fits, when a case asked for does not."""
+    """Raise UserError if a requested case does not fit. It names the longest sequence that fits."""
     need = needed(case)
     if free is None or need <= free:
         return
@@ -189,6 +192,6 @@ def must_fit(case, free, needed):
 
 
 def _longest(case, free, needed):
-    """The longest sequence whose `needed` bytes, which grow linearly with it, are free."""
+    """The longest sequence that fits into `free`. `needed` grows linearly with the sequence."""
     one, two = (needed(replace(case, seq=seq)) for seq in (1, 2))
     return int((free - (one - (two - one))) / (two - one))

@@ -1,4 +1,4 @@
-"""The `kernels` command: arguments, sizes, the run, and what becomes of the record."""
+"""The `kernels` command: arguments, sizes, the run, and the output of the record."""
 
 import re
 from functools import partial
@@ -24,7 +24,7 @@ from .cases import (
 from .timing import FEWEST
 
 SCRATCH = 2**28  # the oracle's tiles, the interpreter, the libraries
-KEPT_FREE = 0.15  # part of the free memory that predictions leave alone
+KEPT_FREE = 0.15  # part of the free memory that stays unused
 
 
 def add_arguments(parser):
@@ -106,7 +106,7 @@ def _device(args):
 
 
 def _outputs(args, device):
-    """Paths that can be written, None where nothing is asked for."""
+    """{kind of output: a path that can be written, or None if it is not requested}."""
     paths = {"json": args.json, "csv": args.csv, "plot": args.plot}
     if args.results:
         folder = writable_folder(args.results)
@@ -125,7 +125,7 @@ def device_slug(device):
 
 
 def _cases(args, device, chosen):
-    """All combinations asked for, sized to what is free."""
+    """All requested combinations, sized to the free memory."""
     for value in args.tp:
         _expect(value in DEGREES, "--tp", f"some of {DEGREES}", value)
     for value in args.scored:
@@ -172,11 +172,11 @@ def _models(args):
 
 
 def needed_bytes(case, device, providers):
-    """Predicted bytes to measure a case: inputs, their copies, the answer, the hungriest provider.
+    """Predicted bytes to measure a case: inputs, copies, oracle, and the largest provider's peak.
 
-    On a CPU of all its processes together.
+    On a CPU it is the sum over all processes of the case.
     """
-    # The source, its ring of copies, the roof's target and a gradient; then the answer in fp32.
+    # The source, its ring of copies, the roof's target, a gradient; and the oracle's fp32 gradient.
     ring = 2 * case.logits_bytes + (machine.cache(device) or 0)
     logits, answer = 3 * case.logits_bytes + ring, 4 * case.rows * case.columns
     able = [p for p in providers if p.reason_against(case, device) is None]
@@ -192,7 +192,7 @@ def _free(device):
 
 
 def _measure(args, cases, chosen, device, outputs):
-    """The record; also when it is interrupted, of what was finished, before that goes on."""
+    """Measure, and return the record. An interrupt first writes the JSON of the finished rows."""
     from . import record, table
     from .measuring import Measuring, Saver
 

@@ -1,4 +1,4 @@
-"""Peak memory of one run of a provider, beyond the logits, labels and mask it is given."""
+"""Peak memory of one run of a provider, beyond the logits, labels and mask."""
 
 from dataclasses import asdict, dataclass
 
@@ -12,8 +12,12 @@ from .problem import attached
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes at peak: of the forward pass, of forward and backward together (the gradient counts
-    where it has memory of its own), and the same as the resident set saw it (None: not told)."""
+    """Bytes at peak.
+
+    forward   in the forward pass
+    full      in forward and backward; a gradient outside the logits' memory counts
+    resident  the same as `full`, measured by the resident set; None if unknown
+    """
 
     forward: int
     full: int
@@ -23,7 +27,8 @@ class Footprint:
 def footprint(provider, problem, warm=False):
     """Footprint of `provider` on this rank's part of the problem.
 
-    warm  it has run on these shapes in this process: compiled, and what a library keeps allocated
+    warm  the provider has run on these shapes in this process: its code is compiled, and the memory
+          that its library keeps is allocated
     """
     function = provider.function(problem)
     if not warm:
@@ -42,7 +47,7 @@ def footprint(provider, problem, warm=False):
 
 
 def largest(mine):
-    """Of every rank's Footprint the one of the largest peak, as a dict: the same on every rank."""
+    """The Footprint of the rank with the largest peak, as a dict; the same on every rank."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return asdict(mine)
     everyone = [None] * dist.get_world_size()

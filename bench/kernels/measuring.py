@@ -1,4 +1,4 @@
-"""Measure cases in processes of their own; whatever happens to those, finished rows stay."""
+"""Measure cases in separate processes. If a process dies, finished rows are kept."""
 
 import time
 
@@ -8,15 +8,15 @@ from . import worker
 from .timing import ROOF
 
 TIMEOUT_S = 24 * 3600.0
-KILLED = "died with exit code -9"  # the kernel's way to say that memory ran out
-LAST = 250  # characters of a failure that are kept
+KILLED = "died with exit code -9"  # the kernel kills it if memory runs out
+LAST = 250  # characters that are kept of an error
 
 
 class Measuring:
-    """Times all cases in one process (or one set of `nproc`), then memory in one per provider.
+    """Times all cases in one process (or one set of `nproc`), and memory in one for each provider.
 
-    rows      record.Rows, with the rows to measure pending
-    save      called as rows come in
+    rows      record.Rows; the rows to measure are pending
+    save      called when rows change
     progress  called with (text, rows finished since the last call)
     """
 
@@ -24,7 +24,7 @@ class Measuring:
         self.cases, self.rows, self.device_type = cases, rows, device_type
         self.providers, self.threads = {p.name: p for p in providers}, threads
         self.save, self.progress = save, progress
-        self._at = None  # (index, name) that a worker told it is at
+        self._at = None  # (index, name) that a worker is working on
         self._done = set()
 
     def times(self, mode, budget):
@@ -37,7 +37,7 @@ class Measuring:
                 self._drive("memory", nproc, [name], worker.measure_memory)
 
     def _drive(self, what, nproc, names, fn, *args):
-        """Run `fn` on all rows that need it, again without those that ended its process."""
+        """Run `fn` on all rows that need it. If a row ends the process, go on without that row."""
         while work := self._work(what, nproc, names):
             self._at = None
             backend = "cpu:gloo,cuda:nccl" if self.device_type == "cuda" else "gloo"
@@ -56,11 +56,11 @@ class Measuring:
                 return
             except RankError as error:
                 self._blame(what, names, error)
-                if self._work(what, nproc, names) == work:  # nobody to blame: it would go on so
+                if self._work(what, nproc, names) == work:  # else it would repeat for ever
                     raise UserError(f"the measuring processes failed\n{error}") from error
 
     def _work(self, what, nproc, names):
-        """[(index, case, providers)] of what is still to do."""
+        """[(index, case, providers)] that are still to be measured."""
         work = []
         for index, case in enumerate(self.cases):
             if case.nproc == nproc:
@@ -87,7 +87,7 @@ class Measuring:
             self.progress(f"{self.cases[index].name}: {name}", 0)
 
     def _blame(self, what, names, error):
-        """A process died or raised: its row says so, and all others go on."""
+        """Store the failure of a process in the row that it worked on."""
         if self._at is None:
             return
         index, name = self._at
@@ -98,7 +98,7 @@ class Measuring:
             last = text.strip().splitlines()[-1]
             named = next(iter(error.exceptions.values()), None)
             status, reason = "failed", (": ".join(named) if named else last)[:LAST]
-        # While logits are drawn, or all are timed in turn, it was nobody in particular.
+        # While logits are drawn or all providers are timed in turn, blame all of them.
         todo = [n for n in names if self._todo(what, index, n)]
         for blamed in [name] if name in self.providers else todo:
             if self.rows.tell(index, blamed, {"status": status, "reason": reason}):
@@ -108,7 +108,7 @@ class Measuring:
 
 
 class Saver:
-    """Writes the record at most once a second, and whenever it is told `now`."""
+    """Writes the record at most once a second; with `now`, at once."""
 
     def __init__(self, write):
         self._write, self._last = write, 0.0

@@ -1,4 +1,7 @@
-"""The float64 answer that every provider must give before it is timed. Shares no code with ours."""
+"""The float64 result that every provider must match before it is timed.
+
+It shares no code with fused_sft_loss.
+"""
 
 from dataclasses import dataclass
 
@@ -9,8 +12,8 @@ from .problem import UPSTREAM, attached
 
 CHUNK = 2**22  # elements in float64 at a time
 
-#: Largest relative differences (of the loss, of the gradient) by what a provider computes in.
-#: fp32: the gradient may be rounded to the logits' dtype twice.
+#: Largest relative errors (of the loss, of the gradient), by the precision that a provider computes
+#: in and the dtype of the logits. "fp32": the gradient may be rounded to the logits' dtype twice.
 TOLERANCE = {
     "fp32": {"bf16": (1e-5, 2**-7), "fp16": (1e-5, 2**-10), "fp32": (1e-5, 1e-4)},
     "logits": {"bf16": (2**-7, 2**-5), "fp16": (2**-10, 2**-8), "fp32": (1e-5, 1e-4)},
@@ -19,7 +22,7 @@ TOLERANCE = {
 
 @dataclass(frozen=True)
 class Check:
-    """How far a provider is from float64; `ok` when within the tolerance it is held to."""
+    """Errors of a provider against float64; `ok` if they are within its tolerance."""
 
     loss_error: float  # |loss - exact| / |exact|
     gradient_error: float  # see Oracle.check
@@ -29,7 +32,7 @@ class Check:
 
     @property
     def ok(self):
-        # Written so that NaN is not ok.
+        # NaN is not ok: all comparisons with it are false.
         return (
             self.loss_error <= self.loss_tolerance
             and self.gradient_error <= self.gradient_tolerance
@@ -48,7 +51,7 @@ class Check:
 
 
 class Oracle:
-    """Loss and gradient of a problem in float64, by the definition, a few rows at a time."""
+    """Loss and gradient of a problem by the definition in float64, a few rows at a time."""
 
     def __init__(self, problem):
         self.problem, case = problem, problem.case
@@ -85,7 +88,7 @@ class Oracle:
         return [slice(i, i + height) for i in range(0, len(self.rows), height)]
 
     def _transformed(self, logits):
-        """z and dz/dx [rows, columns] in float64, padding at -inf."""
+        """z and dz/dx [rows, columns] in float64; z is -inf in padded columns."""
         case, z, slope = self.problem.case, logits.double(), 1.0
         if case.softcap:
             bent = torch.tanh(z / case.softcap)
@@ -96,11 +99,12 @@ class Oracle:
         return z, slope
 
     def check(self, loss, gradient, precision):
-        """Check of a provider's loss 0-d and gradient [b, s, columns], on this rank.
+        """Check a provider's loss (0-d) and gradient [b, s, columns] on this rank.
 
-        The gradient error is the larger of two: at the targets, where a softmax minus one stands
-        out, the largest difference over the largest value; everywhere else the norm of the
-        difference over the norm, so that neither hides the other.
+        The gradient error is the larger of two errors. At the targets, where softmax - 1 is much
+        larger than other values, it is the largest difference over the largest value. Everywhere
+        else it is the norm of the difference over the norm of the gradient. So neither hides the
+        other.
         """
         case = self.problem.case
         gradient = gradient.reshape(case.rows, case.columns)

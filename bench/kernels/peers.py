@@ -1,7 +1,7 @@
-"""Other people's losses, called as their own documentation calls them. None is a dependency.
+"""Losses of other libraries, called as their own documentation says. None is a dependency.
 
-Each gets what suits it best: contiguous logits in its own layout, labels already shifted, and
-labels under the mask as its ignored ones where it knows such.
+Each gets its best case: contiguous logits in its own layout, labels that are already shifted, and
+masked labels as ignored labels if it has them.
 """
 
 import importlib.util
@@ -20,13 +20,13 @@ def reason_without_megatron(case=None, device_type=None):
 
 @cache
 def set_up_megatron(device):
-    """Megatron's groups, over all processes: once, and only for those who need them, since its
+    """Make Megatron's groups over all processes, once. Only losses that need them call this: the
     import takes seconds."""
     from megatron.core import parallel_state
 
     if dist.is_initialized():
         parallel_state.initialize_model_parallel(dist.get_world_size())
-    if device.type == "cpu":  # its gather makes its buffer on "the current CUDA device"
+    if device.type == "cpu":  # the gather allocates on "the current CUDA device"
         torch.cuda.current_device = lambda: device
 
 
@@ -60,7 +60,7 @@ def megatron_fused(problem):
 
 
 def liger(problem):
-    """Liger's cross-entropy, which leaves the gradient in the logits' memory already forward.
+    """Liger's cross-entropy. Forward already writes the gradient over the logits.
 
     It stores each row's loss in the logits' dtype before it takes the mean.
     """
@@ -93,7 +93,7 @@ def liger_megatron(problem):
 
 
 def transformer_engine(problem):
-    """TransformerEngine's loss; positional arguments, as in old versions it is a Function.apply."""
+    """TransformerEngine's loss. Old versions are a Function.apply: positional arguments only."""
     from transformer_engine.pytorch.cross_entropy import parallel_cross_entropy
 
     target = problem.target.view(1, -1)
@@ -146,8 +146,8 @@ def _fp32_is_not_for_fused(case, device_type):
 
 ON_GPU = {"devices": ("cuda",), "writes": True}
 
-# Predicted bytes per element of the logits come from the peers' sources, those of Megatron from
-# measurement. Both of Megatron's overwrite fp32 logits, hence `writes`.
+# The predicted bytes per element come from the peers' sources; Megatron's were measured. Both
+# Megatron losses overwrite fp32 logits, so `writes` is True.
 PEERS = (
     Provider(
         "megatron",

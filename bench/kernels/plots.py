@@ -1,7 +1,7 @@
 """The picture of a record: time and memory as sorted bars, and time over the scored fraction.
 
-Ours are blue, one shade for each backend; all others are grey. Every bar and line has its name
-beside it, so there is no legend to look up.
+Ours are blue, with one shade for the compiled backends, one for Triton and one for eager. All
+others are grey. Names are written beside the bars and lines, so there is no legend.
 """
 
 import hashlib
@@ -13,8 +13,8 @@ import matplotlib
 from PIL import Image, PngImagePlugin
 
 matplotlib.use("Agg")
-matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text: small files with readable diffs
-matplotlib.rcParams["svg.hashsalt"] = "bench"  # the same record draws the same file
+matplotlib.rcParams["svg.fonttype"] = "none"  # keep text as text: small files, readable diffs
+matplotlib.rcParams["svg.hashsalt"] = "bench"  # the same record gives the same file
 
 from matplotlib import pyplot as plt  # noqa: E402
 
@@ -25,19 +25,19 @@ OURS = {"cpu": "#0b3c8c", "cuda": "#0b3c8c", "hip": "#0b3c8c", "triton": "#3f83d
 OURS_ELSE = "#9cc3ee"  # eager
 REFERENCE, PEER = "#404040", "#a3a3a3"
 LIGHT = 0.45  # opacity of the second bar of a pair
-SHOWN = "mistral-nemo"  # the model of the bars, where it was measured
-PART = 0.3  # the second bar: this part of the rows scored
+SHOWN = "mistral-nemo"  # the model of the bars, if it was measured
+PART = 0.3  # the scored fraction of the second bar
 COLUMNS = 3  # panels in a row
 PANEL = 4.6, 2.9  # inches
 BAR = 0.3  # inches for one provider
 FONT = 8
 MODES = {"fwd": "the loss", "bwd": "its gradient", "full": "the loss and its gradient"}
-SOURCE = "record"  # in a PNG: the digest of what it shows
+SOURCE = "record"  # key in a PNG: the digest of its record
 LOG_AXIS = "log scale: equal distances are equal factors"
 
 
 def draw(record, path):
-    """Write the picture; the ending of `path` chooses SVG or PNG. UserError with nothing timed."""
+    """Write the picture as SVG or PNG, by the suffix of `path`. UserError if nothing was timed."""
     figure = compose(record)
     if path.suffix == ".svg":
         figure.savefig(path, metadata={"Date": None})
@@ -46,13 +46,13 @@ def draw(record, path):
         figure.savefig(drawn, dpi=90)
         source = PngImagePlugin.PngInfo()
         source.add_text(SOURCE, digest(record))
-        small = Image.open(drawn).convert("RGB").quantize(64)  # a third as large
+        small = Image.open(drawn).convert("RGB").quantize(64)  # a third of the size
         small.save(path, optimize=True, pnginfo=source)
     plt.close(figure)
 
 
 def digest(record):
-    """A short text that differs between records."""
+    """A short hash of a record."""
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -88,7 +88,7 @@ def compose(record):
 
 
 def color(provider):
-    """Of a provider's name: blue for ours, grey for the others."""
+    """The colour of a provider: blue for ours, grey for the others."""
     who, _, rest = provider.partition("-")
     if who == "ours":
         return OURS.get(rest.partition("-")[0], OURS_ELSE)
@@ -96,7 +96,7 @@ def color(provider):
 
 
 def _groups(record):
-    """Name -> indices of timed cases that differ in the scored fraction only, largest first."""
+    """{name: indices of timed cases that differ only in the scored fraction, largest first}."""
     groups, timed = {}, {row["case"] for row in record["rows"] if row["ms"]}
     for index, case in sorted(enumerate(record["cases"]), key=lambda pair: pair[1]["tp"]):
         if index not in timed:
@@ -112,7 +112,7 @@ def _groups(record):
 
 
 def _rows(record, indices):
-    """Title -> the timed rows of these cases, in their order."""
+    """{title: the timed rows of these cases, in the order of the cases}."""
     found = {}
     for index in indices:
         for row in record["rows"]:
@@ -122,7 +122,7 @@ def _rows(record, indices):
 
 
 def _bars_of_time(axes, name, indices, record):
-    """Two bars for each provider, slowest at the bottom; returns the titles in that order."""
+    """Draw two bars for each provider, slowest at the bottom. Returns the titles in that order."""
     fractions = [record["cases"][index]["scored"] for index in indices]
     part = PART if PART in fractions else fractions[-1]
     pairs = {}
@@ -156,7 +156,7 @@ def _bar(axes, at, value, provider, opacity, text):
 
 
 def _roof(axes, rows, height):
-    """The time that this machine needs to copy and zero the bytes of two reads and one write."""
+    """Mark the time for two reads and one write, from the measured bandwidth of copy and zero."""
     known = [row["of_roof"] * row["ms"]["p50"] for row in rows if row["of_roof"]]
     if not known:
         return
@@ -171,7 +171,7 @@ def _roof(axes, rows, height):
 
 
 def _bars_of_memory(axes, index, record, order):
-    """Peaks as multiples of the logits, in the order of the times beside them."""
+    """Draw peaks as multiples of the logits, in the order of the bars of time."""
     rows = {row["title"]: row for row in record["rows"] if row["case"] == index and row["memory"]}
     for place, title in enumerate(order):
         for offset, key, opacity in ((0.2, "full_x_logits", 1), (-0.2, "forward_x_logits", LIGHT)):
@@ -186,7 +186,7 @@ def _bars_of_memory(axes, index, record, order):
 
 
 def _lines(axes, name, indices, record):
-    """Time over the scored fraction, a line for each provider but eager and new gradients."""
+    """Draw time over the scored fraction: a line per provider, except eager and new gradients."""
     ends = []
     for title, rows in _rows(record, indices).items():
         provider = rows[0]["provider"]
@@ -211,14 +211,14 @@ def _lines(axes, name, indices, record):
 
 
 def _label_ends(axes, ends):
-    """Each line's name at its right end, moved up where the one below it needs the room."""
+    """Write each line's name at its right end. Move it up if it would cover the name below."""
     low, high = axes.get_ylim()
     step, at, placed = 0.075, -1.0, []
     for value, title, tint in sorted(ends):
         at = max(at + step, math.log(value / low) / math.log(high / low))
         placed.append([at, title, tint])
     limit = 0.97
-    for label in reversed(placed):  # and down again where the top is too close
+    for label in reversed(placed):  # move down again what is above the top
         label[0] = min(label[0], limit)
         limit = label[0] - step
     for at, title, tint in placed:
@@ -229,7 +229,7 @@ def _label_ends(axes, ends):
 
 
 def _plain_ticks(axis):
-    """1, 2, 5, 10, ...: a log axis that spans less than a decade has numbers, too."""
+    """Ticks at 1, 2, 5, 10, ..., so that a log axis of less than a decade has numbers too."""
     axis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(matplotlib.ticker.NullFormatter())

@@ -1,21 +1,21 @@
-"""The tensors of a case: logits as a model returns them, and buffers that no cache remembers."""
+"""The tensors of a case: logits as a model returns them, and copies that are in no cache."""
 
 import torch
 import torch.distributed as dist
 
 from .cases import DTYPES
 
-UPSTREAM = 0.37  # not 1: some peers skip work when it is
-PADDING = -1e4  # in padded columns: outside the softmax for providers that do not know of padding
+UPSTREAM = 0.37  # not 1: some peers skip work for 1
+PADDING = -1e4  # logits in padded columns: providers without padding get a softmax of 0 there
 SPREAD = 4.0  # standard deviation of the logits
-POOL = 2**18  # numbers drawn beyond those that two rows need
+POOL = 2**18  # numbers drawn in addition to two rows
 
 
 class Source:
     """Logits [batch, seq, columns] of a case's shard, and a ring of copies to work on.
 
-    A copy is used again only after more than the last-level cache has been touched in between, so
-    every timing starts cold.
+    Between two uses of a copy, more bytes than the last-level cache holds are touched. So every
+    timing starts with a cold cache.
     """
 
     def __init__(self, case, device, copies=2):
@@ -26,8 +26,8 @@ class Source:
         self._next = 0
 
     def _draw(self):
-        """Every row another stretch of one pool of noise: drawing each number would take longer
-        than all that is measured."""
+        """Each row is another slice of one pool of noise. Drawing every number would take longer
+        than all measurements."""
         case, device = self.case, self.device
         generator = torch.Generator(device).manual_seed(case.seed * 1000 + self.rank)
         pool = torch.randn(2 * case.columns + POOL, generator=generator, device=device)
@@ -45,7 +45,7 @@ class Source:
         return logits.view(case.batch, case.seq, case.columns)
 
     def take(self):
-        """The next buffer of the ring, holding the logits."""
+        """The next buffer of the ring. It holds the logits."""
         self._next = (self._next + 1) % len(self.ring)
         return self.ring[self._next]
 
@@ -54,11 +54,11 @@ class Source:
 
 
 class Problem:
-    """A case's labels and mask, in the forms that the providers take; device tensors.
+    """A case's labels and mask on the device, in the forms that the providers take.
 
     labels  [b, s] int64, the input ids        mask    [b, s] fp32, aligned with labels
     target  [b*s] int64, of each row, -100 where it is not scored
-    inside  [b*s] int64, the same with 0 there: for losses that know no ignored label
+    inside  [b*s] int64, target with 0 instead of -100: for losses without an ignored label
     weight  [b*s] fp32                         total   0-d fp32, its sum
     group   the process group over which the vocabulary is sharded, None on one process
     """
@@ -92,7 +92,7 @@ class Problem:
 
 
 class _Model(torch.autograd.Function):
-    """Stands for the model that the logits come out of: tensors of their own, no leaf, no view."""
+    """Stands for the model that returns the logits. Its result is neither a leaf nor a view."""
 
     @staticmethod
     def forward(ctx, parameter, buffer):
@@ -106,7 +106,7 @@ class _Model(torch.autograd.Function):
 def attached(buffer):
     """`buffer` as logits that need a gradient, without a copy.
 
-    In-place backward refuses a leaf, and what Megatron does to fp32 logits in place would take a
-    view of one out of the graph.
+    In-place backward refuses a leaf. A view of a leaf does not help: Megatron writes to fp32 logits
+    in place, which would take the view out of the graph.
     """
     return _Model.apply(torch.zeros((), requires_grad=True), buffer)

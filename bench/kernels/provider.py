@@ -1,4 +1,4 @@
-"""What a provider of the loss is: a way to build it, and where it can run."""
+"""A provider of the loss: how to build it, and where it can run."""
 
 import importlib.util
 from collections.abc import Callable
@@ -16,19 +16,20 @@ class Provider:
     name       for --provider
     build      build(problem) -> loss(logits [b, s, columns]) -> 0-d, with a graph; a module-level
                function or a partial of one, so that it can be sent to another process
-    predicted  peak per element of the logits beyond them, (forward, forward + backward), each as
-               (bytes, copies in the logits' dtype, fp32 copies of logits that are not fp32); for
-               --dry-run and to choose a size
-    scratch    bytes that do not grow with the logits, of the prediction
-    reason     reason(case, device type) -> why it cannot run, or None; beyond what follows
+    predicted  peak beyond the logits, for each of their elements: (forward, forward + backward),
+               each as (bytes, copies in the logits' dtype, fp32 copies of logits that are not
+               fp32); for --dry-run and to choose a size
+    scratch    predicted bytes that do not grow with the logits
+    reason     reason(case, device type) -> why it cannot run, or None; checked in addition to
+               devices, module and sharded
     devices    device types it runs on
-    module     what it needs, and `install`, the name to install it by
-    sharded    works with a sharded vocabulary
-    writes     True: it may overwrite the logits, so they are restored after every timing
-    precision  "fp32", or "logits" when it rounds on the way to the logits' dtype
-    softcap    has softcapping of its own; else it is done before, in fp32, as a model would
-    early      computes the gradient in forward already: its fwd and bwd are no one else's
-    gathers    collects the whole vocabulary on every process first
+    module     the module it needs; `install` is the name to install it by
+    sharded    it works with a sharded vocabulary
+    writes     it may overwrite the logits, so they are restored after every timing
+    precision  "fp32", or "logits" if it rounds intermediate results to the logits' dtype
+    softcap    it applies the softcap itself; otherwise tanh runs before it in fp32, as in a model
+    early      it computes the gradient in forward, so its fwd and bwd cannot be compared
+    gathers    it first gathers the whole vocabulary on every process
     """
 
     name: str
@@ -48,17 +49,17 @@ class Provider:
     gathers: bool = False
 
     def reason_against(self, case, device_type):
-        """Why it cannot run this case there, or None."""
+        """Why it cannot run this case on this device type, or None."""
         if device_type not in self.devices:
             return f"runs on {' and '.join(_DEVICES[name] for name in self.devices)}"
         if self.module is not None and not _found(self.module):
             return f"not installed: pip install {self.install or self.module}"
-        if case.tp > 1 and not self.sharded:  # nor is there a rank whose shard it could compute
+        if case.tp > 1 and not self.sharded:  # with nproc 1 too: no TP run can use it
             return "needs the whole vocabulary on one process"
         return self.reason(case, device_type) if self.reason else None
 
     def function(self, problem):
-        """loss(logits) for a problem, softcapping included."""
+        """loss(logits) for a problem, including the softcap."""
         loss, cap = self.build(problem), problem.case.softcap
         if not cap or self.softcap:
             return loss
@@ -86,5 +87,5 @@ _CAPPED = 8
 def _found(module):
     try:
         return importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError):  # of a parent package; a module without a spec
+    except (ImportError, ValueError):  # a missing parent package, or a module without a spec
         return False

@@ -1,4 +1,4 @@
-"""All providers: ours per backend and mode, what PyTorch gives, and the peers."""
+"""All providers: ours for each backend and mode, PyTorch's own losses, and the peers."""
 
 import difflib
 from functools import cache, partial
@@ -16,11 +16,11 @@ from .peers import PEERS, reason_without_megatron, set_up_megatron
 from .provider import Provider
 
 BACKENDS = ("cpu", "cuda", "hip", "triton", "eager")
-EAGER_SCRATCH = 2**27  # tiles, whatever the logits
+EAGER_SCRATCH = 2**27  # for tiles; it does not grow with the logits
 
 INPLACE, ONE_READ = {"inplace_backward": True}, {"grad_in_forward": True}
 
-#: (name, title, options of sft_loss, predicted peak): one more mode of ours is one more line.
+#: (name, title, options of sft_loss, predicted peak). A new mode of ours is a new line.
 MODES = (
     ("inplace", "in place", INPLACE, ((0, 0, 0), (0, 0, 0))),
     ("new", "new gradient", {}, ((0, 0, 0), (0, 1, 0))),
@@ -71,7 +71,7 @@ def _our_providers():
 
 
 def _whole(problem, logits):
-    """The logits of all shards on every process, for losses that cannot do with less."""
+    """The logits of all shards on every process, for losses that need the whole vocabulary."""
     if problem.group is None:
         return logits
     set_up_megatron(problem.source.device)
@@ -89,8 +89,8 @@ def compiled_reference(problem):
 
 @cache
 def _compiled_for_fixed_shapes():
-    """As in a run, whose shapes do not change: code for each shape, none for several."""
-    torch._dynamo.config.cache_size_limit = 64  # else the ninth shape would run uncompiled
+    """Compile the loss for each shape separately: in a training run shapes do not change."""
+    torch._dynamo.config.cache_size_limit = 64  # otherwise the ninth shape would run uncompiled
     return torch.compile(_capped_reference, fullgraph=True, dynamic=False)
 
 
@@ -101,7 +101,7 @@ def _capped_reference(logits, labels, mask, cap):
 
 
 def cross_entropy(problem):
-    """F.cross_entropy on the logits as they are: its log-softmax is rounded to their dtype."""
+    """F.cross_entropy without a cast: its log-softmax is rounded to the dtype of the logits."""
 
     def loss(logits):
         rows = _whole(problem, logits)
@@ -123,7 +123,7 @@ PROVIDERS = {
             "reference",
             "reference",
             reference,
-            # Log-softmax, shifted copy, fp32 copy; the first of them and two fp32 gradients.
+            # Log-softmax, shifted copy, fp32 copy; then log-softmax, two fp32 gradients.
             ((4, 1, 1), (12, 0, 0)),
             reason=_reason_against_gathering,
             gathers=True,
@@ -152,9 +152,9 @@ PROVIDERS = {
 
 
 def select(names):
-    """Providers by name or by the beginning of their names; all of them for an empty list.
+    """Providers by name, or by the beginning of a name; for an empty list all providers.
 
-    Raises UserError with the list of valid ones.
+    Raises UserError for an unknown name. The message lists the valid names.
     """
     chosen = {}
     for name in names:

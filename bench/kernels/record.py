@@ -1,13 +1,13 @@
-"""The record of a run: JSON with everything, CSV, and what has changed since an older one.
+"""The record of a run, as JSON and CSV, and its changes since an older record.
 
     {"schema": 1, "finished": true, "machine": {...}, "settings": {...},
      "cases": [{the fields of Case, "rows", "scored_rows", "logits_bytes",
                 "roof": {"copy_gb_per_s", "zero_gb_per_s"} or null}],
      "rows":  [{"case": index into cases, "provider", "title", "status", "reason", "check", ...}]}
 
-A provider that can run none of the cases has one row, with the reason and null for the case.
-status: "ok"; "wrong" (the check failed: not timed), "unavailable", "OOM", "failed", each with a
-reason; "pending" where a run was interrupted.
+A provider that can run none of the cases has one row. It has a reason, and null as its case.
+status: "ok"; "wrong" (the check failed, so it was not timed), "unavailable", "OOM" and "failed",
+each with a reason; "pending" if the run was interrupted.
 """
 
 import csv
@@ -37,7 +37,7 @@ CASE_KEY = (
 
 
 class Rows:
-    """What is known so far of every (case, provider), filled in by the workers' messages."""
+    """The results of every (case, provider) so far. The workers' messages fill them in."""
 
     def __init__(self, cases, mode):
         self.cases, self.mode = cases, mode
@@ -45,7 +45,7 @@ class Rows:
         self.rows = {}  # (index, name) -> dict
 
     def add_all(self, providers, device_type):
-        """Rows for all of them, pending where they can run."""
+        """Add the rows of all providers. A row is pending if its provider can run."""
         for provider in providers:
             reasons = [provider.reason_against(case, device_type) for case in self.cases]
             if all(reasons):
@@ -69,7 +69,7 @@ class Rows:
         }
 
     def tell(self, index, name, what):
-        """Take in a message; True when the row got what it was waiting for."""
+        """Store a message. Returns False if it does not finish a row: a roof, or a check."""
         if name in ROOF:
             self.roofs[index][name] = what["seconds"]
             return False
@@ -77,7 +77,7 @@ class Rows:
         if "seconds" in what:
             what = {**what, "status": "ok"}
         if "status" in what and row["seconds"] and what["status"] != "ok":
-            what = {"reason": f"memory: {what['reason']}"}  # timed all the same
+            what = {"reason": f"memory: {what['reason']}"}  # its times stay valid
         row.update(what)
         return "check" not in what
 
@@ -85,7 +85,7 @@ class Rows:
         return self.status(index, name) == "pending"
 
     def status(self, index, name):
-        """None for a provider that can run no case."""
+        """The status of a row, or None if there is none: the provider can run no case."""
         row = self.rows.get((index, name))
         return row and row["status"]
 
@@ -117,7 +117,7 @@ def total(seconds):
 
 
 def roof_seconds(case, roof, mode):
-    """Seconds that copying and zeroing would take for the least bytes that a loss must move."""
+    """Seconds to move and zero the minimum bytes of a loss, at the bandwidth of copy and zero."""
     moved, zeroed = case.minimum_bytes(mode)
     return (moved / roof["copy_gb_per_s"] + zeroed / roof["zero_gb_per_s"]) / 1e9
 
@@ -160,7 +160,7 @@ def _part(row):
 
 
 def _quantile(samples, part):
-    """In ms, between the nearest samples."""
+    """A quantile in ms, interpolated between the nearest samples."""
     ordered = sorted(samples)
     at = part * (len(ordered) - 1)
     low = int(at)
@@ -169,7 +169,7 @@ def _quantile(samples, part):
 
 
 def write(record, path):
-    """JSON, a case or row a line, replaced in one go: an interrupted write leaves the old one."""
+    """Write JSON, one line for each case or row. An interrupted write leaves the old file."""
     head = {key: value for key, value in record.items() if key not in ("cases", "rows")}
     parts = [json.dumps(head, indent=1)[:-2]]
     for key in ("cases", "rows"):
@@ -181,7 +181,7 @@ def write(record, path):
 
 
 def read(path):
-    """A record written by `write`. UserError when it is not one."""
+    """Read a record written by `write`. UserError if the file is not one."""
     try:
         record = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -195,13 +195,13 @@ def read(path):
 
 
 def device_and_threads(machine):
-    """What was measured; of a processor also on how many threads."""
+    """The measured device; for a processor also the number of threads."""
     threads = f", {machine['threads']} threads" if machine["device"] == machine["processor"] else ""
     return machine["device"] + threads
 
 
 def compare(record, old):
-    """Add to each row of `record` its "change": p50 over that of the same row of `old`, less 1."""
+    """Add "change" to each row of `record`: p50 / (p50 of the same row in `old`) - 1."""
     before = {_key(old, row): row["ms"]["p50"] for row in old["rows"] if row["ms"]}
     for row in record["rows"]:
         was = before.get(_key(record, row)) if row["ms"] else None
@@ -210,7 +210,7 @@ def compare(record, old):
 
 
 def never_ran(record):
-    """Reason -> titles of the providers that no case could use."""
+    """{reason: titles of the providers that could run no case}."""
     found = {}
     for row in record["rows"]:
         if row["case"] is None:
@@ -236,7 +236,7 @@ def _key(record, row):
 
 
 def write_csv(record, path):
-    """One line a row, its case's fields first."""
+    """Write one line for each row. The fields of its case come first."""
     lines = []
     for row in record["rows"]:
         of = {} if row["case"] is None else record["cases"][row["case"]]

@@ -18,7 +18,7 @@ from .provider import Provider
 from .record import never_ran, remark
 
 MIB = 2**20
-WIDTH = 170  # of a table that goes to a file
+WIDTH = 170  # of a table that is written to a file
 SLOW = 5  # a smaller speed-up over the reference gets a line below the table
 PER_ROW = 2**13  # bytes that ours may take for each row, beyond the gradient
 
@@ -44,7 +44,7 @@ class Progress:
 
 
 def console():
-    """As wide as the terminal; plain and wide when piped."""
+    """A console as wide as the terminal; if piped, WIDTH columns of plain text."""
     out = Console(highlight=False)
     return out if out.is_terminal else Console(width=WIDTH, highlight=False)
 
@@ -87,7 +87,7 @@ def show(record, old=None):
 
 
 def _reasons(record):
-    """(status, title, reason) -> the cases with that status and reason."""
+    """{(status, title, reason): the cases with that status and reason}."""
     found = {}
     for row in record["rows"]:
         if row["reason"] and row["case"] is not None:
@@ -177,9 +177,9 @@ def show_files(paths):
 
 
 def verdict(record):
-    """Exit status: 1 if ours is wrong or takes more memory than it promises; a line for each.
+    """Exit status: 1 if ours is wrong or takes more memory than promised. Prints a line for each.
 
-    A speed-up below SLOW is printed, but is no failure: times depend on what else the machine does.
+    A speed-up below SLOW is printed but is no failure, because times depend on the machine's load.
     """
     broken, slow = [], {}
     for row in record["rows"]:
@@ -205,8 +205,8 @@ def verdict(record):
 
 
 def over_promise(row, case):
-    """A line for each broken memory promise of a row: one gradient at most, none in place."""
-    if not row["memory"] or "-eager-" in row["provider"]:  # its tiles do not grow with the logits
+    """Yield a line for each broken promise on memory: at most one gradient, in place none."""
+    if not row["memory"] or "-eager-" in row["provider"]:  # its tiles have a constant size
         return
     inplace, early = "inplace" in row["provider"], "oneread" in row["provider"]
     gradient = 0 if inplace else case["logits_bytes"]

@@ -1,7 +1,8 @@
-"""Times of one case: all providers in turn, round after round, from cold caches.
+"""Time one case. Providers are interleaved. Every run starts with cold caches.
 
-Interleaved, a busy moment of the machine hits all alike; so does a clock that falls. Copying and
-zeroing the same logits take their turns too: they are the roof, measured in the same moments.
+Interleaving makes a busy moment of the machine, or a falling clock, affect all providers alike.
+Copying and zeroing the same logits are interleaved with them. They give the roof, the bandwidth
+that the machine has under the same conditions.
 """
 
 import math
@@ -15,14 +16,14 @@ from ..clock import Clock
 from .problem import attached
 
 FEWEST, MOST = 4, 25  # timings of a provider
-SHARDED = 3  # with collectives every rank must time as often as its peers, whatever it measures
-WARM_S = 0.05  # of untimed runs after that of the check; sharded none, as theirs are few
+SHARDED = 3  # timings with collectives: every rank must run equally often
+WARM_S = 0.05  # seconds of untimed runs after the check; none if sharded, where timings are few
 ROOF = ("copy", "zero")
 
 
 @dataclass
 class Contender:
-    """`run(clock)` does the timed work once and `undo()` what must follow it, untimed."""
+    """`run(clock)` does the timed work once. `undo()` follows it and is not timed."""
 
     name: str
     run: object
@@ -31,7 +32,7 @@ class Contender:
 
 
 def provider_contender(name, function, problem, mode, writes):
-    """Forward and backward of a provider on logits that are in no cache."""
+    """Forward and backward of a provider, on logits that are in no cache."""
     source, last = problem.source, []
 
     def run(clock):
@@ -49,8 +50,8 @@ def provider_contender(name, function, problem, mode, writes):
 
 
 def roof_contenders(source):
-    """Copying the logits, and storing zeros over them."""
-    target = source.logits.clone()  # with pages: it is written untimed for once
+    """Copying the logits, and storing zeros over the copy."""
+    target = source.logits.clone()  # written here, so its pages are mapped before timing
 
     def timed(work):
         def run(clock):
@@ -68,11 +69,12 @@ def roof_contenders(source):
 
 
 def rounds(contenders, device, sharded, budget, failed):
-    """Time all of them in turn; fills in `seconds`, and yields (name, failed(error)) of those that
-    raise, which take no further turn.
+    """Time all contenders in turn, and fill in their `seconds`.
 
-    budget  seconds that one contender's timings should take; a number of timings that follows from
-            it only where there is no collective.
+    If one raises, (name, failed(error)) is yielded, and that contender is not run again.
+
+    budget  seconds that the timings of one contender should take. With collectives it is not used:
+            every contender is timed SHARDED times.
     """
     clock, counts = Clock(device, ahead=True), {}
 
@@ -97,7 +99,7 @@ def rounds(contenders, device, sharded, budget, failed):
     total = max(counts.values())
     for step in range(total):
         for contender in contenders:
-            # Spread evenly over the rounds, however few.
+            # Spread the timings of a contender evenly over the rounds.
             count = counts.get(contender.name, 0)
             if (step + 1) * count // total == step * count // total:
                 continue
@@ -114,7 +116,7 @@ def _count(one, budget):
 
 
 def _warm(contender, clock, sharded):
-    """Run to a steady state; seconds of the last run."""
+    """Run for WARM_S at least. Returns the seconds of the last run."""
     started = time.perf_counter()
     while True:
         seconds = sum(_once(contender, clock, sharded))
@@ -124,7 +126,7 @@ def _warm(contender, clock, sharded):
 
 def _once(contender, clock, sharded):
     if sharded:
-        dist.barrier()  # else a collective would be charged for a peer's lateness
+        dist.barrier()  # otherwise a collective would include the wait for a peer
     contender.run(clock)
     intervals = clock.intervals()
     if contender.undo:
@@ -133,7 +135,7 @@ def _once(contender, clock, sharded):
 
 
 def slowest(seconds):
-    """Per timing the rank that took longest in all, [n][2]: the same on every rank."""
+    """The times of the slowest rank in each timing, [n][2]; the same on every rank."""
     if not seconds:
         return []
     mine = torch.tensor(seconds, dtype=torch.float64)

@@ -1,7 +1,7 @@
-"""What runs inside the measuring processes: check and time a case, or record its memory.
+"""The work of the measuring processes: check and time a case, or record its memory.
 
-A process tells its caller about every row as it comes, so that nothing finished is lost when it is
-interrupted, runs out of memory or dies; what it was at is told before it is begun.
+A process sends every result at once, so no finished row is lost if the process is interrupted, runs
+out of memory or dies. Before each piece of work it says what it is going to do.
 """
 
 import ctypes
@@ -19,16 +19,16 @@ from .footprint import footprint, largest
 from .oracle import Oracle, run_once
 from .problem import Problem, Source
 
-#: glibc's mallopt(M_MMAP_THRESHOLD, bytes): smaller than what is measured, larger than our tiles.
+#: glibc's mallopt(M_MMAP_THRESHOLD, bytes): smaller than measured buffers, larger than our tiles.
 FRESH = -3, 2**23
 OOM = ("can't allocate memory", "not enough memory", "out of memory")
 
 
 def measure_times(work, device_type, mode, budget):
-    """Check and time; `work` is [(index, case, providers)]. In every rank of run_ranks.
+    """Check and time `work`: [(index, case, providers)]. Runs in every rank of run_ranks.
 
-    Tells {"at": (index, name)} before a provider is begun, and {"of": (index, name), ...} with
-    what is known of a row: a check, a status and reason, seconds [n][2].
+    Sends {"at": (index, name)} before it begins with a provider, and {"of": (index, name), ...}
+    with the results of a row: a check, a status and reason, seconds [n][2].
     """
     for index, problem, providers in _problems(work, device_type):
 
@@ -39,7 +39,7 @@ def measure_times(work, device_type, mode, budget):
 
 
 def measure_memory(work, device_type):
-    """Record peaks, told as {"of": (index, name), "memory": ...}; of one provider in a process."""
+    """Record peaks and send them as {"of": (index, name), "memory": ...}. For one provider only."""
     warm = set()
     for index, problem, providers in _problems(work, device_type, copies=1):
         for provider in providers:
@@ -53,7 +53,7 @@ def measure_memory(work, device_type):
 
 
 def time_case(problem, providers, mode, budget, tell):
-    """Check every provider against float64, then time those that pass, and the roof."""
+    """Check every provider against float64. Then time the roof and the providers that pass."""
     sharded = problem.case.nproc > 1
     contenders = timing.roof_contenders(problem.source)
     contenders += _right_ones(problem, providers, mode, tell)
@@ -67,7 +67,7 @@ def time_case(problem, providers, mode, budget, tell):
 
 
 def _right_ones(problem, providers, mode, tell):
-    """The contenders that pass the check; of the others is told why."""
+    """The contenders that pass the check. For the others the reason is sent."""
     oracle, contenders = Oracle(problem), []
     for provider in providers:
         tell(provider.name)
@@ -86,27 +86,27 @@ def _right_ones(problem, providers, mode, tell):
 
 
 def _problems(work, device_type, copies=None):
-    """(index, Problem, providers); logits are drawn anew only where they differ.
+    """Yield (index, Problem, providers). Logits are drawn again only if they differ.
 
-    copies  buffers to work on in turn; None: as many as no cache holds
+    copies  buffers to use in turn; None: more than the last-level cache holds
     """
-    warnings.filterwarnings("ignore")  # of peers, about what they could not import
+    warnings.filterwarnings("ignore")  # peers warn about modules that they cannot import
     _always_fresh_pages()
     device = _device(device_type)
     source = None
     for index, case, providers in work:
         if source is None or source.case != case.source:
-            source = None  # before the next is drawn
+            source = None  # free it before the next is drawn
             _tell({"at": (index, "logits")})
             source = Source(case.source, device, copies or ring(case, machine.cache(device)))
         yield index, Problem(case, source), providers
 
 
 def _always_fresh_pages():
-    """Buffers come from the system every time, as those of a real batch always do.
+    """Take every buffer from the system, as happens for the large buffers of a real batch.
 
-    Some tens of MiB glibc would now and then serve from memory that it kept, and the same work
-    would take three times as long one time as the next.
+    Otherwise glibc takes buffers of tens of MiB sometimes from memory that it kept, and the time of
+    the same work varies by a factor of three.
     """
     try:
         ctypes.CDLL(None).mallopt(*FRESH)
@@ -124,7 +124,7 @@ def _device(device_type):
 
 
 def _checked(provider, problem, oracle):
-    """(function, Check), the worst of all ranks'."""
+    """(function, Check); the Check is the worst of all ranks."""
     function = provider.function(problem)
     loss, gradient = run_once(function, problem)
     check = oracle.check(loss, gradient, provider.precision)
@@ -136,7 +136,7 @@ def _checked(provider, problem, oracle):
 
 
 def _tried(work, problem):
-    """(result, None), or (None, why not). Alone only: with peers it would leave them waiting."""
+    """(result, None), or (None, failure). With peers it raises: they would wait for ever."""
     try:
         return work(), None
     except Exception as error:
@@ -146,7 +146,7 @@ def _tried(work, problem):
 
 
 def failed(error):
-    """A row's status and reason for an exception of a provider."""
+    """The status and reason of a row whose provider raised an exception."""
     text = str(error)
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(s in text for s in OOM):
         return {"status": "OOM", "reason": text.strip().split("\n")[0][:200]}

@@ -4,7 +4,7 @@ import ast
 import re
 import textwrap
 
-NAMES = {  # heading -> (what to import from, names)
+NAMES = {  # heading -> (module, names)
     "PyTorch": (
         "fused_sft_loss",
         ("sft_loss", "SFTLoss", "token_metrics", "TokenMetrics", "shift_targets"),
@@ -36,7 +36,7 @@ def blocks(root):
 
 
 def definitions(package):
-    """Name -> (node, lines of its file) of the functions and classes that the package defines."""
+    """{name: (node, lines of its file)} of all functions and classes in the package."""
     sources = [path.read_text(encoding="utf-8") for path in sorted(package.rglob("*.py"))]
     trees = [ast.parse(source) for source in sources]
     spelled_out = SpelledOut(trees)
@@ -49,7 +49,7 @@ def definitions(package):
 
 
 class SpelledOut(ast.NodeTransformer):
-    """Replaces the names of constants and of types' aliases, which a reader of the page lacks."""
+    """Replaces the names of constants and type aliases by their values for the page."""
 
     def __init__(self, trees):
         assigned = (node for tree in trees for node in tree.body if isinstance(node, ast.Assign))
@@ -80,7 +80,7 @@ def entry(name, node, lines):
 
 
 def signature(name, node, skip=0):
-    """The call, on one line where it fits, else with one argument a line."""
+    """The call on one line if it fits, else with one argument per line."""
     parts = arguments(node.args)[skip:]
     result = _result(node)
     line = f"{name}({', '.join(parts)}){result}"
@@ -101,7 +101,7 @@ def _result(node):
 
 
 def arguments(args):
-    """Each argument as written in a signature, `*` among them."""
+    """All arguments as a signature writes them, including `*`."""
     plain = [*args.posonlyargs, *args.args]
     defaults = [None] * (len(plain) - len(args.defaults)) + args.defaults
     parts = [_argument(*pair) for pair in zip(plain, defaults, strict=True)]
@@ -122,14 +122,14 @@ def _argument(argument, default):
 
 
 def _source(node):
-    """As ruff would write it; an annotation in quotes without them."""
+    """The source of a node, in the style of ruff. A quoted annotation loses its quotes."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str) and "." in node.value:
         return node.value
     return ast.unparse(node).replace("'", '"')
 
 
 def described(node):
-    """A docstring as Markdown; a section ends where a line is indented no more."""
+    """A docstring as Markdown. A section ends at the first line without indentation."""
     text = ast.get_docstring(node)
     if not text:
         return ""
@@ -151,7 +151,7 @@ def described(node):
 
 
 def _prose(text):
-    """Paragraphs; an indented block is code."""
+    """Text as Markdown paragraphs. An indented block is code."""
     out = []
     for paragraph in re.split(r"\n\s*\n", text.strip("\n")):
         if paragraph.startswith("    "):
@@ -162,7 +162,7 @@ def _prose(text):
 
 
 def _entries(text):
-    """`name: text` at the left margin as list items; their indented lines below them."""
+    """Make list items of `name: text` at the left margin, and append their indented lines."""
     out = []
     for line in text.splitlines():
         match = ENTRY.match(line)
@@ -181,13 +181,13 @@ def _entries(text):
 
 
 def _words(text):
-    """Sphinx roles and double backticks as Markdown."""
+    """Turn Sphinx roles and double backticks into Markdown."""
     text = re.sub(r":\w+:`~?(?:[\w.]+\.)?(\w+)`", r"`\1`", text)
     return text.replace("``", "`")
 
 
 def fields(node, lines):
-    """The fields of a NamedTuple, with the comments behind them."""
+    """The fields of a NamedTuple, with their comments."""
     rows = []
     for part in node.body:
         if isinstance(part, ast.AnnAssign):

@@ -1,4 +1,4 @@
-"""The README's table: what the loss costs on one GPU, beside the other ways to compute it."""
+"""The README's table: time and memory of the loss on one GPU, and of other ways to compute it."""
 
 from .markdown import milliseconds, size, table
 
@@ -23,7 +23,7 @@ def blocks(measured):
 
 
 def gain(one):
-    """The sentence and the table of the record `one`."""
+    """The sentence and the table for the record `one`."""
     case, full = _at(one, 1.0)
     _, part = _at(one, PART)
     lines = [_line(label, full[name], part[name]) for name, label in ROWS.items()]
@@ -31,7 +31,7 @@ def gain(one):
 
 
 def _at(one, scored):
-    """The case of MODEL with that part of its rows scored, and its rows by provider."""
+    """(the case of MODEL with this scored fraction, {provider: its row})."""
     wanted = (MODEL, 1, scored)
     for index, case in enumerate(one["cases"]):
         if (case["model"], case["tp"], case["scored"]) == wanted:

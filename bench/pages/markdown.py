@@ -1,4 +1,4 @@
-"""Markdown tables, and numbers as the pages show them."""
+"""Markdown tables, and the format of numbers on the pages."""
 
 UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 
@@ -10,7 +10,7 @@ def table(head, lines, left):
 
 
 def milliseconds(row):
-    """The median of a timed row, or nothing."""
+    """The median of a timed row, or an empty text."""
     if not row or not row["ms"]:
         return ""
     p50 = row["ms"]["p50"]
@@ -18,6 +18,6 @@ def milliseconds(row):
 
 
 def size(count):
-    """Bytes in the largest unit that leaves a number of at least 1."""
+    """Bytes in the largest unit in which the number is at least 1."""
     unit, name = next((pair for pair in UNITS if count >= pair[0]), (1, "bytes"))
     return f"{count / unit:.1f} {name}" if unit > 1 else f"{count} {name}"

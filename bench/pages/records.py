@@ -3,12 +3,12 @@
 from ..kernels import record
 from .markdown import milliseconds, table
 
-SHOWN = ("mistral-nemo", 0.3)  # the model of the long table, and the second scored part
+SHOWN = ("mistral-nemo", 0.3)  # model of the long table, and the second scored fraction
 PEAKS = ("forward_x_logits", "full_x_logits")
 
 
 def section(measured, name):
-    """The Markdown of one record, whose picture is img/NAME.png."""
+    """The Markdown of one record. Its picture is img/NAME.png."""
     rows = [
         {**row, "of": measured["cases"][row["case"]]}
         for row in measured["rows"]
@@ -63,7 +63,7 @@ def _at(rows, scored):
 
 
 def _providers(rows):
-    """One line for each provider: all rows scored, and the shown part of them."""
+    """One line for each provider, with all rows scored and with the fraction in SHOWN."""
     part = SHOWN[1]
     full, some = _at(rows, 1.0), _at(rows, part)
     case = rows[0]["of"]
@@ -104,7 +104,7 @@ def _reasons(measured):
 
 
 def _cases(rows):
-    """Ours in place over all models and fractions: ms and speed-up."""
+    """Ours in place, for all models and scored fractions: ms and speed-up."""
     ours = [r for r in rows if _is_ours_in_place(r) and r["ms"]]
     fractions = sorted({row["of"]["scored"] for row in ours}, reverse=True)
     lines = {}
@@ -124,7 +124,7 @@ def _is_ours_in_place(row):
 
 
 def _memory(rows):
-    """The largest peak of each of ours over all cases."""
+    """The largest peak of each of our providers over all cases."""
     peaks = {}
     for row in rows:
         if row["provider"].startswith("ours-") and row["memory"]:

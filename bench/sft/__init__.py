@@ -1,1 +1,1 @@
-"""python -m bench sft: a real Megatron SFT run, twice over: the reference loss and ours."""
+"""python -m bench sft: a real Megatron SFT run, with the reference loss and with ours."""

@@ -1,6 +1,6 @@
 """The `sft` command: arguments, data, the runs of both losses, the report.
 
-Alone it starts the processes itself. Under torchrun it is one of them:
+Without torchrun it starts the processes itself. Under torchrun it is one of them:
 
     torchrun --nproc-per-node 8 -m bench sft --model llama3-8b --tp 8 --data FILE.jsonl
 """
@@ -50,7 +50,7 @@ DATA_HELP = (
 )
 HEAD = 32  # width of an attention head of the small model
 SMALL = {"layers": 2, "hidden": 128}
-BOTH_KINDS = "cpu:gloo,cuda:nccl"  # backends by where a tensor is; on AMD "nccl" is RCCL
+BOTH_KINDS = "cpu:gloo,cuda:nccl"  # backend by device of a tensor; on AMD "nccl" is RCCL
 
 
 def run(args):
@@ -76,7 +76,7 @@ def run(args):
 
 
 def _check(args, world):
-    """Raise UserError for arguments that do not go together; the data-parallel size."""
+    """Raise UserError for arguments that do not fit together. Returns the data-parallel size."""
     if args.tp not in (1, 2, 4, 8):
         raise UserError(f"--tp: expected 1, 2, 4 or 8, got {args.tp}")
     dp = args.dp or (1 if world is None else max(1, world // args.tp))
@@ -133,7 +133,7 @@ def _settings(args, dp, vocabulary, world):
 
 
 def _load(args, dp):
-    """(batches[step][data-parallel rank], where they come from)."""
+    """(batches[step][data-parallel rank], a description of the data)."""
     from . import data
     from .tokenizer import Tekken, make_batches
 
@@ -156,12 +156,12 @@ def _load(args, dp):
 
 
 def _train(settings, batches):
-    """Every rank's results, of processes started here, with progress shown."""
+    """Start the processes and show their progress. Returns the results of all ranks."""
     from ..ranks import RankError, run_ranks
     from . import report, train
 
     if settings.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # also where there is a GPU
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # hide the GPUs, if there are any
     with report.Progress(len(batches)) as progress:
         try:
             return run_ranks(
@@ -179,7 +179,7 @@ def _train(settings, batches):
 
 
 def _take_part(settings, batches):
-    """As one of torchrun's processes: every rank's results on the first, None on the others."""
+    """Train as one of torchrun's processes. Returns all ranks' results on rank 0, else None."""
     from . import report, train
 
     dist.init_process_group("gloo" if settings.device == "cpu" else BOTH_KINDS)

@@ -1,6 +1,6 @@
-"""Conversations to train on: Python's own standard library, or a JSON-lines file.
+"""Conversations to train on, from Python's standard library or from a JSON-lines file.
 
-A conversation is a list of (role, content); the assistant's content is what is trained on.
+A conversation is a list of (role, content). Training scores the assistant's content.
 """
 
 import ast
@@ -14,7 +14,7 @@ from pathlib import Path
 from ..errors import UserError
 
 ROLES = ("system", "user", "assistant")
-PER_FILE = 2  # so that a short run does not see one module alone
+PER_FILE = 2  # functions of a file: a short run sees several modules
 SHORTEST = 16  # lines: shorter functions would fill a batch with padding
 LEFT_OUT = {"site-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__"}
 
@@ -22,8 +22,8 @@ LEFT_OUT = {"site-packages", "test", "tests", "idle_test", "lib2to3", "__pycache
 def standard_library(seed=0):
     """Yield (user, assistant) conversations: a function's signature and docstring, then its body.
 
-    Documented functions of the standard library that runs this, not the shortest and a few of
-    every file, in an order drawn from `seed`.
+    The functions come from the standard library of the running Python. They are documented and have
+    more than SHORTEST lines. At most PER_FILE of a file are taken. `seed` sets the order.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     files = sorted(_sources(root))
@@ -37,14 +37,14 @@ def standard_library(seed=0):
             functions = [
                 pair for pair in functions_of(source) if "".join(pair).count("\n") > SHORTEST
             ]
-        except (SyntaxError, UnicodeDecodeError):  # some files are there to be malformed
+        except (SyntaxError, UnicodeDecodeError):  # some files are malformed on purpose
             continue
         few = order.sample(functions, min(PER_FILE, len(functions)))
         yield from ([("user", head), ("assistant", body)] for head, body in few)
 
 
 def _sources(root):
-    """Paths of Python files below `root`, not entering the folders in LEFT_OUT."""
+    """Yield the paths of Python files below `root`, but not in the folders LEFT_OUT."""
     for folder, inside, names in os.walk(root):
         inside[:] = [name for name in inside if name not in LEFT_OUT]
         yield from (Path(folder, name) for name in names if name.endswith(".py"))
@@ -58,20 +58,20 @@ def functions_of(source):
             continue
         if ast.get_docstring(node, clean=False) is None or len(node.body) < 2:
             continue
-        split = node.body[0].end_lineno  # lines are numbered from 1: the first of the body
+        split = node.body[0].end_lineno  # line at which the docstring ends, from 1
         if node.body[1].lineno <= split:
             continue
-        # Dedented as one, so that the body keeps its place below the signature.
+        # Dedent both together, so that the body stays indented below the signature.
         text = textwrap.dedent("\n".join(lines[node.lineno - 1 : node.end_lineno])).split("\n")
         head = split - node.lineno + 1
         yield "\n".join(text[:head]) + "\n", "\n".join(text[head:])
 
 
 def json_lines(path):
-    """The conversations of a file with one JSON object a line; UserError naming a bad line.
+    """The conversations of a file with one JSON object per line. A UserError names a bad line.
 
-    A line is {"prompt": text, "response": text} or {"messages": [{"role", "content"}, ...]}; other
-    keys are ignored, blank lines skipped.
+    A line is {"prompt": text, "response": text} or {"messages": [{"role", "content"}, ...]}. Other
+    keys are ignored. Blank lines are skipped.
     """
     try:
         lines = Path(path).read_bytes().splitlines()

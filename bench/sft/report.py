@@ -13,11 +13,11 @@ from .. import machine
 
 MIB = 2**20
 SAME_WEIGHTS = 1e-5  # relative: step 1 has the same logits, so only fp32 rounding may differ
-SAME_RUN = 1e-2  # relative: later steps differ by what bf16 rounding of gradients makes of that
+SAME_RUN = 1e-2  # relative: later, gradients rounded to bf16 make the weights differ
 
 
 class Progress:
-    """A progress bar of the steps; the first rank reports each of them to `update`."""
+    """A progress bar of the steps. The first rank reports each step to `update`."""
 
     def __init__(self, steps):
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
@@ -42,7 +42,9 @@ class Progress:
 
 
 def build(ranks, batches, settings, data, argv):
-    """The record as JSON. Times and bytes are those of the slowest rank in each step.
+    """The record, ready for JSON.
+
+    Each time is the longest of all ranks in its step, each number of bytes the largest of all.
 
     batches  batches[step][data-parallel rank]
     """
@@ -138,7 +140,7 @@ def _losses(record):
     return table
 
 
-BETTER = "ours is better by"  # in every row: more is better, below 1 ours is worse
+BETTER = "ours is better by"  # a factor; below 1 ours is worse
 
 
 def _stage(record):
@@ -165,7 +167,7 @@ def _stage(record):
 
 
 def better(reference, ours, more_is_better):
-    """How many times better ours is: above 1 in its favour, whatever the quantity."""
+    """How many times better ours is. Above 1 it is better, for times, bytes and rates alike."""
     over, under = (ours, reference) if more_is_better else (reference, ours)
     if not under:
         return ""
@@ -221,7 +223,10 @@ STYLES = {
 
 
 def _bars(axes, names, values, title, unit, form):
-    """Two groups, forward and backward; `values` are (forward, backward) of each name."""
+    """Draw a group of bars for forward and one for backward.
+
+    `values` are the (forward, backward) of each name.
+    """
     offsets = (-0.2, 0.2) if len(values) > 1 else (0.0,)
     for offset, name, pair in zip(offsets, names, values, strict=True):
         tint = STYLES[name]["color"]

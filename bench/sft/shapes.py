@@ -1,6 +1,6 @@
-"""Real models by name: their layers; the vocabularies are those of bench.kernels.cases.
+"""The layer shapes of real models, by name. Their vocabularies are in bench.kernels.cases.
 
-Shapes alone. Softcapping and padded vocabularies are measured by `python -m bench kernels`.
+Only shapes are taken. `python -m bench kernels` measures softcaps and padded vocabularies.
 """
 
 from dataclasses import dataclass

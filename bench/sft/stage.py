@@ -1,11 +1,11 @@
-"""What the loss stage is, and when it begins and ends: the same for every loss function.
+"""Measures the loss stage, which is defined in the same way for every loss function:
 
 forward   from the call of loss_func(output_tensor) to its return
-backward  from the gradient of the returned loss being known to the gradient of output_tensor being
-          known, both seen by autograd hooks
+backward  from the time when the gradient of the returned loss is known to the time when the
+          gradient of output_tensor is known; autograd hooks see both
 
-output_tensor is what the model returned, this rank's shard of the logits. Whatever a loss does to
-get from there to a number and back is in: copies, casts, collectives. The model is not.
+output_tensor is the model's output, this rank's shard of the logits. The stage includes all copies,
+casts and collectives of the loss. It does not include the model.
 """
 
 from functools import partial
@@ -17,7 +17,7 @@ from ..memory import MemoryRecord
 
 
 class LossStage:
-    """Wraps a forward_step so that the loss stage of one micro-batch is timed or recorded."""
+    """Wraps a forward_step to time or record the loss stage of one micro-batch."""
 
     def __init__(self, device="cpu"):
         self.device = device
@@ -27,7 +27,7 @@ class LossStage:
         self._event = None
 
     def watch(self, forward_step):
-        """The same forward_step, watched while `timing` or `recording` is on."""
+        """Wrap forward_step. Run the result inside `time` or `record`, which see its loss stage."""
 
         def watched(data_iterator, model):
             output_tensor, loss_func = forward_step(data_iterator, model)
@@ -37,7 +37,7 @@ class LossStage:
 
     def _watched_loss(self, loss_func, output_tensor, **options):
         event = self._event
-        if dist.get_world_size() > 1:  # a collective would be charged for a peer's lateness
+        if dist.get_world_size() > 1:  # else a collective would include the wait for a peer
             dist.barrier()
         event("forward begin")
         result = loss_func(output_tensor, **options)
@@ -54,7 +54,7 @@ class LossStage:
     def time(self, step):
         """Run `step()`, one micro-batch forward and backward, and keep its two times."""
         clock = Clock(self.device)
-        # The four events come in this order. Nobody waits: the stage is timed as it runs in a step.
+        # The order of the four events is fixed. A mark does not wait, so the stage runs as usual.
         self._event = lambda name: clock.mark()
         result = step()
         forward, _, backward = clock.intervals()
@@ -62,9 +62,10 @@ class LossStage:
         return result
 
     def record(self, step):
-        """Run `step()` and keep the bytes of the loss stage, beyond those at its beginning.
+        """Run `step()` and keep the bytes of the loss stage, above the level when it began.
 
-        Open before the model runs, so that every release in the stage is of something recorded.
+        The record is opened before the model runs. So it has seen the allocation of all memory that
+        the stage releases.
         """
         with MemoryRecord(self.device) as memory:
             memory.mark("step begin")

@@ -1,4 +1,4 @@
-"""Conversations -> token ids and what of them is scored; the 131,072-token Tekken vocabulary."""
+"""Turn conversations into token ids and masks, with the Tekken vocabulary of 131,072 tokens."""
 
 import itertools
 import logging
@@ -12,7 +12,7 @@ from ..errors import UserError, need
 
 
 class Tekken:
-    """The tokenizer file that mistral-common carries, and its instruction format.
+    """The tokenizer of a file in the mistral-common package, and its instruction format.
 
     <s> [SYSTEM_PROMPT] text [/SYSTEM_PROMPT] [INST] text [/INST] text </s> [INST] ...
     """
@@ -34,7 +34,7 @@ class Tekken:
         self._control = {name: self._tekken.get_special_token(f"[{name}]") for name in names}
 
     def encode(self, conversation):
-        """(ids, scored): two lists of one length; scored are an assistant's tokens and its </s>."""
+        """(ids, scored), lists of one length. The assistant's tokens and its </s> are scored."""
         ids, scored = [self._tekken.bos_id], [0]
         for role, content in conversation:
             text = self._tekken.encode(content, bos=False, eos=False)
@@ -43,7 +43,7 @@ class Tekken:
             else:
                 name = "INST" if role == "user" else "SYSTEM_PROMPT"
                 turn = [self._control[name], *text, self._control[f"/{name}"]]
-            # An empty turn of the assistant is context: there is nothing to learn from its </s>.
+            # An empty turn of the assistant is not scored: its </s> has nothing to teach.
             ids += turn
             scored += [int(role == "assistant" and bool(text))] * len(turn)
         return ids, scored
@@ -51,7 +51,7 @@ class Tekken:
 
 @dataclass
 class Batch:
-    """One micro-batch; padding is at the end of a row and never scored."""
+    """One micro-batch. Padding is at the end of a row and never scored."""
 
     tokens: torch.Tensor  # [b, s] int64
     loss_mask: torch.Tensor  # [b, s] fp32, 0 or 1, aligned with tokens
@@ -59,7 +59,7 @@ class Batch:
 
     @property
     def scored(self):
-        """Predictions that count: the first token of a row is never predicted."""
+        """The number of scored predictions. The first token of a row is never predicted."""
         return int(self.loss_mask[:, 1:].sum())
 
     def for_megatron(self, device="cpu"):
@@ -69,19 +69,21 @@ class Batch:
         return {
             "tokens": tokens,
             "position_ids": positions,
-            "attention_mask": None,  # the model's own causal one; padding is last
+            "attention_mask": None,  # the model's own causal mask; padding is last
             "labels": tokens,
             "loss_mask": self.loss_mask.to(device),
         }
 
     def within(self, vocab):
-        """With ids folded into a vocabulary smaller than the tokenizer's: the work is the same."""
+        """The batch with ids modulo a smaller vocabulary. The amount of work stays the same."""
         return replace(self, tokens=self.tokens % vocab)
 
 
 def make_batches(conversations, tokenizer, steps, size, length, seed=0):
-    """`steps` batches [size, length] of encoded conversations, in order, from the start again if
-    there are too few. Cut at `length`; those with nothing scored before the cut are left out.
+    """`steps` batches [size, length] of encoded conversations, shuffled by `seed`.
+
+    Conversations are cut at `length`. Those without a scored token before the cut are left out. If
+    there are too few conversations, they are repeated.
 
     Returns (batches, conversations used, conversations left out).
     """

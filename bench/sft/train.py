@@ -1,4 +1,4 @@
-"""Megatron runs from the same weights on the same batches, one step of each loss in turn."""
+"""Train with each loss in Megatron: the same weights and batches, one step of each in turn."""
 
 import os
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from .stage import LossStage
 @dataclass(frozen=True, kw_only=True)
 class Settings(Shape):
     losses: tuple  # of "reference" and "ours"
-    device: str  # its type
+    device: str  # device type
     tp: int
     dp: int
     vocab: int
@@ -31,10 +31,10 @@ class Settings(Shape):
 
 
 def run(settings, batches, tell=send_to_parent):
-    """In every rank of tp * dp: train all losses, return {name: result of `_Run`}.
+    """Train with all losses. Runs in each of the tp * dp ranks. Returns {name: result of `_Run`}.
 
     batches  of all data-parallel ranks: batches[step][rank]
-    tell     called on rank 0 alone, with what is done
+    tell     called on rank 0 with the progress
     """
     torch.set_num_threads(settings.threads)
     device = torch.device(settings.device)
@@ -71,7 +71,7 @@ def _forward_steps(settings, device):
 
 
 class _Run:
-    """A model, its optimizer and its loss, stepped by Megatron's own schedule."""
+    """A model, its optimizer and its loss. Megatron's own schedule runs the steps."""
 
     def __init__(self, forward_step, settings, device):
         from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -84,7 +84,7 @@ class _Run:
         self.losses, self.step_seconds = [], []
 
     def forward_backward(self, batch):
-        """One micro-batch through the schedule; the "lm loss" it reports, as a float."""
+        """Run one micro-batch through the schedule. Returns its reported "lm loss" as a float."""
         reports = self.schedule(
             forward_step_func=self.forward_step,
             data_iterator=iter([batch]),
@@ -95,11 +95,11 @@ class _Run:
             forward_only=False,
         )
         report = reports[0]["lm loss"]
-        # Megatron's two report forms: (sum, count), or the mean itself.
+        # A report is (sum, count) or the mean.
         return (report[0] / report[1]).item() if report.numel() == 2 else report.item()
 
     def rehearse(self, batch):
-        """Record the memory of the loss stage; the weights stay, and what is lazy is warm after."""
+        """Record the memory of the loss stage, and warm up. The weights do not change."""
         self.stage.record(lambda: self.forward_backward(batch))
         self.model.zero_grad(set_to_none=True)
 
@@ -122,7 +122,7 @@ class _Run:
 
 
 def _model(settings):
-    """GPTModel of these settings, bf16 weights on the CPU."""
+    """A GPTModel of these settings, with bf16 weights on the CPU."""
     modern = {
         "normalization": "RMSNorm",
         "gated_linear_unit": True,
@@ -150,7 +150,7 @@ def _model(settings):
 
 
 def _averaged(tensor):
-    """Its mean over data parallelism, in place."""
+    """Replace a tensor by its mean over data-parallel ranks, and return it."""
     from megatron.core.parallel_state import get_data_parallel_group
 
     group = get_data_parallel_group()
@@ -163,7 +163,7 @@ def _averaged(tensor):
 class _MasterAdamW:
     """AdamW on fp32 copies of bf16 weights, as Megatron's mixed-precision optimizer keeps them.
 
-    Megatron's own refuses CPU tensors.
+    Megatron's own optimizer refuses CPU tensors.
     """
 
     def __init__(self, parameters, settings):

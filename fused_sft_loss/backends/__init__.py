@@ -1,1 +1,1 @@
-"""The ways of running the row kernels; ``contract.py`` says what a backend is."""
+"""The backends: ways to run the row kernels. ``contract.py`` defines what a backend provides."""

@@ -1,7 +1,7 @@
-"""Tensors as the compiled modules take them: tuples of addresses, strides and numbers.
+"""Convert tensors to what the compiled modules take: tuples of addresses, strides and numbers.
 
-Each function makes one struct of csrc/bindings.h or csrc/args.h, field by field. Whoever passes
-them keeps the tensors alive.
+Each tuple holds the fields of one struct of csrc/bindings.h or csrc/args.h, in their order. It does
+not own the tensors: the caller keeps them alive.
 """
 
 import torch
@@ -19,12 +19,13 @@ def address(tensor: Tensor | None) -> int:
 
 
 def rows(tensor: Tensor) -> tuple:
-    """Of logits or their gradient, `[b, s, v]`: struct Tensor3."""
+    """struct Tensor3 of logits or their gradient, `[b, s, v]`."""
     return (tensor.data_ptr(), DTYPES[tensor.dtype], *tensor.shape, *tensor.stride()[:2])
 
 
 def in_dtypes(scoring: Scoring) -> Scoring:
-    """In the dtypes that the modules read, labels and mask as `[b, s]`; copies only if need be."""
+    """Convert to the dtypes that the modules read, labels and mask to `[b, s]`. Copies only what
+    differs."""
     labels, loss_mask, cu_seqlens = scoring[:3]
     return scoring._replace(
         labels=torch.atleast_2d(labels.long()),
@@ -34,7 +35,7 @@ def in_dtypes(scoring: Scoring) -> Scoring:
 
 
 def targets(scoring: Scoring, vocab_size: int, found: Targets) -> tuple:
-    """struct TargetsArgs, of what `in_dtypes` gives."""
+    """struct TargetsArgs of a Scoring that `in_dtypes` returned."""
     labels, loss_mask, cu_seqlens, shift, ignore_index = scoring
     return (
         labels.data_ptr(),
@@ -55,7 +56,7 @@ def targets(scoring: Scoring, vocab_size: int, found: Targets) -> tuple:
 
 
 def gathered(stats: Tensor) -> tuple:
-    """Of statistics `[ranks, N, statistics]`: struct Gathered."""
+    """struct Gathered of statistics `[ranks, N, statistics]`."""
     return (stats.data_ptr(), *stats.shape, stats.stride(0))
 
 

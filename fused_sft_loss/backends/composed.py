@@ -1,4 +1,8 @@
-"""The forward pass kernel by kernel: with collectives in it, or where no native call has it all."""
+"""The forward pass as a sequence of kernels.
+
+It serves sharded vocabularies, whose all-gather comes between two kernels, and backends without a
+single native call for the whole pass.
+"""
 
 from torch import Tensor
 
@@ -12,7 +16,7 @@ from .contract import Backend, Losses, statistics_for
 def loss(
     kernels: Backend, scoring: Scoring, logits: Tensor, math: RowMath, reduction: str
 ) -> Losses:
-    """Of an unsharded vocabulary."""
+    """The loss of an unsharded vocabulary."""
     targets = scoring.found_by(kernels.row_targets, math.vocab_size)
     return loss_of_targets(kernels, targets, logits, math, reduction, group_name="")
 
@@ -25,7 +29,7 @@ def loss_of_targets(
     reduction: str,
     group_name: str,
 ) -> Losses:
-    """Of rows that are scored on `targets`, the vocabulary being sharded over the group."""
+    """The loss of known targets. The group shards the vocabulary; its name is "" without one."""
     gathered = merged_rows(kernels, targets, logits, math, group_name, statistics_for(math))
     losses, normalizer = kernels.merge(gathered, targets.target, targets.weight, math)
     if reduction != "none":
@@ -42,6 +46,6 @@ def merged_rows(
     group_name: str,
     statistics: int,
 ) -> Tensor:
-    """Statistics of every shard, `[ranks, N, statistics]`."""
+    """The statistics of all shards, `[ranks, N, statistics]`, not merged yet."""
     stats = kernels.row_stats(logits, targets.target, targets.weight, math, statistics)
     return shards.gather(stats, group_name)

@@ -1,7 +1,7 @@
-"""What a backend is: the row kernels, once per way of running them.
+"""The protocol of a backend: one function for each row kernel, and the records they return.
 
-Logits are `[b, s, v]` with any row strides and a unit last stride; N = b*s rows, batch-major. No
-backend may synchronise with the host on an accelerator.
+Logits are `[b, s, v]`. The last stride is 1, the others are free. Their N = b*s rows are numbered
+batch-major. No backend may synchronise with the host on an accelerator.
 """
 
 from typing import NamedTuple, Protocol
@@ -15,11 +15,11 @@ from ..targets import Targets
 
 REDUCTIONS = ("mean", "sum", "none")
 
-#: Statistics of a row, in this order: the maximum x, the sum of exp(u) with u = unit * (x -
-#: maximum), the target's x (0 when another shard owns it), the sum of x, the argmax (global id),
-#: the sum of u * exp(u).
+#: Statistics of a row, in this order: the maximum x, the sum of exp(u), the target's x (0 if
+#: another shard has it), the sum of x, the argmax (global id), the sum of u * exp(u). Here u is
+#: unit * (x - maximum); for x and unit see RowMath.unit.
 STATISTICS = MAXIMUM, SUM_EXP, TARGET, SUM, ARGMAX, MOMENT = range(6)
-#: How many of them a loss, a smoothed loss and metrics need.
+#: How many of them each needs: the loss, the smoothed loss, metrics.
 LOSS, SMOOTHED_LOSS, METRICS = 3, 4, 6
 
 
@@ -29,14 +29,14 @@ def statistics_for(math: RowMath) -> int:
 
 
 def losses_like(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Memory of the losses `[N]` and the normalizer `[N, 2]` of rows with weights `[N]`."""
+    """Uninitialised losses `[N]` and normalizer `[N, 2]`, for rows with weights `[N]`."""
     return torch.empty_like(weight), weight.new_empty(weight.numel(), 2)
 
 
 class Losses(NamedTuple):
-    """A loss, and what its gradient needs."""
+    """A loss, and the numbers of each row that its gradient needs."""
 
-    result: Tensor  # fp32: 0-d, or weight * loss `[N]` without a reduction
+    result: Tensor  # fp32: 0-d, or without a reduction weight * loss `[N]`
     target: Tensor  # see Targets
     weight: Tensor
     count: Tensor  # type: ignore[assignment]  # hides tuple.count
@@ -49,15 +49,17 @@ class Losses(NamedTuple):
 
 
 class RowScale(NamedTuple):
-    """What each row's gradient is multiplied by: weight * (grad / weight_sum), and 0 where the
-    weight is 0, even if the upstream gradient is not finite."""
+    """The factor of each row's gradient: weight * (grad / weight_sum).
+
+    Where the weight is 0, the factor is 0, even if the upstream gradient is not finite.
+    """
 
     grad: Tensor  # upstream, fp32: `[N]` with any stride, or 0-d for all rows
     weight: Tensor | None = None  # `[N]`; None: 1
-    weight_sum: Tensor | None = None  # of a mean, where 0 counts as 1; None: 1
+    weight_sum: Tensor | None = None  # the divisor of a mean; 0 counts as 1. None: 1
 
     def values(self) -> Tensor:
-        """`[N]` fp32."""
+        """The factors as a tensor, fp32: `[N]`, or 0-d if grad is 0-d and weight is None."""
         grad = self.grad.float()
         if self.weight_sum is not None:
             grad = grad / torch.where(self.weight_sum > 0, self.weight_sum, 1.0)
@@ -67,22 +69,22 @@ class RowScale(NamedTuple):
 
 
 class Backend(Protocol):
-    """The kernels of a loss. ``backends/eager.py`` says in plain PyTorch what each computes."""
+    """The kernels of a loss. ``backends/eager.py`` implements each in plain PyTorch."""
 
     def row_targets(self, scoring: Scoring, vocab_size: int) -> Targets:
-        """As :func:`fused_sft_loss.targets.row_targets`."""
+        """See :func:`fused_sft_loss.targets.row_targets`."""
 
     def row_stats(
         self, logits: Tensor, target: Tensor, weight: Tensor, math: RowMath, statistics: int
     ) -> Tensor:
-        """The first `statistics` of STATISTICS, `[N, statistics]` fp32. Rows with weight 0 are
-        zeros and are not read."""
+        """The first `statistics` of STATISTICS, `[N, statistics]` fp32. A row with weight 0 is not
+        read (eager on an accelerator reads it); its statistics are 0."""
 
     def merge(
         self, gathered: Tensor, target: Tensor, weight: Tensor, math: RowMath
     ) -> tuple[Tensor, Tensor]:
-        """Losses `[N]` and normalizer of all shards' statistics `[ranks, N, statistics]`; see
-        :func:`fused_sft_loss.shards.merge`."""
+        """Losses `[N]` and normalizer, from the statistics of all shards `[ranks, N, statistics]`;
+        see :func:`fused_sft_loss.shards.merge`."""
 
     def merge_metrics(
         self, gathered: Tensor, target: Tensor, weight: Tensor, math: RowMath
@@ -90,10 +92,10 @@ class Backend(Protocol):
         """See :func:`fused_sft_loss.shards.merge_metrics`."""
 
     def reduce(self, losses: Tensor, weight_sum: Tensor | None) -> Tensor:
-        """The sum of the losses, 0-d; divided by weight_sum where that is given and not 0."""
+        """The sum of the losses, 0-d; divided by weight_sum if that is given and not 0."""
 
     def loss(self, scoring: Scoring, logits: Tensor, math: RowMath, reduction: str) -> Losses:
-        """All of these in turn, for an unsharded vocabulary; see :func:`.composed.loss`."""
+        """The whole forward pass for an unsharded vocabulary; see :func:`.composed.loss`."""
 
     def row_grad(
         self,
@@ -104,12 +106,15 @@ class Backend(Protocol):
         math: RowMath,
         out: Tensor,
     ) -> None:
-        """Write the gradient of scale * loss to `out`, which may be `logits` itself, in fp32
-        rounded once. Rows with scale 0 are zeros and are not read."""
+        """Write the gradient of scale * loss to `out`, which may be `logits` itself.
+
+        It is computed in fp32 and rounded once. A row with scale 0 is not read (eager on an
+        accelerator reads it); its gradient is 0.
+        """
 
 
 class OneReadBackend(Backend, Protocol):
-    """What grad_in_forward needs besides; those of ``selection.ONE_READ`` have it."""
+    """A backend with the kernels of grad_in_forward: those named in ``selection.ONE_READ``."""
 
     def row_stats_grad(
         self,
@@ -120,8 +125,8 @@ class OneReadBackend(Backend, Protocol):
         math: RowMath,
         out: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """row_stats, merge and row_grad from one read of each row, for an unsharded vocabulary;
-        the losses `[N]` and the normalizer. `scale` is `[N]`."""
+        """row_stats, merge and row_grad from one read of each row, for an unsharded vocabulary.
+        Returns the losses `[N]` and the normalizer. `scale` is `[N]`."""
 
     def row_regrad(
         self,
@@ -133,7 +138,7 @@ class OneReadBackend(Backend, Protocol):
         out: Tensor,
         stored: Tensor,
     ) -> None:
-        """row_grad, which leaves rows alone whose scale is that in `stored`, bit for bit."""
+        """row_grad, but only for rows whose scale differs from `stored` in its bits."""
 
     def row_rescale(self, grad: Tensor, scale: RowScale, stored: Tensor, math: RowMath) -> None:
-        """Multiply the other rows of a gradient by scale / stored instead."""
+        """Multiply the rows of a gradient whose scale differs from `stored` by scale / stored."""

@@ -1,4 +1,4 @@
-"""The compiled CPU kernels of csrc/cpu: tensors in, addresses out."""
+"""The backend "cpu": passes the addresses of tensors to the compiled kernels of csrc/cpu."""
 
 import torch
 from torch import Tensor
@@ -11,7 +11,8 @@ from . import arguments
 from .contract import Losses, RowScale, losses_like
 from .eager import merge_metrics
 
-#: Version, compiler, instruction sets and the one in use, threading; and how tests choose another.
+#: build_info() tells version, compiler, instruction sets and the one in use, threading. Tests
+#: choose another instruction set with use_isa().
 build_info, isas, use_isa = _cpu.build_info, _cpu.isas, _cpu.use_isa
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Launch on the device of the tensors, whichever is current, and on its current stream."""
+"""Launch on the device of the tensors, even if another one is current, and on its stream."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -6,7 +6,7 @@ import torch
 
 
 def on(device: torch.device) -> AbstractContextManager:
-    """A context in which `device` is the current one; nothing for a CPU."""
+    """A context in which `device` is the current GPU. For a CPU it does nothing."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 

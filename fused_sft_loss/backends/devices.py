@@ -1,10 +1,11 @@
-"""Whether a compiled module runs on the GPUs of this machine, from what it was compiled for.
+"""Whether a compiled module can run on the GPUs of this machine.
 
-A module holds machine code for the targets of its build ("8.0 9.0a 10.0+PTX"; "gfx90a gfx942"), and
-_cuda a CUDA runtime that needs a driver as new as itself. A launch anywhere else fails.
+A module holds machine code for the targets of its build ("8.0 9.0a 10.0+PTX"; "gfx90a gfx942").
+_cuda also holds a CUDA runtime, which needs a driver of its own major version or newer. A launch on
+any other GPU or driver fails.
 
-The answer is one for all GPUs that the process sees: torch.compile makes the backend a constant of
-the graph, which then runs on any of them.
+The answer is the same for all GPUs that the process sees, because torch.compile makes the backend a
+constant of the graph, and the graph may run on any of them.
 """
 
 import ctypes
@@ -15,7 +16,7 @@ import torch
 
 
 def reason_against(name: str, info: dict[str, str]) -> str | None:
-    """Why "cuda" or "hip", of this build_info(), cannot run here, or None when it can."""
+    """Why "cuda" or "hip" with this build_info() cannot run here, or None if it can."""
     if name == "cuda" and (reason := _reason_against_driver(info["toolkit"])):
         return reason
     targets = info["targets"].split()
@@ -37,7 +38,7 @@ def _advice(name: str, device: str) -> str:
 
 
 def architecture(index: int) -> str:
-    """A device in the words of the targets: "9.0", "gfx942:sramecc+:xnack-"."""
+    """A device's architecture, written as targets are: "9.0", "gfx942:sramecc+:xnack-"."""
     if torch.version.hip:
         return torch.cuda.get_device_properties(index).gcnArchName
     return "{}.{}".format(*torch.cuda.get_device_capability(index))
@@ -47,8 +48,12 @@ def architecture(index: int) -> str:
 
 
 def _runs_cuda(target: str, device: str, toolkit: str) -> bool:
-    """Machine code runs on its major version from its minor one on; "9.0a" on 9.0 alone. The driver
-    compiles PTX for anything newer, if it is as new as the toolkit that wrote it."""
+    """Whether code for `target` runs on `device`.
+
+    Machine code runs on its own major version, with the same or a higher minor version. "9.0a" runs
+    only on 9.0. The driver compiles PTX for any newer device, if the driver is at least as new as
+    the toolkit that wrote the PTX.
+    """
     known = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", target)
     if known is None:
         raise ValueError(f"expected a target like 9.0a or 10.0+PTX in build_info(), got {target!r}")
@@ -64,7 +69,7 @@ def _runs_cuda(target: str, device: str, toolkit: str) -> bool:
 
 
 def _reason_against_driver(toolkit: str) -> str | None:
-    """A runtime runs with any driver of its own major version, and with newer ones."""
+    """A CUDA runtime needs a driver of its own major version or newer."""
     driver, needed = driver_version(), _version(toolkit)
     if driver is None or needed is None or driver[0] >= needed[0]:
         return None
@@ -76,19 +81,19 @@ def _reason_against_driver(toolkit: str) -> str | None:
 
 @cache
 def driver_version() -> tuple[int, int] | None:
-    """The newest CUDA that the NVIDIA driver runs, or None where there is no driver."""
+    """The newest CUDA version that the NVIDIA driver runs, or None without a driver."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
         return None
-    number = ctypes.c_int()  # 13000 is 13.0; asked without initialising anything
+    number = ctypes.c_int()  # 13000 means 13.0; asking does not initialise CUDA
     if driver.cuDriverGetVersion(ctypes.byref(number)) or not number.value:
         return None
     return number.value // 1000, number.value % 1000 // 10
 
 
 def _version(toolkit: str) -> tuple[int, int] | None:
-    """Of "nvcc 13.0.88"; None when the compiler did not tell."""
+    """(13, 0) for "nvcc 13.0.88"; None if the text has no version."""
     found = re.search(r"(\d+)\.(\d+)", toolkit)
     return (int(found[1]), int(found[2])) if found else None
 
@@ -97,8 +102,11 @@ def _version(toolkit: str) -> tuple[int, int] | None:
 
 
 def _runs_hip(target: str, device: str, _toolkit: str) -> bool:
-    """Machine code runs on its own processor alone. A feature that the target names must be the
-    device's; one that it leaves open runs with either setting."""
+    """Whether code for `target` runs on `device`.
+
+    Machine code runs only on its own processor. If the target sets a feature, the device must have
+    the same setting. If it does not, the code runs with either setting.
+    """
     processor, *features = target.split(":")
     found, *settings = device.split(":")
     return processor == found and set(features) <= set(settings)

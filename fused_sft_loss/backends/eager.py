@@ -1,8 +1,8 @@
-"""Plain PyTorch, on any device, tile by tile: what runs where nothing else does.
+"""The backend "eager": plain PyTorch on any device, tile by tile, if no other backend can run.
 
-On a CPU rows under the mask are not read, as the kernels do not; on an accelerator choosing rows
-would need a host synchronisation: they are read, and never let through. Scratch is a few tiles
-whatever the logits: under 64 MiB on a CPU, under 128 MiB on an accelerator.
+On a CPU masked rows are never read. On an accelerator they are read, because choosing rows would
+need a host synchronisation; then their results are replaced by 0. Scratch memory is a few tiles and
+does not grow with the logits: under 64 MiB on a CPU, under 128 MiB on an accelerator.
 """
 
 import sys
@@ -29,8 +29,9 @@ __all__ = [
     "row_targets",
 ]
 
-# Elements of a tile at most. An accelerator's fp32 copies stay in its cache, and are work for about
-# as long as a launch takes the host; a core's stay in its own cache.
+# Most elements of a tile. The fp32 copies of ACCELERATOR_TILE fit into the accelerator's cache, and
+# an operation on them takes about as long as the host needs to launch one. Those of CORE_TILE fit
+# into the cache of a core.
 TILE = 2**20
 ACCELERATOR_TILE = 2**22
 CORE_TILE = 2**16
@@ -47,8 +48,11 @@ def chooses_rows(tensor: Tensor) -> bool:
 def blocks(
     scored: Tensor, batch: int, seq: int, height: int, read: bool = True
 ) -> Iterator[tuple[Index, Rows]]:
-    """At most `height` rows at a time: the scored ones (`read`) or the others; or where those are
-    not known all of them, of one sequence at a time, and no others."""
+    """Yield blocks of at most `height` rows: the scored rows if `read`, else the rows not scored.
+
+    On an accelerator the host does not know which rows are scored. Then all rows are yielded if
+    `read`, from one sequence at a time, and no rows otherwise.
+    """
     if not chooses_rows(scored):
         for first in range(0, batch * seq if read else 0, seq or 1):
             for start in range(first, first + seq, height):
@@ -64,13 +68,13 @@ def blocks(
 
 
 def neighbours(start: int, stop: int, seq: int) -> tuple[Index, Rows]:
-    """Rows of one sequence, as slices: their tile is a view."""
+    """Consecutive rows of one sequence as slices, so that their tile is a view."""
     b, s = divmod(start, seq)
     return (b, slice(s, s + stop - start)), slice(start, stop)
 
 
 def tile_shape(valid: int, device: torch.device) -> tuple[int, int]:
-    """(rows, columns) of a tile at most, of logits with `valid` columns."""
+    """The largest (rows, columns) of a tile, for logits with `valid` columns."""
     if device.type == "cpu":
         most, size = TILE, min(TILE, CORE_TILE * torch.get_num_threads())
     else:
@@ -80,7 +84,7 @@ def tile_shape(valid: int, device: torch.device) -> tuple[int, int]:
 
 
 def tiles(scored: Tensor, batch: int, seq: int, valid: int) -> Iterator[tuple[tuple, Rows]]:
-    """Each tile's index within `[b, s, valid]` and its rows (of N). Columns vary fastest."""
+    """Yield each tile's index in `[b, s, valid]` and its rows (of N). Columns vary fastest."""
     height, width = tile_shape(valid, scored.device)
     for index, rows in blocks(scored, batch, seq, height):
         for c in range(0, valid, width):
@@ -88,14 +92,14 @@ def tiles(scored: Tensor, batch: int, seq: int, valid: int) -> Iterator[tuple[tu
 
 
 def scratch(valid: int, device: torch.device) -> Tensor:
-    """Three tiles in fp32, for all tiles in turn: fresh memory for each of them would take a CPU
-    longer than their arithmetic."""
+    """Memory of three fp32 tiles, which all tiles use in turn. On a CPU, new memory for each tile
+    would take longer than its arithmetic."""
     height, width = tile_shape(valid, device)
     return torch.empty(3, height * width, dtype=torch.float32, device=device)
 
 
 def load(tile: Tensor, memory: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """A tile in fp32, and the memory of two more; all of it in `memory` where that is given."""
+    """A tile in fp32, and memory for two more tiles. All three lie in `memory`, if given."""
     if memory is None:
         memory = torch.empty(3, tile.numel(), dtype=torch.float32, device=tile.device)
     memory = memory[:, : tile.numel()].view(3, *tile.shape)
@@ -103,7 +107,7 @@ def load(tile: Tensor, memory: Tensor | None = None) -> tuple[Tensor, Tensor]:
 
 
 def transform(x: Tensor, spare: Tensor, math: RowMath) -> tuple[Tensor, Tensor | None]:
-    """(capped x, tanh of the softcap or None) of fp32 logits, in their memory and that of `spare`.
+    """(capped x, tanh of the softcap or None) of fp32 logits; overwrites `x` and `spare`.
 
     z = math.unit * capped x.
     """
@@ -112,21 +116,24 @@ def transform(x: Tensor, spare: Tensor, math: RowMath) -> tuple[Tensor, Tensor |
     bent, within = spare
     torch.mul(x, math.logit_scale / math.softcap, out=bent).tanh_()
     numbers = torch.finfo(x.dtype)
-    # Infinities pass the cap: what is out of range is added, 0 for all other logits.
+    # Do not cap infinities: add x - clamp(x), which is 0 for all finite logits.
     x.sub_(torch.clamp(x, numbers.min, numbers.max, out=within))
     return x.add_(bent, alpha=math.softcap), bent
 
 
 def chain(grad: Tensor, bent: Tensor | None, math: RowMath) -> Tensor:
-    """Turn the gradient of z into that of the logits, in place, as `bent` is."""
+    """Turn the gradient of z into the gradient of the logits, in place. Overwrites `bent`."""
     if bent is not None:
         grad.mul_(bent.square_().neg_().add_(1))
     return grad if math.logit_scale == 1 else grad.mul_(math.logit_scale)
 
 
 def at_targets(logits: Tensor, target: Tensor, scored: Tensor, math: RowMath) -> tuple:
-    """Rows (of N) to read, the index of their targets in `[b, s, v]` (another column where the
-    target is elsewhere), and whether each is scored and its target among these logits."""
+    """(rows to read, of N; index of their targets in `[b, s, v]`; here).
+
+    `here` tells whether a row is scored and its target is in this shard. If not, the index points
+    to some other column.
+    """
     _, seq, columns = logits.shape
     rows = torch.arange(len(scored), dtype=torch.int64, device=logits.device)
     if chooses_rows(logits):
@@ -143,13 +150,13 @@ def scaled(z: Tensor, unit: float) -> Tensor:
 
 
 def tile_stats(x: Tensor, first: int, statistics: int, unit: float) -> Tensor:
-    """Statistics `[rows, statistics]` of one tile whose first column has global id `first`; all but
-    that of the target. Writes over `x`."""
+    """Statistics `[rows, statistics]` of one tile, whose first column has the global id `first`.
+    TARGET stays 0. Overwrites `x`."""
     maximum = x.amax(-1, keepdim=True)
     sums = [x.sum(-1, keepdim=True)] if statistics > SUM else []
     if statistics > ARGMAX:
         sums.append((x.argmax(-1, keepdim=True) + first).float())
-    # Where all are -inf, differences to the lowest number are, and not NaN.
+    # If all logits are -inf, subtract the lowest finite number: -inf - -inf would be NaN.
     shifted = scaled(x.sub_(maximum.clamp(min=torch.finfo(x.dtype).min)), unit)
     exponentials = shifted.exp() if statistics > ARGMAX else shifted.exp_()
     denominator = exponentials.sum(-1, keepdim=True)
@@ -178,7 +185,7 @@ def merge_tiles(left: Tensor, right: Tensor, unit: float) -> Tensor:
 
 
 def empty_stats(rows: int, statistics: int, like: Tensor) -> Tensor:
-    """What a range without columns amounts to: maximum -inf, every sum 0."""
+    """Statistics of no columns: maximum -inf, every sum 0."""
     stats = torch.zeros(rows, statistics, dtype=torch.float32, device=like.device)
     stats[:, MAXIMUM] = -torch.inf
     return stats
@@ -236,7 +243,7 @@ def row_grad(
         grad = scaled(x.sub_(maximum[rows]), math.unit).exp_().mul_(softmax_factor[rows])
         return grad.sub_(smoothing[rows]) if math.label_smoothing else grad
 
-    # Before `out`, which may be the logits, is written.
+    # Read the targets before `out` is written: it may be the logits.
     rows, targets, here = at_targets(logits, target, scored, math)
     x, bent = transform(*load(logits[targets].unsqueeze(-1)), math)
     grad = softmax_part(x, rows).sub_((factor[rows] * (1 - math.label_smoothing)).unsqueeze(-1))

@@ -1,7 +1,7 @@
-"""The compiled kernels of csrc/gpu on NVIDIA (``_cuda``) and AMD (``_hip``) GPUs.
+"""The backends "cuda" and "hip": the compiled kernels of csrc/gpu, in ``_cuda`` and ``_hip``.
 
-One class for both: what differs is compiled into the module it is given. Every launch goes to the
-current stream of the tensors' device, whichever device is current.
+One class serves both, because their differences are compiled into the modules. Every launch goes to
+the current stream of the tensors' device, even if another device is current.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from .current_device import on, stream
 def device_chip(device: torch.device) -> tuple[int, int]:
     """(generation, multiprocessors) of a device: struct Chip of csrc/gpu/launch.h.
 
-    From properties that torch has cached: nothing is synchronised.
+    Reads properties that torch has cached, so nothing is synchronised.
     """
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
@@ -34,7 +34,7 @@ def device_chip(device: torch.device) -> tuple[int, int]:
 
 
 class Gpu:
-    """A backend (see ``contract.py``) over a compiled module."""
+    """A backend (see ``contract.py``) that calls a compiled module."""
 
     def __init__(
         self, module: ModuleType, chip_of: Callable[[torch.device], tuple[int, int]] = device_chip

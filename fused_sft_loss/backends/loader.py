@@ -1,7 +1,7 @@
-"""Import the compiled modules, each when it is first wanted.
+"""Import the compiled modules.
 
-``_cuda`` has NVIDIA's runtime inside and loads on any machine. ``_hip`` has none: it must use the
-copy that torch has loaded, since a stream of one copy means nothing to another.
+``_cuda`` contains NVIDIA's runtime and loads on any machine. ``_hip`` contains no runtime. It must
+use the copy that torch has loaded, because a stream of one copy is not valid in another.
 """
 
 import ctypes
@@ -17,7 +17,7 @@ def load(backend: str) -> ModuleType:
     """The compiled module of "cpu", "cuda" or "hip".
 
     Raises:
-        ImportError: it was not built, or (hip) torch brings no runtime for it, or there are two.
+        ImportError: it was not built, or (hip) no HIP runtime is loaded, or more than one.
     """
     name = f"{PACKAGE}._{backend}"
     if backend == "hip" and importlib.util.find_spec(name):
@@ -26,7 +26,7 @@ def load(backend: str) -> ModuleType:
 
 
 def loaded_hip_runtimes() -> list[str]:
-    """The files of every libamdhip64 in this process. More than one is one too many."""
+    """The files of every libamdhip64 in this process. There must not be more than one."""
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()
     except OSError:  # not Linux, where there is no HIP either
@@ -36,7 +36,7 @@ def loaded_hip_runtimes() -> list[str]:
 
 
 def share_hip_runtime() -> None:
-    """Let modules loaded from here on find the symbols of the HIP runtime that torch has loaded."""
+    """Let modules that are loaded later find the symbols of the HIP runtime that torch loaded."""
     runtimes = loaded_hip_runtimes()
     if not runtimes:
         raise ImportError("no HIP runtime is loaded: torch is not a ROCm build")

@@ -1,4 +1,4 @@
-"""Which backend runs on a device, and why the others do not."""
+"""Which backend runs on a device, and why the others cannot."""
 
 import importlib
 import os
@@ -25,9 +25,9 @@ VARIABLE = "FUSED_SFT_LOSS_BACKEND"
 
 @cache
 def load(name: str) -> OneReadBackend:
-    """The backend, a module or a :class:`.Gpu`; of those not in ONE_READ a Backend alone.
+    """The backend: a module or a :class:`.Gpu`. Names not in ONE_READ give a Backend only.
 
-    Call only for a name that `reason_against` has nothing against.
+    Call it only if `reason_against` gives None for the name.
     """
     if MODULES[name] == "gpu":
         return Gpu(loader.load(name))
@@ -36,9 +36,10 @@ def load(name: str) -> OneReadBackend:
 
 @cache
 def reason_against(name: str, device_type: str) -> str | None:
-    """Why `name` cannot run on tensors of `device_type`, or None when it can.
+    """Why `name` cannot run on tensors of `device_type`, or None if it can.
 
-    One answer for all devices of a type: `torch.compile` takes the choice for a constant.
+    The answer is the same for all devices of a type, because `torch.compile` makes the choice a
+    constant of the graph.
     """
     if name == "cpu":
         if device_type != "cpu":
@@ -62,7 +63,7 @@ def _reason_against_gpu(name: str, device_type: str) -> str | None:
         "cuda": ("NVIDIA", torch.version.cuda),
         "hip": ("AMD", torch.version.hip),
     }[name]
-    if device_type != "cuda":  # as ROCm's torch calls its devices, too
+    if device_type != "cuda":  # ROCm's torch calls its devices "cuda" too
         return f"runs on {vendor} GPUs, not on {device_type}"
     if not version:
         return f"runs on {vendor} GPUs; this torch is built for others"
@@ -99,12 +100,12 @@ def best(device_type: str) -> str:
 
 @torch.compiler.assume_constant_result
 def resolve(name: str | None, device_type: str, one_read: bool = False) -> str:
-    """The backend asked for, else that of ``FUSED_SFT_LOSS_BACKEND``, else the best there is.
+    """The backend `name`, else the one in ``FUSED_SFT_LOSS_BACKEND``, else the best that can run.
 
-    `one_read`: it must have the kernels of grad_in_forward.
+    `one_read`: the backend must have the kernels of grad_in_forward.
 
     Raises:
-        ValueError: the name is not a backend's.
+        ValueError: there is no backend of that name.
         NotImplementedError: that backend cannot run here; the message says why and names one that
             can.
     """
@@ -129,7 +130,7 @@ def resolve(name: str | None, device_type: str, one_read: bool = False) -> str:
 
 
 def _one_read_on(device_type: str) -> str:
-    """Which of ONE_READ can run there, or what keeps each from it."""
+    """Which backends of ONE_READ can run there. If none can: the reason for each."""
     reasons = {name: reason_against(name, device_type) for name in ONE_READ}
     able = [repr(name) for name, reason in reasons.items() if reason is None]
     if able:

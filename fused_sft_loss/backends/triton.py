@@ -97,7 +97,8 @@ def row_grad(
         plan = row_grad_kernels.plan(chip, shape, math, logits, normalizer, target, scale, out)
         _run(logits, plan)
 
-    # A search runs the kernel many times over, which logits that are their own output do not bear.
+    # Autotuning runs the kernel repeatedly, so it writes to a scratch tensor; in-place logits would
+    # be destroyed.
     launch(choose(chip, "row_grad", logits, lambda shape: launch(shape, torch.empty_like(logits))))
 
 
@@ -109,7 +110,7 @@ def _merge(
 
 
 def _run(tensor: Tensor, launches: Iterable[Launch]) -> None:
-    """Launch on the tensor's device, whichever is current, and on that device's current stream."""
+    """Launch on the tensor's device, even if another is current, and on its current stream."""
     with on(tensor.device):
         for launch in launches:
             launch.run()
