@@ -107,7 +107,7 @@ def loss_and_metrics(
     """
     math, kernels = math.read(), selection.load(backend)
     targets = _targets(scoring, logits, math, call, group_name, backend)
-    gathered = composed.merged_rows(kernels, targets, logits, math, group_name, METRICS)
+    gathered = composed.gathered_statistics(kernels, targets, logits, math, group_name, METRICS)
     rows = gathered, targets.target, targets.weight, math
     losses, normalizer = kernels.merge(*rows)
     return *Losses.of(losses, targets, normalizer), *kernels.merge_metrics(*rows)
@@ -124,7 +124,7 @@ def token_metrics(
     """(loss, log_prob, lse, correct, entropy), `[N]` each, from one read of the scored rows."""
     math, kernels = math.read(), selection.load(backend)
     targets = _targets(scoring, logits, math, call, group_name, backend)
-    gathered = composed.merged_rows(kernels, targets, logits, math, group_name, METRICS)
+    gathered = composed.gathered_statistics(kernels, targets, logits, math, group_name, METRICS)
     return kernels.merge_metrics(gathered, targets.target, targets.weight, math)
 
 

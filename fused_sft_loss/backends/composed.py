@@ -30,7 +30,7 @@ def loss_of_targets(
     group_name: str,
 ) -> Losses:
     """The loss of known targets. The group shards the vocabulary; its name is "" without one."""
-    gathered = merged_rows(kernels, targets, logits, math, group_name, statistics_for(math))
+    gathered = gathered_statistics(kernels, targets, logits, math, group_name, statistics_for(math))
     losses, normalizer = kernels.merge(gathered, targets.target, targets.weight, math)
     if reduction != "none":
         divisor = targets.weight_sum if reduction == "mean" else None
@@ -38,7 +38,7 @@ def loss_of_targets(
     return Losses.of(losses, targets, normalizer)
 
 
-def merged_rows(
+def gathered_statistics(
     kernels: Backend,
     targets: Targets,
     logits: Tensor,
