@@ -56,8 +56,7 @@ help:
 demo: $(VENV)/.installed
 	$(BIN)/python -m bench sft
 
-# Three workers on two cores: many tests wait for processes that they start.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 3 --dist loadfile --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
 test: $(VENV)/.installed $(PEERS)
 	$(PYTEST) -m "not long" $(PYTEST_ARGS)
 
@@ -115,7 +114,7 @@ SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-om
 NATIVE_TESTS := backends/test_exp $(addprefix loss/test_,against_oracle traps traps_of_masks determinism \
     module_and_metrics grad_in_forward)
 sanitize: $(VENV)/.installed
-	FUSED_SFT_LOSS_BUILD=cpu CXXFLAGS="$(SANITIZE)" $(BIN)/python setup.py -q build --build-base build/sanitize \
+	FUSED_SFT_LOSS_BUILD=cpu CXXFLAGS="$(SANITIZE) -DFSL_TEST_HOOKS" $(BIN)/python setup.py -q build --build-base build/sanitize \
 	    --build-lib build/sanitize/lib
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/sanitize/lib:.:tests/support \

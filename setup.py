@@ -44,6 +44,7 @@ class NinjaBuild(build_ext):
         for module in package.glob("_*.so"):
             if module.name.split(".")[0].removeprefix("_") not in MODULES:
                 module.unlink()
+        self.in_checkout = bool(self.inplace or self.editable_mode)  # where tests run
         super().run()
 
     def build_extension(self, ext):
@@ -90,7 +91,8 @@ class NinjaBuild(build_ext):
                 follow = {} if name == "link" else {"depfile": "$out.d", "deps": "gcc"}
                 ninja.rule(name, command + ["-MMD -MF $out.d"] * bool(follow), **follow)
             for name, (command, source, flags) in module.objects.items():
-                flags = flags + [version] * (name == "bindings")
+                if name == "bindings":
+                    flags = flags + [version] + ["-DFSL_TEST_HOOKS"] * self.in_checkout
                 ninja.build(
                     f"{name}.o", command, str(compilers.CSRC / source), variables={"flags": flags}
                 )

@@ -49,7 +49,7 @@ constexpr int64_t kNotScored = -1, kOutOfVocabulary = -2;
 // The statistics of a row, in the order in which row_stats writes them. With u = unit * (x - max):
 // max x, sum of exp(u), x of the target (0 on shards that do not hold it); with smoothing also the sum of x;
 // for metrics also the global id of the maximum and the sum of u * exp(u).
-enum Stat : int { kMax = 0, kDenominator = 1, kTarget = 2, kSum = 3, kArgmax = 4, kWeighted = 5 };
+enum Stat : int { kMaximum = 0, kSumExp = 1, kTarget = 2, kSum = 3, kArgmax = 4, kMoment = 5 };
 enum class Want : int { loss = 3, smoothing = 4, metrics = 6 };  // the number of statistics
 
 inline Want wanted_by(const RowMath& math) { return math.label_smoothing > 0 ? Want::smoothing : Want::loss; }

@@ -84,15 +84,15 @@ bool too_few(const Factor& factor, int64_t rows, int threads) {
 
 void write_stats(const StatsArgs& a, const RowKernels& kernels, int64_t row, const Partial& p) {
   float* out = a.stats + row * static_cast<int64_t>(a.want);
-  out[kMax] = p.max;
-  out[kDenominator] = p.denominator;
+  out[kMaximum] = p.max;
+  out[kSumExp] = p.sum_exp;
   const int64_t column = a.target[row] - a.math.vocab_start;
   const bool owned = a.target[row] >= 0 && column >= 0 && column < a.logits.valid;
   out[kTarget] = owned ? kernels.target_logit(a, at(a.logits, row), column) : 0.0f;
   if (a.want >= Want::smoothing) out[kSum] = p.sum;
   if (a.want == Want::metrics) {
     out[kArgmax] = static_cast<float>(a.math.vocab_start + p.argmax);
-    out[kWeighted] = p.weighted;
+    out[kMoment] = p.moment;
   }
 }
 

@@ -57,11 +57,11 @@ float max_of(const void* row, int64_t begin, int64_t end) {
 // integer maximum costs half of a float maximum.
 struct Sums {
   int32_t top;
-  float denominator, sum, weighted;
+  float sum_exp, sum, moment;
 };
 
 // u * e with e = exp(u), and 0 if e is 0: a masked-out column (u = -inf) adds nothing to the entropy.
-FSL_INLINE float weighted_by(float u, float e) { return e == 0.0f ? 0.0f : u * e; }
+FSL_INLINE float moment_of(float u, float e) { return e == 0.0f ? 0.0f : u * e; }
 
 // A sum has kLanes partial sums on every instruction set, so that all of them add in the same order. The
 // compiler turns the inner loops over lanes into vectors.
@@ -79,12 +79,12 @@ FSL_INLINE void prefetch_ahead(const Word<T>* w) {
 template <class T, Want want, class Z>
 struct Lanes {
   int32_t top[kLanes];
-  float denominator[kLanes], sum[kLanes], weighted[kLanes];
+  float sum_exp[kLanes], sum[kLanes], moment[kLanes];
 
   Lanes() {
     for (int l = 0; l < kLanes; ++l) {
       top[l] = -1;
-      denominator[l] = sum[l] = weighted[l] = 0;
+      sum_exp[l] = sum[l] = moment[l] = 0;
     }
   }
 
@@ -92,18 +92,18 @@ struct Lanes {
     const float u = z.value(x) - reference, e = exp_nonpositive(u, z.unit2);
     const int32_t bits = static_cast<int32_t>(as_bits(x));
     top[l] = bits > top[l] ? bits : top[l];
-    denominator[l] += e;
+    sum_exp[l] += e;
     if constexpr (want != Want::loss) sum[l] += z.value(x);
-    if constexpr (want == Want::metrics) weighted[l] += weighted_by(u, e);
+    if constexpr (want == Want::metrics) moment[l] += moment_of(u, e);
   }
 
   Sums total() const {
     Sums t{-1, 0, 0, 0};
     for (int l = 0; l < kLanes; ++l) {
       t.top = top[l] > t.top ? top[l] : t.top;
-      t.denominator += denominator[l];
+      t.sum_exp += sum_exp[l];
       t.sum += sum[l];
-      t.weighted += weighted[l];
+      t.moment += moment[l];
     }
     return t;
   }
@@ -125,14 +125,13 @@ Sums sums_against(const Z& z, const void* row, int64_t begin, int64_t end, float
   }
   for (int64_t c = begin + i * 2; c < end; ++c) low.add(local, element<T>(row, c), reference, c % kLanes);
   const Sums a = low.total(), b = high.total();
-  return {a.top > b.top ? a.top : b.top, a.denominator + b.denominator, a.sum + b.sum,
-          a.weighted + b.weighted};
+  return {a.top > b.top ? a.top : b.top, a.sum_exp + b.sum_exp, a.sum + b.sum, a.moment + b.moment};
 }
 
 // Makes the sums relative to a new maximum: delta = unit * (old - new), factor = e^delta.
 void move_maximum(Partial* p, float delta, float factor) {
-  p->weighted = (p->weighted + delta * p->denominator) * factor;
-  p->denominator *= factor;
+  p->moment = (p->moment + delta * p->sum_exp) * factor;
+  p->sum_exp *= factor;
 }
 
 // Sums of e^(unit * (x - reference)) cannot overflow if every z is at most this far above the reference.
@@ -155,11 +154,11 @@ Partial chunk_stats(const Z& z, const void* row, int64_t begin, int64_t end) {
     reference = max;
     sums = sums_against<T, want>(z, row, begin, end, reference);
   }
-  Partial out{max, sums.denominator, sums.sum, sums.weighted * z.unit, begin};
+  Partial out{max, sums.sum_exp, sums.sum, sums.moment * z.unit, begin};
   if (max != -kInf) {
     // Dividing by the maximum's own computed exponential cancels its error: its term in the sum is 1.
     move_maximum(&out, (reference - max) * z.unit, 1.0f / exp_nonpositive(max - reference, z.unit2));
-    if (out.denominator < 1) out.denominator = 1;  // undo a last rounding, or a loss could be negative
+    if (out.sum_exp < 1) out.sum_exp = 1;  // undo a last rounding, or a loss could be negative
   }
   if constexpr (want == Want::metrics) {
     while (out.argmax < end - 1 && element<T>(row, out.argmax) != top) ++out.argmax;
@@ -173,15 +172,15 @@ void merge(Partial* into, const Partial& next, float unit) {
   Partial& lower = higher ? *into : right;
   const float max = higher ? right.max : into->max, delta = (lower.max - max) * unit;
   if (delta < -88.0f) {  // the lower sums vanish, but a NaN must stay; delta may be -inf
-    lower.denominator *= 0.0f;
-    lower.weighted *= 0.0f;
+    lower.sum_exp *= 0.0f;
+    lower.moment *= 0.0f;
   } else if (lower.max != max) {
     move_maximum(&lower, delta, exp_nonpositive(delta, kLog2e));
   }
   into->max = max;
-  into->denominator += right.denominator;
+  into->sum_exp += right.sum_exp;
   into->sum += right.sum;
-  into->weighted += right.weighted;
+  into->moment += right.moment;
   if (higher) into->argmax = right.argmax;
 }
 

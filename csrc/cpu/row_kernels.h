@@ -14,10 +14,10 @@ constexpr int64_t kChunk = 8192;
 // sums are added in the order of the columns.
 struct Partial {
   float max = -__builtin_inff();
-  float denominator = 0;  // sum of exp(u), u = unit * (x - max)
-  float sum = 0;          // sum of x
-  float weighted = 0;     // sum of u * exp(u)
-  int64_t argmax = 0;     // first column that holds the maximum
+  float sum_exp = 0;   // sum of exp(u), u = unit * (x - max)
+  float sum = 0;       // sum of x
+  float moment = 0;    // sum of u * exp(u)
+  int64_t argmax = 0;  // first column that holds the maximum
 };
 
 // The constants of one row's gradient, which is

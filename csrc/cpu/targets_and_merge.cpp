@@ -62,28 +62,28 @@ void merge_row(const MergeArgs& a, int64_t row) {
   a.loss[row] = normalizer[kRowMax] = normalizer[kRowSum] = 0;
   if (a.weight[row] == 0) return;
   const float* first = a.stats + row * a.statistics;
-  float maximum = first[kMax], denominator = 0, target = 0, sum = 0;
-  for (int64_t r = 1; r < a.ranks; ++r) maximum = max_or_nan(maximum, first[r * a.rank_stride + kMax]);
+  float maximum = first[kMaximum], sum_exp = 0, target = 0, sum = 0;
+  for (int64_t r = 1; r < a.ranks; ++r) maximum = max_or_nan(maximum, first[r * a.rank_stride + kMaximum]);
   for (int64_t r = 0; r < a.ranks; ++r) {
     const float* part = first + r * a.rank_stride;
-    denominator += part[kDenominator] * rescale(part[kMax], maximum, unit);
+    sum_exp += part[kSumExp] * rescale(part[kMaximum], maximum, unit);
     target += part[kTarget];
     if (a.statistics > kSum) sum += part[kSum];
   }
-  const float log_denominator = std::log(denominator);
-  float loss = (maximum - target) * unit + log_denominator;
+  const float log_sum = std::log(sum_exp);
+  float loss = (maximum - target) * unit + log_sum;
   if (eps != 0) {
     const float mean = sum / static_cast<float>(math.vocab_size);
-    loss = (1 - eps) * loss + eps * ((maximum - mean) * unit + log_denominator);
+    loss = (1 - eps) * loss + eps * ((maximum - mean) * unit + log_sum);
   }
   if (math.z_loss != 0) {
-    const float lse = maximum * unit + log_denominator;
+    const float lse = maximum * unit + log_sum;
     loss += math.z_loss * lse * lse;
   }
   const bool poisoned = a.target[row] == kOutOfVocabulary;
   a.loss[row] = poisoned ? std::nanf("") : a.weight[row] * loss;
   normalizer[kRowMax] = poisoned ? std::nanf("") : maximum;
-  normalizer[kRowSum] = poisoned ? std::nanf("") : denominator;
+  normalizer[kRowSum] = poisoned ? std::nanf("") : sum_exp;
 }
 
 void merge(const MergeArgs& a) {

@@ -35,20 +35,20 @@ FSL_DEVICE Stats fold(const Stats& a, const Stats& b, float unit) {
 template <int kStatistics>
 FSL_DEVICE Stats load_stats(const float* at) {
   Stats s;
-  s.top = at[kMax];
-  s.total = at[kDenominator];
+  s.top = at[kMaximum];
+  s.total = at[kSumExp];
   if (kStatistics > kSum) s.x_sum = at[kSum];
-  if (kStatistics > kArgmax) s.top_id = at[kArgmax], s.moment = at[kWeighted];
+  if (kStatistics > kArgmax) s.top_id = at[kArgmax], s.moment = at[kMoment];
   return s;
 }
 
 // Stores everything except the target's x; the caller stores that.
 template <int kStatistics>
 FSL_DEVICE void store_stats(float* at, const Stats& s) {
-  at[kMax] = s.top;
-  at[kDenominator] = s.total;
+  at[kMaximum] = s.top;
+  at[kSumExp] = s.total;
   if (kStatistics > kSum) at[kSum] = s.x_sum;
-  if (kStatistics > kArgmax) at[kArgmax] = s.top_id, at[kWeighted] = s.moment;
+  if (kStatistics > kArgmax) at[kArgmax] = s.top_id, at[kMoment] = s.moment;
 }
 
 template <class T, class Op>

@@ -11,13 +11,11 @@ from . import arguments
 from .contract import Losses, RowScale, losses_like
 from .eager import merge_metrics
 
-#: build_info() tells version, compiler, instruction sets and the one in use, threading. Tests
-#: choose another instruction set with use_isa().
-build_info, isas, use_isa = _cpu.build_info, _cpu.isas, _cpu.use_isa
+#: Version, compiler, instruction sets (fastest first) and the one in use, threading.
+build_info = _cpu.build_info
 
 __all__ = [
     "build_info",
-    "isas",
     "loss",
     "merge",
     "merge_metrics",
@@ -28,7 +26,6 @@ __all__ = [
     "row_stats",
     "row_stats_grad",
     "row_targets",
-    "use_isa",
 ]
 
 

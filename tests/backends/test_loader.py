@@ -79,6 +79,7 @@ def test_a_module_that_was_not_built_is_an_import_error():
         loader.load("metal")
 
 
+@pytest.mark.long
 def test_two_hip_runtimes_are_named(runtime):
     paths = [runtime("one"), runtime("two")]
     share = """
@@ -99,6 +100,7 @@ def test_one_hip_runtime_is_in_the_report(runtime):
     assert f"HIP runtime: {path}\n" in report.stdout
 
 
+@pytest.mark.long
 def test_a_shared_runtime_serves_modules_loaded_later(runtime, tmp_path):
     """RTLD_GLOBAL on a loaded library makes its symbols global; nothing is loaded again."""
     (tmp_path / "m.c").write_text("void* hipInit(); void* f() { return hipInit(); }")

@@ -126,6 +126,7 @@ def _row(seed):
     return torch.randint(0, 512, (1, 16), generator=generator), (torch.arange(16)[None] > 7).float()
 
 
+@pytest.mark.long
 def test_interrupt_is_one_line_and_leaves_nobody_behind(tmp_path, chat):
     mark = new_mark()
     options = ("--tp", "2", "--steps", "5000", "--data", str(chat), "--out", str(tmp_path))

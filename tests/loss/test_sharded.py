@@ -145,6 +145,7 @@ def test_nan_in_one_shard_reaches_every_rank():
             assert grad[0, 1].isnan().all() and grad.isnan().sum() == 500
 
 
+@pytest.mark.long
 def test_sixteen_bit_gradient_is_that_of_the_fp32_shard_rounded_once():
     for dtype in (torch.bfloat16, torch.float16):
         case = build("bsv", dtype, 2, 5, 1000, 2, "float", {"label_smoothing": 0.1})

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from test_megatron_replaced_loss import CLOSE, inputs, language_model, step
+from tiers import sampled
 
 from bench.megatron_cpu import init, run_ranks
 from fused_sft_loss.megatron import (
@@ -86,7 +87,7 @@ def of_layers(wrap, head):
 
 
 @pytest.mark.parametrize("head", [None, ResponseOnlyHead()], ids=["all positions", "response only"])
-@pytest.mark.parametrize("wrap", ["checkpointed", "compiled"])
+@pytest.mark.parametrize("wrap", sampled(["checkpointed", "compiled"], ["checkpointed"]))
 def test_wrappers_of_layers_change_nothing(wrap, head):
     (own, own_grads), (fused, grads), mask = run_ranks(1, of_layers, wrap, head)[0]
     torch.testing.assert_close(fused, torch.where(mask != 0, own, 0.0), **CLOSE)

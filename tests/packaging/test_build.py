@@ -73,6 +73,7 @@ def test_wheel_in_an_empty_environment(source, tmp_path):
     assert "takes 'cpu'" in report
 
 
+@pytest.mark.long
 def test_without_a_compiler_it_installs_works_and_says_so(source, tmp_path):
     built = build(source, tmp_path / "dist", PATH="", CXX="")
     assert built.returncode == 0, built.stdout + built.stderr

@@ -42,6 +42,7 @@ def test_files_skipped_while_they_are_collected_do_not_break_the_summary(tmp_pat
     )
 
 
+@pytest.mark.long
 def test_the_folder_named_gpu_is_not_the_marker_gpu():
     """pytest counts folder names among a test's keywords."""
     file = "tests/gpu/test_ptx_interpreter.py"

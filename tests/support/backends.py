@@ -5,11 +5,13 @@ from contextlib import contextmanager
 from unittest import mock
 
 from bench.without_gpu.simt import build as build_shim
-from fused_sft_loss.backends import selection
+from fused_sft_loss.backends import loader, selection
 
 
 def _native_isas():
-    return selection.load("cpu").isas() if selection.reason_against("cpu", "cpu") is None else []
+    if selection.reason_against("cpu", "cpu") is not None:
+        return []
+    return selection.load("cpu").build_info()["isas"]
 
 
 #: The CUDA and HIP backends, with device code run by the shim, if the shim can be built here.
@@ -30,12 +32,12 @@ def using(name: str):
         with mock.patch("fused_sft_loss.backends.eager.chooses_rows", lambda tensor: False):
             yield backend
     elif variant:
-        native = selection.load("cpu")
+        native = loader.load("cpu")
         native.use_isa(variant)
         try:
             yield backend
         finally:
-            native.use_isa(native.isas()[0])
+            native.use_isa(_ISAS[0])
     else:
         yield backend
 

@@ -143,7 +143,9 @@ for module in sys.argv[1:]:
             print("_hip not loaded: there is no HIP runtime here")
             continue
         ctypes.CDLL(runtime)
-    print(module, "loads:", loader.load(module[1:]).build_info())
+    loaded = loader.load(module[1:])
+    assert not hasattr(loaded, "use_isa"), "hooks for tests are for checkouts alone"
+    print(module, "loads:", loaded.build_info())
 """
 
 
