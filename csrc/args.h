@@ -136,15 +136,17 @@ struct ReduceArgs {
   float* result;            // [1]
 };
 
+// The order of REDUCTIONS in fused_sft_loss/backends/contract.py.
+enum class Reduction : int { mean = 0, sum = 1, none = 2 };
+
 // A whole forward pass. Needs the whole vocabulary on this device.
 struct LossArgs {
   TargetsArgs targets;
   Rows logits;
   RowMath math;
-  float* loss;        // [N], see MergeArgs
   float* normalizer;  // [N, kNormalizer]
-  bool mean;          // whether `result` is the mean or the sum
-  float* result;      // [1]; null: no reduction
+  Reduction reduction;
+  float* result;  // [1]; without a reduction [N], the losses of MergeArgs
 };
 
 }  // namespace fsl

@@ -91,9 +91,15 @@ inline ReduceArgs reduce_args(uintptr_t loss, int64_t rows, uintptr_t weight_sum
 }
 
 inline LossArgs loss_args(const TargetsArgs& targets, const Tensor3& logits, const RowMath& math,
-                          uintptr_t loss, uintptr_t normalizer, bool mean, uintptr_t result) {
-  return {targets, logits.rows(math),     math, pointer<float>(loss), pointer<float>(normalizer),
-          mean,    pointer<float>(result)};
+                          uintptr_t normalizer, int reduction, uintptr_t result) {
+  if (reduction < 0 || reduction > 2)
+    throw std::invalid_argument("expected reduction 0, 1 or 2, got " + std::to_string(reduction));
+  return {targets,
+          logits.rows(math),
+          math,
+          pointer<float>(normalizer),
+          static_cast<Reduction>(reduction),
+          pointer<float>(result)};
 }
 
 inline GradArgs grad_args(const Tensor3& logits, const Tensor3& grad, const RowMath& math, uintptr_t target,

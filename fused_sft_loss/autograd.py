@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import agreement
 from .backends import composed, selection
-from .backends.contract import METRICS, Losses, RowScale, losses_like
+from .backends.contract import METRICS, Losses, RowScale, losses_like, result_like
 from .inplace import traced
 from .operators import differentiable, first_order, operator
 from .rowmath import RowMath
@@ -28,9 +28,8 @@ FIGURES = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
 def _losses_like(scoring: Scoring, reduction: str) -> Losses:
     """Uninitialised results of :func:`loss`."""
     targets = Targets.empty(scoring.labels)
-    losses, normalizer = losses_like(targets.weight)
-    result = losses if reduction == "none" else losses.new_empty(())
-    return Losses.of(result, targets, normalizer)
+    normalizer = losses_like(targets.weight)[1]
+    return Losses.of(result_like(targets.weight, reduction), targets, normalizer)
 
 
 def _figures_like(weight: Tensor) -> tuple[Tensor, ...]:

@@ -257,12 +257,14 @@ void row_rescale(const RescaleArgs& a, int threads) {
 int loss(const LossArgs& a, int threads) {
   const Want want = wanted_by(a.math);
   const int64_t rows = a.logits.count(), statistics = static_cast<int64_t>(want);
+  const bool reduced = a.reduction != Reduction::none;
   const TargetsArgs& t = a.targets;
   const int faults = row_targets(t);
-  std::vector<float> scratch(static_cast<size_t>(rows * statistics));
-  row_stats({a.logits, a.math, t.target, t.weight, want, scratch.data()}, threads);
-  merge({scratch.data(), 1, rows, statistics, 0, t.target, t.weight, a.math, a.loss, a.normalizer});
-  if (a.result) reduce({a.loss, rows, a.mean ? t.weight_sum : nullptr, a.result});
+  std::vector<float> stats(static_cast<size_t>(rows * statistics)), scratch(reduced ? rows : 0);
+  float* losses = reduced ? scratch.data() : a.result;
+  row_stats({a.logits, a.math, t.target, t.weight, want, stats.data()}, threads);
+  merge({stats.data(), 1, rows, statistics, 0, t.target, t.weight, a.math, losses, a.normalizer});
+  if (reduced) reduce({losses, rows, a.reduction == Reduction::mean ? t.weight_sum : nullptr, a.result});
   return faults;
 }
 

@@ -39,14 +39,13 @@ PYBIND11_MODULE(_cpu, m) {
       py::arg("loss"), py::arg("rows"), py::arg("weight_sum"), py::arg("result"));
   m.def(
       "loss",
-      [](const TargetsArgs& targets, const Tensor3& logits, const RowMath& math, uintptr_t loss,
-         uintptr_t normalizer, bool mean, uintptr_t result, int threads) {
-        return cpu::loss(loss_args(targets, logits, math, loss, normalizer, mean, result),
+      [](const TargetsArgs& targets, const Tensor3& logits, const RowMath& math, uintptr_t normalizer,
+         int reduction, uintptr_t result, int threads) {
+        return cpu::loss(loss_args(targets, logits, math, normalizer, reduction, result),
                          at_least_one(threads));
       },
       "Faults, as row_targets gives them.", py::arg("targets"), py::arg("logits"), py::arg("math"),
-      py::arg("loss"), py::arg("normalizer"), py::arg("mean"), py::arg("result"), py::arg("threads"),
-      released());
+      py::arg("normalizer"), py::arg("reduction"), py::arg("result"), py::arg("threads"), released());
   m.def(
       "row_grad",
       [](const Tensor3& logits, const Tensor3& grad, const RowMath& math, uintptr_t target,

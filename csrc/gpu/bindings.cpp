@@ -65,14 +65,13 @@ PYBIND11_MODULE(FSL_MODULE, m) {
       "fp32 numbers of scratch that loss needs.", py::arg("logits"), py::arg("math"), py::arg("chip"));
   m.def(
       "loss",
-      [](const TargetsArgs& targets, const Tensor3& logits, const RowMath& math, uintptr_t loss,
-         uintptr_t normalizer, bool mean, uintptr_t result, uintptr_t scratch, const gpu::Chip& chip,
-         uintptr_t stream) {
-        gpu::loss(loss_args(targets, logits, math, loss, normalizer, mean, result), pointer<float>(scratch),
+      [](const TargetsArgs& targets, const Tensor3& logits, const RowMath& math, uintptr_t normalizer,
+         int reduction, uintptr_t result, uintptr_t scratch, const gpu::Chip& chip, uintptr_t stream) {
+        gpu::loss(loss_args(targets, logits, math, normalizer, reduction, result), pointer<float>(scratch),
                   chip, pointer<void>(stream));
       },
-      py::arg("targets"), py::arg("logits"), py::arg("math"), py::arg("loss"), py::arg("normalizer"),
-      py::arg("mean"), py::arg("result"), py::arg("scratch"), py::arg("chip"), py::arg("stream"));
+      py::arg("targets"), py::arg("logits"), py::arg("math"), py::arg("normalizer"), py::arg("reduction"),
+      py::arg("result"), py::arg("scratch"), py::arg("chip"), py::arg("stream"));
   m.def(
       "row_grad",
       [](const Tensor3& logits, const Tensor3& grad, const RowMath& math, uintptr_t target,

@@ -22,23 +22,26 @@ void merge(const MergeArgs& a, const Metrics& metrics, void* stream) {
 
 void reduce(const ReduceArgs& a, void* stream) { launch("reduce", reduce_kernel, {1, 512}, stream, a); }
 
-// The statistics [N, want], then those of the segments if several blocks share a row.
+// The losses [N], the statistics [N, want], then those of the segments if several blocks share a row.
 int64_t loss_scratch(const Rows& logits, const RowMath& math, const Chip& chip) {
   const Want want = wanted_by(math);
   const StatsArgs stats{logits, math, nullptr, nullptr, want, nullptr};
   const SegmentPlan plan = plan_segments(stats, chip);
-  const int64_t numbers = logits.count() * static_cast<int>(want);
-  return numbers * (1 + (plan.blocks > 1 ? plan.segments : 0));
+  const int64_t rows = logits.count(), numbers = rows * static_cast<int>(want);
+  return rows + numbers * (1 + (plan.blocks > 1 ? plan.segments : 0));
 }
 
 void loss(const LossArgs& a, float* scratch, const Chip& chip, void* stream) {
   const Want want = wanted_by(a.math);
   const int64_t rows = a.logits.count(), statistics = static_cast<int>(want);
+  const bool reduced = a.reduction != Reduction::none;
+  float *losses = reduced ? scratch : a.result, *stats = scratch + rows, *parts = stats + rows * statistics;
   const TargetsArgs& t = a.targets;
   row_targets(t, stream);
-  row_stats({a.logits, a.math, t.target, t.weight, want, scratch}, scratch + rows * statistics, chip, stream);
-  merge({scratch, 1, rows, statistics, 0, t.target, t.weight, a.math, a.loss, a.normalizer}, {}, stream);
-  if (a.result) reduce({a.loss, rows, a.mean ? t.weight_sum : nullptr, a.result}, stream);
+  row_stats({a.logits, a.math, t.target, t.weight, want, stats}, parts, chip, stream);
+  merge({stats, 1, rows, statistics, 0, t.target, t.weight, a.math, losses, a.normalizer}, {}, stream);
+  if (reduced)
+    reduce({losses, rows, a.reduction == Reduction::mean ? t.weight_sum : nullptr, a.result}, stream);
 }
 
 }  // namespace fsl::gpu

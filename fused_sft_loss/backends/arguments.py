@@ -28,10 +28,15 @@ def in_dtypes(scoring: Scoring) -> Scoring:
     differs."""
     labels, loss_mask, cu_seqlens = scoring[:3]
     return scoring._replace(
-        labels=torch.atleast_2d(labels.long()),
-        loss_mask=None if loss_mask is None else torch.atleast_2d(loss_mask.float()),
+        labels=_in_two_dimensions(labels.long()),
+        loss_mask=None if loss_mask is None else _in_two_dimensions(loss_mask.float()),
         cu_seqlens=None if cu_seqlens is None else cu_seqlens.long().contiguous(),
     )
+
+
+def _in_two_dimensions(tensor: Tensor) -> Tensor:
+    """`[n]` as `[1, n]`. (torch.atleast_2d takes the host longer.)"""
+    return tensor if tensor.dim() == 2 else tensor.unsqueeze(0)
 
 
 def targets(scoring: Scoring, vocab_size: int, found: Targets) -> tuple:

@@ -33,6 +33,11 @@ def losses_like(weight: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(weight), weight.new_empty(weight.numel(), 2)
 
 
+def result_like(weight: Tensor, reduction: str) -> Tensor:
+    """Memory of a loss: `[N]` without a reduction, else 0-d."""
+    return torch.empty_like(weight) if reduction == "none" else weight.new_empty(())
+
+
 class Losses(NamedTuple):
     """A loss, and the numbers of each row that its gradient needs."""
 

@@ -8,7 +8,7 @@ from ..rowmath import RowMath
 from ..scoring import Scoring
 from ..targets import Targets
 from . import arguments
-from .contract import Losses, RowScale, losses_like
+from .contract import REDUCTIONS, Losses, RowScale, losses_like, result_like
 from .eager import merge_metrics
 
 #: Version, compiler, instruction sets (fastest first) and the one in use, threading.
@@ -42,16 +42,15 @@ def loss(scoring: Scoring, logits: Tensor, math: RowMath, reduction: str) -> Los
         scoring._replace(loss_mask=None).check_values()
     given = arguments.in_dtypes(scoring.read())
     found = Targets.empty(given.labels)
-    losses, normalizer = losses_like(found.weight)
-    result = losses if reduction == "none" else losses.new_empty(())
+    normalizer = found.weight.new_empty(found.weight.numel(), 2)
+    result = result_like(found.weight, reduction)
     faults = _cpu.loss(
         arguments.targets(given, math.vocab_size, found),
         arguments.rows(logits),
         math,
-        losses.data_ptr(),
         normalizer.data_ptr(),
-        reduction == "mean",
-        0 if result is losses else result.data_ptr(),
+        REDUCTIONS.index(reduction),
+        result.data_ptr(),
         torch.get_num_threads(),
     )
     if checked and faults:

@@ -16,7 +16,7 @@ from ..rowmath import RowMath
 from ..scoring import Scoring
 from ..targets import Targets
 from . import arguments
-from .contract import Losses, RowScale, losses_like
+from .contract import REDUCTIONS, Losses, RowScale, losses_like, result_like
 from .current_device import on, stream
 
 
@@ -60,18 +60,17 @@ class Gpu:
             arguments.rows(logits),
             self.chip_of(device),
         )
-        losses, normalizer = losses_like(found.weight)
-        result = losses if reduction == "none" else losses.new_empty(())
-        scratch = losses.new_empty(self.module.loss_scratch(rows, math, chip))
+        normalizer = found.weight.new_empty(found.weight.numel(), 2)
+        result = result_like(found.weight, reduction)
+        scratch = result.new_empty(self.module.loss_scratch(rows, math, chip))
         with on(device):
             self.module.loss(
                 arguments.targets(given, math.vocab_size, found),
                 rows,
                 math,
-                losses.data_ptr(),
                 normalizer.data_ptr(),
-                reduction == "mean",
-                0 if result is losses else result.data_ptr(),
+                REDUCTIONS.index(reduction),
+                result.data_ptr(),
                 scratch.data_ptr(),
                 chip,
                 stream(device),

@@ -109,11 +109,15 @@ def resolve(name: str | None, device_type: str, one_read: bool = False) -> str:
         NotImplementedError: that backend cannot run here; the message says why and names one that
             can.
     """
-    asked_by = f"backend={name!r}"
-    if name is None and (name := os.environ.get(VARIABLE) or None) is not None:
+    if name is not None:
+        asked_by = f"backend={name!r}"
+    elif name := os.environ.get(VARIABLE):
         asked_by = f"{VARIABLE}={name}"
-    if name is None:
-        name, asked_by = best(device_type), f"the best backend here, {best(device_type)!r},"
+    else:
+        name = best(device_type)
+        if not one_read:
+            return name
+        asked_by = f"the best backend here, {name!r},"
     if name not in MODULES:
         raise ValueError(f"expected one of {', '.join(MODULES)}, got {asked_by}")
     if reason := reason_against(name, device_type):

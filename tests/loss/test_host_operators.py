@@ -11,7 +11,7 @@ from fused_sft_loss.backends import selection
 OF_BACKWARD = {"ones_like", "fill_"}
 #: Operators that allocate or view a tensor. On a GPU none of them launches a kernel.
 FREE = {"empty", "empty_like", "empty_strided", "new_empty", "view", "unsqueeze", "transpose"}
-FREE |= {"detach", "expand", "as_strided", "atleast_2d", *OF_BACKWARD}
+FREE |= {"detach", "expand", "as_strided", *OF_BACKWARD}
 FREE |= {"to"}  # with nothing to convert; a conversion would also run _to_copy
 COMPILED = [*(["cpu"] if selection.reason_against("cpu", "cpu") is None else []), *ON_SHIM]
 
