@@ -36,14 +36,14 @@ TRITON = {
 #: By chip and kernel. clang 19 does not know gfx950.
 CSRC = {
     ("sm_80", "row_stats"): Budget(59, 64, 64),
-    ("sm_80", "row_grad"): Budget(56, 75, 72),
+    ("sm_80", "row_grad"): Budget(56, 72, 72),
     ("sm_80", "row_stats_grad"): Budget(83, 80, 32),
     ("sm_90", "row_stats"): Budget(62, 64, 64),
     ("sm_90", "row_grad"): Budget(56, 72, 72),
-    ("sm_90", "row_stats_grad"): Budget(88, 94, 40),
+    ("sm_90", "row_stats_grad"): Budget(88, 91, 40),
     ("sm_100", "row_stats"): Budget(71, 80, 56),
     ("sm_100", "row_grad"): Budget(63, 75, 64),
-    ("sm_100", "row_stats_grad"): Budget(89, 95, 40),
+    ("sm_100", "row_stats_grad"): Budget(89, 93, 40),
     ("gfx90a", "row_stats"): Budget(58, 52, 128),
     ("gfx90a", "row_grad"): Budget(47, 64, 128),
     ("gfx90a", "row_stats_grad"): Budget(108, 126, 256),
