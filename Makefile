@@ -111,7 +111,7 @@ audit: $(VENV)/.installed
 
 # A second copy of the package in build/, so that the installed one stays as it is. leaks: CPython's own.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g
-NATIVE_TESTS := backends/test_exp $(addprefix loss/test_,against_oracle traps traps_of_masks determinism \
+NATIVE_TESTS := backends/test_exp $(addprefix loss/test_,against_oracle bugs_of_peers bugs_of_peers_with_masks determinism \
     module_and_metrics grad_in_forward)
 sanitize: $(VENV)/.installed
 	FUSED_SFT_LOSS_BUILD=cpu CXXFLAGS="$(SANITIZE) -DFSL_TEST_HOOKS" $(BIN)/python setup.py -q build --build-base build/sanitize \
