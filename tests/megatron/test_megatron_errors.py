@@ -157,6 +157,7 @@ def of_a_wrong_group(which):
         "the world": dist.group.WORLD,
         "none": None,
     }[which]
+    dist.barrier()  # a rank that leaves before all are connected is a connection error of the rest
     step = make_forward_step(next, tp_group=group)
     output, loss_func = step(iter(runs.micro_batches()), model)
     loss_func(output)
