@@ -11,6 +11,7 @@ from .. import megatron_cpu
 from ..clock import Clock
 from ..ranks import send_to_parent
 from ..reference import make_reference_forward_step
+from .matmul import compute_in_fp32_if_faster
 from .shapes import Shape
 from .stage import LossStage
 
@@ -41,6 +42,8 @@ def run(settings, batches, tell=send_to_parent):
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
+    else:
+        compute_in_fp32_if_faster()
     parallel = megatron_cpu.init(tp=settings.tp)
     mine = [step[parallel.get_data_parallel_rank()] for step in batches]
     steps = _forward_steps(settings, device)
