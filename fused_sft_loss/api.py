@@ -13,7 +13,7 @@ from .backends.contract import REDUCTIONS, Losses
 from .options import Options, expect
 from .rowmath import RowMath
 from .scoring import Scoring
-from .targets import IGNORE_INDEX, Targets
+from .targets import IGNORE_INDEX, Targets, weighted_mean
 
 METRICS = "token_metrics"
 
@@ -194,11 +194,6 @@ def _expected_gradient(expected: bool | float | Tensor, weight_sum: Tensor, mean
     return weighted_mean(expected.detach(), weight_sum) if mean else expected.detach()
 
 
-def weighted_mean(total: Tensor, weight_sum: Tensor) -> Tensor:
-    """total / weight_sum. If nothing is scored, the result is 0 and has a graph."""
-    return total / torch.where(weight_sum > 0, weight_sum, 1.0)
-
-
 def token_metrics(
     logits: Tensor, labels: Tensor, loss_mask: Tensor | None = None, **options: Any
 ) -> TokenMetrics:
@@ -274,19 +269,13 @@ class _Call(NamedTuple):
         wanted = self.options.one_read and self.logits.requires_grad
         return wanted and torch.is_grad_enabled()
 
+    def _arguments(self, reduction: str) -> tuple:
+        """The arguments of the differentiable operators."""
+        where = self.name, self.group_name, self.backend, self.options.inplace_backward
+        return self.logits, self.scoring, self.math, reduction, *where
+
     def loss(self, reduction: str) -> Losses:
-        return Losses(
-            *autograd.differentiable_loss(
-                self.logits,
-                self.scoring,
-                self.math,
-                reduction,
-                self.name,
-                self.group_name,
-                self.backend,
-                self.options.inplace_backward,
-            )
-        )
+        return Losses(*autograd.differentiable_loss(*self._arguments(reduction)))
 
     def one_read_terms(self, shape: torch.Size, mean: bool = False) -> LossTerms:
         """LossTerms with the gradient computed in forward.
@@ -309,16 +298,7 @@ class _Call(NamedTuple):
 
     def loss_and_metrics(self) -> tuple[Losses, tuple[Tensor, ...]]:
         """Losses `[N]` with a graph, and the metrics `[N]` without one."""
-        found = autograd.differentiable_loss_and_metrics(
-            self.logits,
-            self.scoring,
-            self.math,
-            "none",
-            self.name,
-            self.group_name,
-            self.backend,
-            self.options.inplace_backward,
-        )
+        found = autograd.differentiable_loss_and_metrics(*self._arguments("none"))
         losses = len(Losses._fields)
         return Losses(*found[:losses]), found[losses:]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import agreement
 from .backends import composed, selection
-from .backends.contract import METRICS, Losses, RowScale, losses_like, result_like
+from .backends.contract import METRICS, Losses, RowScale, normalizer_like, result_like
 from .inplace import traced
 from .operators import differentiable, first_order, operator
 from .rowmath import RowMath
@@ -28,8 +28,8 @@ FIGURES = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
 def _losses_like(scoring: Scoring, reduction: str) -> Losses:
     """Uninitialised results of :func:`loss`."""
     targets = Targets.empty(scoring.labels)
-    normalizer = losses_like(targets.weight)[1]
-    return Losses.of(result_like(targets.weight, reduction), targets, normalizer)
+    result, normalizer = result_like(targets.weight, reduction), normalizer_like(targets.weight)
+    return Losses.of(result, targets, normalizer)
 
 
 def _figures_like(weight: Tensor) -> tuple[Tensor, ...]:
@@ -77,7 +77,7 @@ def loss(
 ) -> tuple[Tensor, ...]:
     """The fields of :class:`.Losses`."""
     math, kernels = math.read(), selection.load(backend)
-    if not group_name:
+    if not group_name and backend in selection.COMPILED:
         return tuple(kernels.loss(scoring, logits, math, reduction))
     targets = _targets(scoring, logits, math, call, group_name, backend)
     return tuple(composed.loss_of_targets(kernels, targets, logits, math, reduction, group_name))

@@ -65,6 +65,11 @@ def row_targets(
     return Targets(target, weight, scored.sum(dtype=torch.int32), weight.sum())
 
 
+def weighted_mean(total: Tensor, weight_sum: Tensor) -> Tensor:
+    """total / weight_sum. If nothing is scored, the result is 0 and has a graph."""
+    return total / torch.where(weight_sum > 0, weight_sum, 1.0)
+
+
 def shift_targets(
     labels: Tensor,
     loss_mask: Tensor | None = None,

@@ -22,9 +22,7 @@ PYBIND11_MODULE(FSL_MODULE, m) {
   m.def(
       "row_stats_parts",
       [](const Tensor3& logits, const RowMath& math, int statistics, const gpu::Chip& chip) -> int64_t {
-        const StatsArgs args = stats_args(logits, math, 0, 0, statistics, 0);
-        const gpu::SegmentPlan plan = gpu::plan_segments(args, chip);
-        return plan.blocks > 1 ? args.logits.count() * plan.segments * statistics : 0;
+        return gpu::row_stats_parts(stats_args(logits, math, 0, 0, statistics, 0), chip);
       },
       "fp32 numbers of scratch that row_stats needs.", py::arg("logits"), py::arg("math"),
       py::arg("statistics"), py::arg("chip"));

@@ -21,15 +21,8 @@ struct Chip {
   int multiprocessors;
 };
 
-// How many segments row_stats cuts a row into, and how many blocks share them. The caller needs both to
-// allocate `parts`.
-struct SegmentPlan {
-  int64_t segments;
-  int blocks;
-};
-SegmentPlan plan_segments(const StatsArgs& args, const Chip& chip);
-
-// `parts`: [N, segments, want] fp32 if a row has more than one block, else null.
+// fp32 numbers in `parts` of row_stats: [N, segments, want] if a row has more than one block, else 0.
+int64_t row_stats_parts(const StatsArgs& args, const Chip& chip);
 void row_stats(const StatsArgs& args, float* parts, const Chip& chip, void* stream);
 void row_grad(const GradArgs& args, const Chip& chip, void* stream);
 void row_stats_grad(const StatsGradArgs& args, const Chip& chip, void* stream);

@@ -5,11 +5,25 @@
 #include "launch_table.h"
 
 namespace fsl::gpu {
+namespace {
+
+// How many segments a row is cut into, and how many blocks share them.
+struct SegmentPlan {
+  int64_t segments;
+  int blocks;
+};
 
 SegmentPlan plan_segments(const StatsArgs& a, const Chip& chip) {
   const int segment = line_for(chip, Kernel::row_stats, a.logits.columns).segment;
   const int64_t segments = (a.logits.valid + segment - 1) / segment;
   return {segments, splits(chip, a.logits.count(), segments)};
+}
+
+}  // namespace
+
+int64_t row_stats_parts(const StatsArgs& a, const Chip& chip) {
+  const SegmentPlan plan = plan_segments(a, chip);
+  return plan.blocks > 1 ? a.logits.count() * plan.segments * static_cast<int>(a.want) : 0;
 }
 
 void row_stats(const StatsArgs& a, float* parts, const Chip& chip, void* stream) {

@@ -26,9 +26,7 @@ void reduce(const ReduceArgs& a, void* stream) { launch("reduce", reduce_kernel,
 int64_t loss_scratch(const Rows& logits, const RowMath& math, const Chip& chip) {
   const Want want = wanted_by(math);
   const StatsArgs stats{logits, math, nullptr, nullptr, want, nullptr};
-  const SegmentPlan plan = plan_segments(stats, chip);
-  const int64_t rows = logits.count(), numbers = rows * static_cast<int>(want);
-  return rows + numbers * (1 + (plan.blocks > 1 ? plan.segments : 0));
+  return logits.count() * (1 + static_cast<int>(want)) + row_stats_parts(stats, chip);
 }
 
 void loss(const LossArgs& a, float* scratch, const Chip& chip, void* stream) {

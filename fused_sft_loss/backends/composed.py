@@ -8,17 +8,8 @@ from torch import Tensor
 
 from .. import shards
 from ..rowmath import RowMath
-from ..scoring import Scoring
 from ..targets import Targets
 from .contract import Backend, Losses, statistics_for
-
-
-def loss(
-    kernels: Backend, scoring: Scoring, logits: Tensor, math: RowMath, reduction: str
-) -> Losses:
-    """The loss of an unsharded vocabulary."""
-    targets = scoring.found_by(kernels.row_targets, math.vocab_size)
-    return loss_of_targets(kernels, targets, logits, math, reduction, group_name="")
 
 
 def loss_of_targets(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..rowmath import RowMath
 from ..scoring import Scoring
-from ..targets import Targets
+from ..targets import Targets, weighted_mean
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -30,7 +30,12 @@ def statistics_for(math: RowMath) -> int:
 
 def losses_like(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Uninitialised losses `[N]` and normalizer `[N, 2]`, for rows with weights `[N]`."""
-    return torch.empty_like(weight), weight.new_empty(weight.numel(), 2)
+    return torch.empty_like(weight), normalizer_like(weight)
+
+
+def normalizer_like(weight: Tensor) -> Tensor:
+    """Uninitialised, `[N, 2]`."""
+    return weight.new_empty(weight.numel(), 2)
 
 
 def result_like(weight: Tensor, reduction: str) -> Tensor:
@@ -67,7 +72,7 @@ class RowScale(NamedTuple):
         """The factors as a tensor, fp32: `[N]`, or 0-d if grad is 0-d and weight is None."""
         grad = self.grad.float()
         if self.weight_sum is not None:
-            grad = grad / torch.where(self.weight_sum > 0, self.weight_sum, 1.0)
+            grad = weighted_mean(grad, self.weight_sum)
         if self.weight is None:
             return grad
         return torch.where(self.weight != 0, grad * self.weight, 0.0)
@@ -99,9 +104,6 @@ class Backend(Protocol):
     def reduce(self, losses: Tensor, weight_sum: Tensor | None) -> Tensor:
         """The sum of the losses, 0-d; divided by weight_sum if that is given and not 0."""
 
-    def loss(self, scoring: Scoring, logits: Tensor, math: RowMath, reduction: str) -> Losses:
-        """The whole forward pass for an unsharded vocabulary; see :func:`.composed.loss`."""
-
     def row_grad(
         self,
         logits: Tensor,
@@ -118,8 +120,14 @@ class Backend(Protocol):
         """
 
 
-class OneReadBackend(Backend, Protocol):
-    """A backend with the kernels of grad_in_forward: those named in ``selection.ONE_READ``."""
+class CompiledBackend(Backend, Protocol):
+    """A backend over a compiled module: those named in ``selection.COMPILED``.
+
+    It has the whole forward pass in one call, and the kernels of grad_in_forward.
+    """
+
+    def loss(self, scoring: Scoring, logits: Tensor, math: RowMath, reduction: str) -> Losses:
+        """The whole forward pass for an unsharded vocabulary; see :mod:`.composed`."""
 
     def row_stats_grad(
         self,

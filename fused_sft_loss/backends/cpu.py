@@ -8,7 +8,7 @@ from ..rowmath import RowMath
 from ..scoring import Scoring
 from ..targets import Targets
 from . import arguments
-from .contract import REDUCTIONS, Losses, RowScale, losses_like, result_like
+from .contract import REDUCTIONS, Losses, RowScale, losses_like, normalizer_like, result_like
 from .eager import merge_metrics
 
 #: Version, compiler, instruction sets (fastest first) and the one in use, threading.
@@ -42,7 +42,7 @@ def loss(scoring: Scoring, logits: Tensor, math: RowMath, reduction: str) -> Los
         scoring._replace(loss_mask=None).check_values()
     given = arguments.in_dtypes(scoring.read())
     found = Targets.empty(given.labels)
-    normalizer = found.weight.new_empty(found.weight.numel(), 2)
+    normalizer = normalizer_like(found.weight)
     result = result_like(found.weight, reduction)
     faults = _cpu.loss(
         arguments.targets(given, math.vocab_size, found),

@@ -5,7 +5,6 @@ need a host synchronisation; then their results are replaced by 0. Scratch memor
 does not grow with the logits: under 64 MiB on a CPU, under 128 MiB on an accelerator.
 """
 
-import sys
 from collections.abc import Iterator
 
 import torch
@@ -14,13 +13,11 @@ from torch import Tensor
 from ..rowmath import RowMath
 from ..scoring import Scoring
 from ..shards import merge, merge_metrics
-from ..targets import Targets
+from ..targets import Targets, weighted_mean
 from ..targets import row_targets as targets_of
-from . import composed
-from .contract import ARGMAX, MAXIMUM, MOMENT, SUM, SUM_EXP, TARGET, Losses, RowScale
+from .contract import ARGMAX, MAXIMUM, MOMENT, SUM, SUM_EXP, TARGET, RowScale
 
 __all__ = [
-    "loss",
     "merge",
     "merge_metrics",
     "reduce",
@@ -197,11 +194,7 @@ def row_targets(scoring: Scoring, vocab_size: int) -> Targets:
 
 def reduce(losses: Tensor, weight_sum: Tensor | None) -> Tensor:
     total = losses.sum()
-    return total if weight_sum is None else total / torch.where(weight_sum > 0, weight_sum, 1.0)
-
-
-def loss(scoring: Scoring, logits: Tensor, math: RowMath, reduction: str) -> Losses:
-    return composed.loss(sys.modules[__name__], scoring, logits, math, reduction)
+    return total if weight_sum is None else weighted_mean(total, weight_sum)
 
 
 def row_stats(

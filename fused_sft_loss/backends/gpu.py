@@ -16,7 +16,7 @@ from ..rowmath import RowMath
 from ..scoring import Scoring
 from ..targets import Targets
 from . import arguments
-from .contract import REDUCTIONS, Losses, RowScale, losses_like, result_like
+from .contract import REDUCTIONS, Losses, RowScale, losses_like, normalizer_like, result_like
 from .current_device import on, stream
 
 
@@ -52,7 +52,8 @@ class Gpu:
         return found
 
     def loss(self, scoring: Scoring, logits: Tensor, math: RowMath, reduction: str) -> Losses:
-        if scoring.checked:
+        checked = scoring.checked
+        if checked:
             scoring.check_values()
         given, device = arguments.in_dtypes(scoring.read()), logits.device
         found, rows, chip = (
@@ -60,7 +61,7 @@ class Gpu:
             arguments.rows(logits),
             self.chip_of(device),
         )
-        normalizer = found.weight.new_empty(found.weight.numel(), 2)
+        normalizer = normalizer_like(found.weight)
         result = result_like(found.weight, reduction)
         scratch = result.new_empty(self.module.loss_scratch(rows, math, chip))
         with on(device):
@@ -75,7 +76,7 @@ class Gpu:
                 chip,
                 stream(device),
             )
-        if scoring.checked:
+        if checked:
             scoring.check_labels(found.target, math.vocab_size)
         return Losses.of(result, found, normalizer)
 

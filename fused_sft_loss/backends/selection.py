@@ -8,7 +8,7 @@ from typing import cast
 import torch
 
 from . import devices, loader
-from .contract import OneReadBackend
+from .contract import CompiledBackend
 from .gpu import Gpu
 
 #: Every name the API accepts -> the module here that implements it.
@@ -17,21 +17,23 @@ MODULES = {"cpu": "cpu", "cuda": "gpu", "hip": "gpu", "triton": "triton", "eager
 #: What ``backend=None`` tries on a device, best first. ROCm's torch calls its devices "cuda" too.
 PREFERENCE = {"cpu": ("cpu", "eager"), "cuda": ("cuda", "hip", "triton", "eager")}
 
+#: Backends over a compiled module; see CompiledBackend.
+COMPILED = ("cpu", "cuda", "hip")
 #: Backends with the kernels of grad_in_forward.
-ONE_READ = ("cpu", "cuda", "hip")
+ONE_READ = COMPILED
 
 VARIABLE = "FUSED_SFT_LOSS_BACKEND"
 
 
 @cache
-def load(name: str) -> OneReadBackend:
-    """The backend: a module or a :class:`.Gpu`. Names not in ONE_READ give a Backend only.
+def load(name: str) -> CompiledBackend:
+    """The backend: a module or a :class:`.Gpu`. Names not in COMPILED give a Backend only.
 
     Call it only if `reason_against` gives None for the name.
     """
     if MODULES[name] == "gpu":
         return Gpu(loader.load(name))
-    return cast(OneReadBackend, importlib.import_module(f".{MODULES[name]}", __package__))
+    return cast(CompiledBackend, importlib.import_module(f".{MODULES[name]}", __package__))
 
 
 @cache

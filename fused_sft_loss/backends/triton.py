@@ -1,6 +1,5 @@
 """The Triton kernels on NVIDIA and AMD GPUs, and in Triton's interpreter on CPU tensors."""
 
-import sys
 from collections.abc import Iterable
 
 import torch
@@ -17,13 +16,11 @@ from ..triton_kernels import row_targets as row_targets_kernels
 from ..triton_kernels.launch import INTERPRETED as _INTERPRETED
 from ..triton_kernels.launch import Launch, Shape, chip_of
 from ..triton_kernels.tune import choose
-from . import composed
-from .contract import Losses, RowScale, losses_like
+from .contract import RowScale, losses_like
 from .current_device import on
 
 __all__ = [
     "INTERPRETED",
-    "loss",
     "merge",
     "merge_metrics",
     "reduce",
@@ -77,10 +74,6 @@ def reduce(losses: Tensor, weight_sum: Tensor | None) -> Tensor:
     result = losses.new_empty(())
     _run(losses, reduce_kernels.plan(chip_of(losses.device), losses, weight_sum, result))
     return result
-
-
-def loss(scoring: Scoring, logits: Tensor, math: RowMath, reduction: str) -> Losses:
-    return composed.loss(sys.modules[__name__], scoring, logits, math, reduction)
 
 
 def row_grad(

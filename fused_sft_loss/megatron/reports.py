@@ -10,8 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ..api import TokenMetrics, loss_terms, loss_terms_and_metrics, weighted_mean
+from ..api import TokenMetrics, loss_terms, loss_terms_and_metrics
 from ..options import Options
+from ..targets import weighted_mean
 from . import global_state
 
 #: (loss_sum, num_tokens, reports) of returns="per_token", or (loss, reports) of "mean".

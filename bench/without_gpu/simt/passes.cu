@@ -57,8 +57,7 @@ struct Problem {
         log_prob(kRows), entropy(kRows);
     std::vector<uint8_t> correct(kRows);
     const StatsArgs args{rows(logits), math, target.data(), weight.data(), want, stats.data()};
-    const gpu::SegmentPlan plan = gpu::plan_segments(args, chip);
-    std::vector<float> parts(plan.blocks > 1 ? kRows * plan.segments * columns : 0);
+    std::vector<float> parts(gpu::row_stats_parts(args, chip));
     gpu::row_stats(args, parts.data(), chip, nullptr);
     print("stats", stats);
     const bool metrics = want == Want::metrics;
