@@ -40,7 +40,10 @@ def agreed_targets(
     call: str,
     group_name: str,
 ) -> Targets:
-    """`find()`, of a call on which all ranks of the group agree."""
+    """`find()`, of a call on which all ranks of the group agree.
+
+    logits: a tensor of their dtype, whose last dimension is this rank's columns.
+    """
 
     def facts(found: Targets) -> dict[str, Any]:
         options = math._asdict()

@@ -32,13 +32,13 @@ def _losses_like(scoring: Scoring, reduction: str) -> Losses:
     return Losses.of(result, targets, normalizer)
 
 
-def _figures_like(weight: Tensor) -> tuple[Tensor, ...]:
+def figures_like(weight: Tensor) -> tuple[Tensor, ...]:
     """Uninitialised loss, log_prob, lse, correct and entropy."""
     dtypes = (torch.float32, torch.float32, torch.float32, torch.bool, torch.float32)
     return tuple(torch.empty_like(weight, dtype=dtype) for dtype in dtypes)
 
 
-def _targets(
+def agreed_targets(
     scoring: Scoring, logits: Tensor, math: RowMath, call: str, group_name: str, backend: str
 ) -> Targets:
     """The targets. With a group, its ranks compare their calls; see :mod:`.agreement`."""
@@ -79,7 +79,7 @@ def loss(
     math, kernels = math.read(), selection.load(backend)
     if not group_name and backend in selection.COMPILED:
         return tuple(kernels.loss(scoring, logits, math, reduction))
-    targets = _targets(scoring, logits, math, call, group_name, backend)
+    targets = agreed_targets(scoring, logits, math, call, group_name, backend)
     return tuple(composed.loss_of_targets(kernels, targets, logits, math, reduction, group_name))
 
 
@@ -88,7 +88,7 @@ def loss(
     f"str group_name, str backend) -> {LOSSES[:-1]}, {FIGURES[1:]}",
     lambda logits, scoring, math, reduction, *rest: (
         *(like := _losses_like(scoring, reduction)),
-        *_figures_like(like.weight),
+        *figures_like(like.weight),
     ),
 )
 def loss_and_metrics(
@@ -105,7 +105,7 @@ def loss_and_metrics(
     The losses are `[N]`: `reduction` must be "none".
     """
     math, kernels = math.read(), selection.load(backend)
-    targets = _targets(scoring, logits, math, call, group_name, backend)
+    targets = agreed_targets(scoring, logits, math, call, group_name, backend)
     gathered = composed.gathered_statistics(kernels, targets, logits, math, group_name, METRICS)
     rows = gathered, targets.target, targets.weight, math
     losses, normalizer = kernels.merge(*rows)
@@ -115,14 +115,14 @@ def loss_and_metrics(
 @operator(
     "token_metrics(Tensor logits, Scoring scoring, RowMath math, str call, str group_name, "
     f"str backend) -> {FIGURES}",
-    lambda logits, scoring, *rest: _figures_like(Targets.empty(scoring.labels).weight),
+    lambda logits, scoring, *rest: figures_like(Targets.empty(scoring.labels).weight),
 )
 def token_metrics(
     logits: Tensor, scoring: Scoring, math: RowMath, call: str, group_name: str, backend: str
 ) -> tuple[Tensor, ...]:
     """(loss, log_prob, lse, correct, entropy), `[N]` each, from one read of the scored rows."""
     math, kernels = math.read(), selection.load(backend)
-    targets = _targets(scoring, logits, math, call, group_name, backend)
+    targets = agreed_targets(scoring, logits, math, call, group_name, backend)
     gathered = composed.gathered_statistics(kernels, targets, logits, math, group_name, METRICS)
     return kernels.merge_metrics(gathered, targets.target, targets.weight, math)
 

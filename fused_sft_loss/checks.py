@@ -17,7 +17,7 @@ def tensors(
     logits: Tensor, labels: Tensor, loss_mask: Tensor | None, cu_seqlens: Tensor | None, layout: str
 ) -> None:
     """Raise TypeError or ValueError unless ``sft_loss`` takes these tensors."""
-    _are_tensors(logits=logits, labels=labels, loss_mask=loss_mask, cu_seqlens=cu_seqlens)
+    are_tensors(logits=logits, labels=labels, loss_mask=loss_mask, cu_seqlens=cu_seqlens)
     _not_soft(labels)
     _not_losses(logits, labels)
     if logits.dtype not in DTYPES:
@@ -49,7 +49,7 @@ def tensors(
 
 def targets(labels: Tensor, loss_mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
     """Raise TypeError or ValueError unless ``shift_targets`` takes these tensors."""
-    _are_tensors(labels=labels, loss_mask=loss_mask, cu_seqlens=cu_seqlens)
+    are_tensors(labels=labels, loss_mask=loss_mask, cu_seqlens=cu_seqlens)
     _integers(labels)
     _targets(labels, loss_mask, cu_seqlens)
 
@@ -83,7 +83,7 @@ def constant_mask(loss_mask: Tensor | None) -> None:
         )
 
 
-def _are_tensors(**named: Tensor | None) -> None:
+def are_tensors(**named: Tensor | None) -> None:
     for name, value in named.items():
         if value is None and name in ("loss_mask", "cu_seqlens"):
             continue

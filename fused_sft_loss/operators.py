@@ -161,20 +161,20 @@ class Layout:
 def first_order(backward: Callable) -> Callable:
     """Decorate a Function's backward so that a second derivative raises.
 
-    The first result of backward is the gradient of the logits. It has no gradient itself. torch's
-    once_differentiable raises only if the upstream gradient requires a gradient. The upstream
-    gradient of a loss is a constant 1, so with it a second derivative (create_graph=True,
-    torch.func) would silently be 0.
+    The gradients that it returns have no gradient themselves. torch's once_differentiable raises
+    only if the upstream gradient requires a gradient. The upstream gradient of a loss is a constant
+    1, so with it a second derivative (create_graph=True, torch.func) would silently be 0.
     """
 
     @functools.wraps(backward)
     def run(ctx: Any, *grads: Any) -> Any:
         if not torch.is_grad_enabled():
             return backward(ctx, *grads)
-        logits = ctx.saved_tensors[0]  # read before backward may overwrite them
+        saved = ctx.saved_tensors  # read before backward may overwrite them
+        kept = [saved[0], *(t for t in saved[1:] if t is not None and t.requires_grad), *grads]
         with torch.no_grad():
-            grad_logits, *others = backward(ctx, *grads)
-        return (_FirstOrder.apply(grad_logits, logits, *grads), *others)
+            found = backward(ctx, *grads)
+        return tuple(grad if grad is None else _FirstOrder.apply(grad, *kept) for grad in found)
 
     return run
 
@@ -183,8 +183,8 @@ class _FirstOrder(torch.autograd.Function):
     """Returns the gradient, and keeps its inputs in the graph. Its own backward raises."""
 
     @staticmethod
-    def forward(grad_logits: Tensor, logits: Tensor, *grads: Tensor) -> Tensor:
-        return grad_logits.detach()
+    def forward(grad: Tensor, *kept: Tensor | None) -> Tensor:
+        return grad.detach()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:

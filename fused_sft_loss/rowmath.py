@@ -66,3 +66,7 @@ class RowMath(NamedTuple):
     def valid_columns(self, columns: int) -> int:
         """How many of a shard's `columns` are vocabulary, not padding."""
         return max(0, min(columns, self.vocab_size - self.vocab_start))
+
+    def from_column(self, column: int) -> "RowMath":
+        """The record of the shard that begins at this column of the present one."""
+        return self._replace(vocab_start=self.vocab_start + column)

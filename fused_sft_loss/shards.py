@@ -97,6 +97,30 @@ def merge_exponentials(gathered: Tensor, unit: float) -> tuple[Tensor, Tensor, T
     return maximum, _ordered_sum(gathered[..., SUM_EXP] * shift.exp()), shift
 
 
+def fold(parts: Tensor, unit: float) -> Tensor:
+    """`[N, k]`: the statistics of neighbouring column ranges `[parts, N, k]` as those of one."""
+    maximum, sum_exp, shift = merge_exponentials(parts, unit)
+    folded = parts.sum(0)
+    folded[..., MAXIMUM], folded[..., SUM_EXP] = maximum, sum_exp
+    if parts.shape[-1] > ARGMAX:
+        folded[..., ARGMAX] = _argmax(parts, maximum)
+        folded[..., MOMENT] = _moment(parts, shift)
+    return folded
+
+
+def _argmax(gathered: Tensor, maximum: Tensor) -> Tensor:
+    """The smallest id with the maximum, `[N]`: as in torch.argmax, the first one wins."""
+    holder = torch.where(gathered[..., MAXIMUM] == maximum, gathered[..., ARGMAX], torch.inf)
+    return holder.amin(0)
+
+
+def _moment(gathered: Tensor, shift: Tensor) -> Tensor:
+    """The sum of u * exp(u), `[N]`, with u relative to the maximum of all shards."""
+    rescale = shift.exp()
+    shift = torch.where(rescale == 0, 0.0, shift)
+    return _ordered_sum((gathered[..., MOMENT] + shift * gathered[..., SUM_EXP]) * rescale)
+
+
 def merge(gathered: Tensor, target: Tensor, weight: Tensor, math: RowMath) -> tuple[Tensor, Tensor]:
     """(weight * loss `[N]`, normalizer `[N, 2]`), fp32, from the shards' statistics `[ranks, N,
     k]`.
@@ -137,15 +161,11 @@ def merge_metrics(
     scored = weight != 0
     loss, _ = merge(gathered, target, scored.float(), math)
     maximum, denominator, shift = merge_exponentials(gathered, math.unit)
-    log_denominator, rescale = denominator.log(), shift.exp()
-    shift = torch.where(rescale == 0, 0.0, shift)
-    weighted = _ordered_sum((gathered[..., MOMENT] + shift * gathered[..., SUM_EXP]) * rescale)
-    entropy = log_denominator - weighted / denominator
+    log_denominator = denominator.log()
+    entropy = log_denominator - _moment(gathered, shift) / denominator
     lse = maximum * math.unit + log_denominator
     log_prob = (_ordered_sum(gathered[..., TARGET]) - maximum) * math.unit - log_denominator
-    # If several ids have the maximum, the first one wins, as in torch.argmax.
-    holder = torch.where(gathered[..., MAXIMUM] == maximum, gathered[..., ARGMAX], torch.inf)
-    correct = scored & (holder.amin(0) == target)
+    correct = scored & (_argmax(gathered, maximum) == target)
     poisoned = target == OUT_OF_VOCABULARY
     lse, log_prob, entropy = (
         torch.where(scored, figure.masked_fill(poisoned, torch.nan), 0.0)

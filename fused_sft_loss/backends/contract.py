@@ -77,6 +77,14 @@ class RowScale(NamedTuple):
             return grad
         return torch.where(self.weight != 0, grad * self.weight, 0.0)
 
+    def of_rows(self, rows: slice) -> "RowScale":
+        """The factors of some of the rows."""
+        return RowScale(
+            self.grad[rows] if self.grad.dim() else self.grad,
+            None if self.weight is None else self.weight[rows],
+            self.weight_sum,
+        )
+
 
 class Backend(Protocol):
     """The kernels of a loss. ``backends/eager.py`` implements each in plain PyTorch."""

@@ -1,0 +1,68 @@
+"""How the logits are cut into tiles: one is in memory at a time."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .products import dtype_of_products
+
+#: Bytes of a tile by type of device, if the caller gives no chunk_rows. A GPU's tile is large
+#: enough for matrix products at full speed; a CPU's stays in the cache between the product and the
+#: kernels that read it.
+BUDGET = {"cpu": 4 << 20}
+ACCELERATOR_BUDGET = 128 << 20
+#: A tile has at least so many columns, if the vocabulary has: narrower products are slower, and
+#: each tile adds a set of statistics.
+COLUMNS = 1024
+#: Its columns are a multiple of this, so that rows of all dtypes start at multiples of 16 bytes.
+MULTIPLE = 64
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Tiles of at most `rows` x `columns` that cover `all_rows` x `all_columns`."""
+
+    rows: int
+    columns: int
+    all_rows: int
+    all_columns: int
+
+    @classmethod
+    def of(cls, size: int, rows: int, columns: int) -> "Tiling":
+        """Tiles of at most `size` logits, as many rows high as possible.
+
+        All rows of a tile share one read of its part of the weight, and a tile with all rows
+        completes its part of the weight's gradient.
+        """
+        wide = max(COLUMNS, size // max(rows, 1) // MULTIPLE * MULTIPLE)
+        wide = max(1, min(wide, columns, size))
+        return cls(max(1, min(rows, size // wide)), wide, rows, columns)
+
+    def columns_of_tiles(self) -> Iterator[slice]:
+        return _slices(self.all_columns, self.columns)
+
+    def rows_of_tiles(self) -> Iterator[slice]:
+        return _slices(self.all_rows, self.rows)
+
+    @property
+    def tiles_per_row(self) -> int:
+        return -(-self.all_columns // self.columns)
+
+    @property
+    def whole_height(self) -> bool:
+        """Whether a tile has all rows."""
+        return self.rows >= self.all_rows
+
+
+def size_of(chunk_rows: int | None, columns: int, hidden: Tensor) -> int:
+    """Logits of a tile: as many as `chunk_rows` rows of `columns` have, or what BUDGET allows."""
+    if chunk_rows is not None:
+        return chunk_rows * columns
+    budget = BUDGET.get(hidden.device.type, ACCELERATOR_BUDGET)
+    return budget // dtype_of_products(hidden).itemsize
+
+
+def _slices(end: int, step: int) -> Iterator[slice]:
+    for begin in range(0, end, step):
+        yield slice(begin, min(begin + step, end))
