@@ -9,7 +9,7 @@ using namespace fsl;
 namespace pybind11::detail {
 
 template <>
-struct type_caster<fsl::gpu::Chip> : fsl::TupleCaster<fsl::gpu::Chip, int, int> {};
+struct type_caster<fsl::gpu::Chip> : fsl::TupleCaster<fsl::gpu::Chip> {};
 
 }  // namespace pybind11::detail
 
