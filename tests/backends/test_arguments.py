@@ -23,7 +23,7 @@ def calls():
     logits, stats, scale, *vectors = kept = [torch.zeros(1, 2, 6) for _ in range(6)]
     kept += (found := Targets.empty(labels))
     target, normalizer, result = (vector.data_ptr() for vector in vectors)
-    rows, math = arguments.rows(logits), tuple(RowMath(0.0, 0.0, 0.0, 1.0, 0, 6))
+    rows, math = arguments.rows(logits), tuple(RowMath(0, 6))
     statistics = rows, math, target, normalizer, 3, result, 1
     factor = arguments.row_scale(RowScale(scale.view(-1)))
     return (labels, *kept), {
