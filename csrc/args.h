@@ -25,11 +25,11 @@ struct Rows {
 // z = logit_scale * x, or softcap * tanh(logit_scale * x / softcap) when softcap > 0. The cap leaves -inf as
 // it is, so a masked-out column stays masked out.
 struct RowMath {
-  float label_smoothing, z_loss;
-  float softcap;  // 0: none
-  float logit_scale;
   int64_t vocab_start;  // global id of this shard's column 0
   int64_t vocab_size;   // global, without padding
+  float label_smoothing = 0, z_loss = 0;
+  float softcap = 0;  // none
+  float logit_scale = 1;
 
   // z = unit * x, where x is the capped logit if there is a softcap, else the raw logit. Statistics are in
   // units of x: the difference of two close x is exact, that of two rounded products unit * x is not.

@@ -9,6 +9,7 @@
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <utility>
 
 #include "args.h"
 
@@ -19,28 +20,55 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-template <class Field>
-Field field(pybind11::handle tuple, Py_ssize_t at) {
-  const pybind11::handle item = PyTuple_GET_ITEM(tuple.ptr(), at);
-  if constexpr (std::is_pointer_v<Field>) return reinterpret_cast<Field>(item.cast<uintptr_t>());
-  else if constexpr (std::is_enum_v<Field>) return static_cast<Field>(item.cast<int>());
-  else return item.cast<Field>();
+// Item `at` of a tuple. It converts itself to the type of the field that it initialises: a pointer, an
+// enum, a bool or a number.
+struct Item {
+  pybind11::handle tuple;
+  size_t at;
+
+  template <class Field>
+  operator Field() const {
+    const pybind11::handle item = PyTuple_GET_ITEM(tuple.ptr(), at);
+    if constexpr (std::is_pointer_v<Field>) return reinterpret_cast<Field>(item.cast<uintptr_t>());
+    else if constexpr (std::is_enum_v<Field>) return static_cast<Field>(item.cast<int>());
+    else return item.cast<Field>();
+  }
+};
+
+// Whether a T can be initialised by so many items.
+template <class T, size_t... at, class = decltype(T{Item{{}, at}...})>
+constexpr bool initialised_by(std::index_sequence<at...>) {
+  return true;
 }
 
-// Builds a T, whose fields have the types `Fields`, from a tuple of the same length.
-template <class T, class... Fields, size_t... at>
-T from_tuple(pybind11::handle tuple, std::index_sequence<at...>) {
-  return T{field<Fields>(tuple, at)...};
+template <class T>
+constexpr bool initialised_by(...) {
+  return false;
 }
 
-template <class T, class... Fields>
+// The number of fields of the aggregate T: the most items that can initialise it. C++17 has no other way to
+// count them. It starts at the size of T in bytes, because compilers warn if items are missing.
+template <class T, size_t items = sizeof(T)>
+constexpr size_t field_count() {
+  if constexpr (initialised_by<T>(std::make_index_sequence<items>())) return items;
+  else return field_count<T, items - 1>();
+}
+
+// Builds the aggregate T from a tuple with as many items as T has fields.
+template <class T>
 struct TupleCaster {
   PYBIND11_TYPE_CASTER(T, pybind11::detail::const_name("tuple"));
 
   bool load(pybind11::handle given, bool) {
-    if (!PyTuple_Check(given.ptr()) || PyTuple_GET_SIZE(given.ptr()) != sizeof...(Fields)) return false;
-    value = from_tuple<T, Fields...>(given, std::index_sequence_for<Fields...>());
+    constexpr size_t fields = field_count<T>();
+    if (!PyTuple_Check(given.ptr()) || PyTuple_GET_SIZE(given.ptr()) != fields) return false;
+    value = from(given, std::make_index_sequence<fields>());
     return true;
+  }
+
+  template <size_t... at>
+  static T from(pybind11::handle tuple, std::index_sequence<at...>) {
+    return T{Item{tuple, at}...};
   }
 };
 
@@ -127,25 +155,18 @@ inline RescaleArgs rescale_args(const Tensor3& grad, const RowMath& math, const 
 namespace pybind11::detail {
 
 template <>
-struct type_caster<fsl::RowMath>
-    : fsl::TupleCaster<fsl::RowMath, float, float, float, float, int64_t, int64_t> {};
+struct type_caster<fsl::RowMath> : fsl::TupleCaster<fsl::RowMath> {};
 
 template <>
-struct type_caster<fsl::Tensor3>
-    : fsl::TupleCaster<fsl::Tensor3, void*, int, int64_t, int64_t, int64_t, int64_t, int64_t> {};
+struct type_caster<fsl::Tensor3> : fsl::TupleCaster<fsl::Tensor3> {};
 
 template <>
-struct type_caster<fsl::Gathered>
-    : fsl::TupleCaster<fsl::Gathered, const float*, int64_t, int64_t, int64_t, int64_t> {};
+struct type_caster<fsl::Gathered> : fsl::TupleCaster<fsl::Gathered> {};
 
 template <>
-struct type_caster<fsl::RowScale>
-    : fsl::TupleCaster<fsl::RowScale, const float*, int64_t, const float*, const float*> {};
+struct type_caster<fsl::RowScale> : fsl::TupleCaster<fsl::RowScale> {};
 
 template <>
-struct type_caster<fsl::TargetsArgs>
-    : fsl::TupleCaster<fsl::TargetsArgs, const int64_t*, const float*, const int64_t*, int64_t, int64_t,
-                       int64_t, int64_t, int64_t, int64_t, int64_t, bool, int64_t, int64_t, int64_t*, float*,
-                       int32_t*, float*> {};
+struct type_caster<fsl::TargetsArgs> : fsl::TupleCaster<fsl::TargetsArgs> {};
 
 }  // namespace pybind11::detail

@@ -337,14 +337,7 @@ def _validated(
     if options.inplace_backward and name != METRICS:
         inplace.prepare(logits)
     start, size, group_name = shards.placed(logits.shape[-1], options)
-    math = RowMath(
-        label_smoothing=float(options.label_smoothing),
-        z_loss=float(options.z_loss),
-        softcap=float(options.softcap or 0.0),
-        logit_scale=options.logit_scale,
-        vocab_start=start,
-        vocab_size=size,
-    )
+    math = RowMath.of(options, start, size)
     if not torch.compiler.is_compiling():
         math = math.read()
     if options.one_read and group_name:

@@ -5,14 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .options import check_scale
-
-#: The fields of RowMath in an operator's schema. logit_scale is a 0-d CPU tensor there, because
-#: torch.compile would compile again for each new value of a float.
-SCHEMA = (
-    "float label_smoothing, float z_loss, float softcap, Tensor logit_scale, "
-    "SymInt vocab_start, SymInt vocab_size"
-)
+from .options import Options, check_scale
 
 
 class RowMath(NamedTuple):
@@ -28,12 +21,25 @@ class RowMath(NamedTuple):
     struct RowMath of csrc/args.h has the same fields in the same order.
     """
 
-    label_smoothing: float
-    z_loss: float
-    softcap: float  # 0: none
-    logit_scale: float | Tensor  # a Tensor, 0-d on the CPU, only while torch.compile traces
     vocab_start: int  # global id of this shard's column 0
     vocab_size: int  # true global vocabulary
+    label_smoothing: float = Options.label_smoothing
+    z_loss: float = Options.z_loss
+    softcap: float = 0.0  # none
+    # a Tensor, 0-d on the CPU, only while torch.compile traces
+    logit_scale: float | Tensor = Options.logit_scale
+
+    @classmethod
+    def of(cls, options: Options, vocab_start: int, vocab_size: int) -> "RowMath":
+        """The numbers of a call with these options, on the shard that begins at vocab_start."""
+        return cls(
+            vocab_start,
+            vocab_size,
+            label_smoothing=float(options.label_smoothing),
+            z_loss=float(options.z_loss),
+            softcap=float(options.softcap or 0.0),
+            logit_scale=options.logit_scale,
+        )
 
     def packed(self) -> tuple:
         """The fields as SCHEMA takes them."""
@@ -70,3 +76,9 @@ class RowMath(NamedTuple):
     def from_column(self, column: int) -> "RowMath":
         """The record of the shard that begins at this column of the present one."""
         return self._replace(vocab_start=self.vocab_start + column)
+
+
+_KINDS = {int: "SymInt", float: "float", float | Tensor: "Tensor"}
+#: The fields of RowMath in an operator's schema. logit_scale is a 0-d CPU tensor there, because
+#: torch.compile would compile again for each new value of a float.
+SCHEMA = ", ".join(f"{_KINDS[kind]} {name}" for name, kind in RowMath.__annotations__.items())

@@ -108,7 +108,7 @@ def _stats(chip, shape, dtype, options) -> Iterator[Variant]:
         plan = row_stats.plan(
             chip,
             shape,
-            RowMath(0.0, 0.0, softcap, 1.0, 0, columns),
+            RowMath(0, columns, softcap=softcap),
             _logits(dtype, columns, rows, unaligned),
             *_vectors(rows, torch.int64, torch.float32),
             torch.empty(rows, wanted, dtype=torch.float32, device="meta"),
@@ -131,7 +131,7 @@ def _grad(chip, shape, dtype, options) -> Iterator[Variant]:
         (launch,) = row_grad.plan(
             chip,
             shape,
-            RowMath(0.0, 0.0, softcap, 1.0, 0, columns),
+            RowMath(0, columns, softcap=softcap),
             logits,
             torch.empty(rows, 2, dtype=torch.float32, device="meta"),
             *_vectors(rows, torch.int64),
@@ -146,10 +146,10 @@ def _merge(chip, options) -> Iterator[Variant]:
     rows = 4096
     for columns, metrics in ((3, False), (4, False), (6, True)) if options else ((3, False),):
         extra = (torch.float32, torch.float32, torch.bool, torch.float32) if metrics else ()
-        smoothing, z_loss = (0.1, 1e-4) if columns > 3 else (0.0, 0.0)
+        numbers = {"label_smoothing": 0.1, "z_loss": 1e-4} if columns > 3 else {}
         (launch,) = merge.plan(
             chip,
-            RowMath(smoothing, z_loss, 0.0, 1.0, 0, WIDEST),
+            RowMath(0, WIDEST, **numbers),
             torch.empty(8, rows, columns, dtype=torch.float32, device="meta"),
             *_vectors(rows, torch.int64, torch.float32, torch.float32),
             torch.empty(rows, 2, dtype=torch.float32, device="meta"),

@@ -9,7 +9,7 @@ using namespace fsl;
 namespace pybind11::detail {
 
 template <>
-struct type_caster<fsl::gpu::Chip> : fsl::TupleCaster<fsl::gpu::Chip, int, int> {};
+struct type_caster<fsl::gpu::Chip> : fsl::TupleCaster<fsl::gpu::Chip> {};
 
 }  // namespace pybind11::detail
 
@@ -18,13 +18,14 @@ PYBIND11_MODULE(FSL_MODULE, m) {
   m.def(
       "row_targets",
       [](const TargetsArgs& targets, uintptr_t stream) { gpu::row_targets(targets, pointer<void>(stream)); },
+      "Write target and weight of each row, the number of scored rows and the sum of weights.",
       py::arg("targets"), py::arg("stream"));
   m.def(
       "row_stats_parts",
       [](const Tensor3& logits, const RowMath& math, int statistics, const gpu::Chip& chip) -> int64_t {
         return gpu::row_stats_parts(stats_args(logits, math, 0, 0, statistics, 0), chip);
       },
-      "fp32 numbers of scratch that row_stats needs.", py::arg("logits"), py::arg("math"),
+      "Return how many fp32 numbers of scratch row_stats needs.", py::arg("logits"), py::arg("math"),
       py::arg("statistics"), py::arg("chip"));
   m.def(
       "row_stats",
@@ -33,8 +34,9 @@ PYBIND11_MODULE(FSL_MODULE, m) {
         gpu::row_stats(stats_args(logits, math, target, weight, statistics, stats), pointer<float>(parts),
                        chip, pointer<void>(stream));
       },
-      py::arg("logits"), py::arg("math"), py::arg("target"), py::arg("weight"), py::arg("statistics"),
-      py::arg("stats"), py::arg("parts"), py::arg("chip"), py::arg("stream"));
+      "Write the statistics of each row of this shard.", py::arg("logits"), py::arg("math"),
+      py::arg("target"), py::arg("weight"), py::arg("statistics"), py::arg("stats"), py::arg("parts"),
+      py::arg("chip"), py::arg("stream"));
   m.def(
       "merge",
       [](const Gathered& gathered, const RowMath& math, uintptr_t target, uintptr_t weight, uintptr_t loss,
@@ -45,7 +47,9 @@ PYBIND11_MODULE(FSL_MODULE, m) {
                     pointer<float>(entropy)},
                    pointer<void>(stream));
       },
-      "Metrics of each row when lse, log_prob, correct and entropy are given, else (0) its weighted loss.",
+      "Write weighted loss and normalizer of each row; or, if lse, log_prob, correct and entropy are not 0, "
+      "its "
+      "unweighted loss, normalizer and metrics.",
       py::arg("gathered"), py::arg("math"), py::arg("target"), py::arg("weight"), py::arg("loss"),
       py::arg("normalizer"), py::arg("lse"), py::arg("log_prob"), py::arg("correct"), py::arg("entropy"),
       py::arg("stream"));
@@ -54,13 +58,15 @@ PYBIND11_MODULE(FSL_MODULE, m) {
       [](uintptr_t loss, int64_t rows, uintptr_t weight_sum, uintptr_t result, uintptr_t stream) {
         gpu::reduce(reduce_args(loss, rows, weight_sum, result), pointer<void>(stream));
       },
-      py::arg("loss"), py::arg("rows"), py::arg("weight_sum"), py::arg("result"), py::arg("stream"));
+      "Write the sum of the losses, or their mean.", py::arg("loss"), py::arg("rows"), py::arg("weight_sum"),
+      py::arg("result"), py::arg("stream"));
   m.def(
       "loss_scratch",
       [](const Tensor3& logits, const RowMath& math, const gpu::Chip& chip) -> int64_t {
         return gpu::loss_scratch(logits.rows(math), math, chip);
       },
-      "fp32 numbers of scratch that loss needs.", py::arg("logits"), py::arg("math"), py::arg("chip"));
+      "Return how many fp32 numbers of scratch loss needs.", py::arg("logits"), py::arg("math"),
+      py::arg("chip"));
   m.def(
       "loss",
       [](const TargetsArgs& targets, const Tensor3& logits, const RowMath& math, uintptr_t normalizer,
@@ -68,8 +74,9 @@ PYBIND11_MODULE(FSL_MODULE, m) {
         gpu::loss(loss_args(targets, logits, math, normalizer, reduction, result), pointer<float>(scratch),
                   chip, pointer<void>(stream));
       },
-      py::arg("targets"), py::arg("logits"), py::arg("math"), py::arg("normalizer"), py::arg("reduction"),
-      py::arg("result"), py::arg("scratch"), py::arg("chip"), py::arg("stream"));
+      "Run a whole forward pass of a vocabulary in one shard.", py::arg("targets"), py::arg("logits"),
+      py::arg("math"), py::arg("normalizer"), py::arg("reduction"), py::arg("result"), py::arg("scratch"),
+      py::arg("chip"), py::arg("stream"));
   m.def(
       "row_grad",
       [](const Tensor3& logits, const Tensor3& grad, const RowMath& math, uintptr_t target,
@@ -78,8 +85,9 @@ PYBIND11_MODULE(FSL_MODULE, m) {
         gpu::row_grad(grad_args(logits, grad, math, target, normalizer, scale, stored), chip,
                       pointer<void>(stream));
       },
-      py::arg("logits"), py::arg("grad"), py::arg("math"), py::arg("target"), py::arg("normalizer"),
-      py::arg("scale"), py::arg("stored"), py::arg("chip"), py::arg("stream"));
+      "Write the gradient of each row; it may overwrite the logits.", py::arg("logits"), py::arg("grad"),
+      py::arg("math"), py::arg("target"), py::arg("normalizer"), py::arg("scale"), py::arg("stored"),
+      py::arg("chip"), py::arg("stream"));
   m.def(
       "row_stats_grad",
       [](const Tensor3& logits, const Tensor3& grad, const RowMath& math, uintptr_t target, uintptr_t weight,
@@ -88,21 +96,25 @@ PYBIND11_MODULE(FSL_MODULE, m) {
         const GradArgs args = grad_args(logits, grad, math, target, normalizer, scale, 0);
         gpu::row_stats_grad(stats_grad_args(args, weight, loss), chip, pointer<void>(stream));
       },
-      py::arg("logits"), py::arg("grad"), py::arg("math"), py::arg("target"), py::arg("weight"),
-      py::arg("scale"), py::arg("loss"), py::arg("normalizer"), py::arg("chip"), py::arg("stream"));
+      "Write loss and gradient of each row, from one read of it.", py::arg("logits"), py::arg("grad"),
+      py::arg("math"), py::arg("target"), py::arg("weight"), py::arg("scale"), py::arg("loss"),
+      py::arg("normalizer"), py::arg("chip"), py::arg("stream"));
   m.def(
       "row_rescale",
       [](const Tensor3& grad, const RowMath& math, const RowScale& scale, uintptr_t stored,
          const gpu::Chip& chip, uintptr_t stream) {
         gpu::row_rescale(rescale_args(grad, math, scale, stored), chip, pointer<void>(stream));
       },
-      py::arg("grad"), py::arg("math"), py::arg("scale"), py::arg("stored"), py::arg("chip"),
-      py::arg("stream"));
-  m.def("build_info", [] {
-    py::dict info;
-    info["version"] = FSL_VERSION;
-    info["toolkit"] = FSL_TOOLKIT;
-    info["targets"] = FSL_TARGETS;
-    return info;
-  });
+      "Correct the rows of a gradient that were stored for another upstream gradient.", py::arg("grad"),
+      py::arg("math"), py::arg("scale"), py::arg("stored"), py::arg("chip"), py::arg("stream"));
+  m.def(
+      "build_info",
+      [] {
+        py::dict info;
+        info["version"] = FSL_VERSION;
+        info["toolkit"] = FSL_TOOLKIT;
+        info["targets"] = FSL_TARGETS;
+        return info;
+      },
+      "Return the version, the toolkit and the targets that it was compiled for.");
 }

@@ -26,7 +26,7 @@ from fused_sft_loss.targets import row_targets
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OPTIONS = [{}, {"label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 9.0, "logit_scale": 1.5}]
-MATH = RowMath(0.1, 1e-3, 0.0, 1.5, 0, 3000)
+MATH = RowMath(0, 3000, label_smoothing=0.1, z_loss=1e-3, logit_scale=1.5)
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def rows_of(dtype, b=2, s=2, v=3000, padding=0):
 def test_same_bits_whatever_the_split(small_tiles, monkeypatch, dtype, softcap, columns):
     logits, target, weight = rows_of(dtype)
     logits[0, 0, :1024] = -float("inf")  # a whole segment
-    math = RowMath(0.1, 1e-3, softcap, 1.5, 0, 3000)
+    math = MATH._replace(softcap=softcap)
     results = []
     for parts in (1, 2, 3):
         monkeypatch.setattr(row_stats, "splits", lambda *_, n=parts: n)
@@ -184,14 +184,7 @@ def test_kernels_do_not_synchronise(small_tiles, monkeypatch, options, parts):
     """A dispatch mode checks every torch operator between the kernels."""
     monkeypatch.setattr(row_stats, "splits", lambda *_: parts)
     case = build("bsv", torch.bfloat16, 2, 3, 3000, 0, "float", options)
-    math = RowMath(
-        options.get("label_smoothing", 0.0),
-        options.get("z_loss", 0.0),
-        options.get("softcap", 0.0),
-        options.get("logit_scale", 1.0),
-        0,
-        3000,
-    )
+    math = RowMath(0, 3000, **options)
     cuts = torch.tensor([0, 2, 6])
     with NoSynchronisation():
         rows = kernels.row_targets(Scoring(case.labels, case.loss_mask, cuts, True, -100), 3000)
@@ -286,7 +279,7 @@ def test_search_leaves_logits_that_are_their_own_gradient_alone(small_tiles, mon
 
 @pytest.mark.parametrize("empty", ["rows", "vocabulary of this shard"])
 def test_nothing_to_do(empty):
-    math = RowMath(0.0, 0.0, 0.0, 1.0, 100, 100 if empty != "rows" else 200)
+    math = RowMath(100, 100 if empty != "rows" else 200)
     logits = torch.randn(2, 0 if empty == "rows" else 3, 50)
     rows = logits.shape[0] * logits.shape[1]
     target, weight = torch.zeros(rows, dtype=torch.int64), torch.ones(rows)

@@ -155,7 +155,7 @@ def random_stats(ranks, rows, columns):
 @pytest.mark.parametrize("block", [16, 256])
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
 @pytest.mark.parametrize(
-    "math", [RowMath(0, 0, 0, 1, 0, 90), RowMath(0.2, 1e-3, 0, 1, 0, 90)], ids=["plain", "all"]
+    "math", [RowMath(0, 90), RowMath(0, 90, label_smoothing=0.2, z_loss=1e-3)], ids=["plain", "all"]
 )
 def test_merge_of_shards(monkeypatch, math, ranks, block):
     monkeypatch.setattr(merge, "VECTOR_BLOCK", block)
@@ -183,16 +183,14 @@ def test_shards_are_merged_as_segments_are():
     """A vocabulary cut into two shards at a segment's end gives the same bits as one shard."""
     logits = torch.randn(1, 2, 4 * 1024) * 3
     target, weight = torch.tensor([5, 3000]), torch.ones(2)
-    whole = kernels.row_stats(logits[..., :2048], target, weight, RowMath(0, 0, 0, 1, 0, 4096), 6)
+    whole = kernels.row_stats(logits[..., :2048], target, weight, RowMath(0, 4096), 6)
     parts = torch.stack(
         [
-            kernels.row_stats(
-                logits[..., i : i + 1024], target, weight, RowMath(0, 0, 0, 1, i, 4096), 6
-            )
+            kernels.row_stats(logits[..., i : i + 1024], target, weight, RowMath(i, 4096), 6)
             for i in (0, 1024)
         ]
     )
-    math = RowMath(0, 0, 0, 1, 0, 4096)
+    math = RowMath(0, 4096)
     for mine, wanted in zip(
         kernels.merge_metrics(parts, target, weight, math),
         kernels.merge_metrics(whole.unsqueeze(0), target, weight, math),

@@ -65,7 +65,7 @@ def test_compiled_with_inductor():
 
 
 def operator_arguments(backend):
-    math = RowMath(0.1, 1e-3, 20.0, 1.5, 0, 90)
+    math = RowMath(0, 90, label_smoothing=0.1, z_loss=1e-3, softcap=20.0, logit_scale=1.5)
     logits = torch.randn(2, 3, 100, requires_grad=True)
     target, weight = torch.randint(0, 90, (6,)), torch.rand(6)
     weight[2] = 0

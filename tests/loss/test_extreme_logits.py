@@ -170,14 +170,14 @@ def test_shards_of_any_finite_size(name, options):
     with using(name) as backend:
         kernels, parts = selection.load(backend), []
         for start, stop in zip(edges, edges[1:], strict=False):
-            math = RowMath(0.0, 0.0, cap, scale, start, COLUMNS)
+            math = RowMath(start, COLUMNS, softcap=cap, logit_scale=scale)
             shard = logits[..., start:stop]
             parts.append(kernels.row_stats(shard, labels[0], weight, math, 3))
         losses, normalizer = kernels.merge(torch.stack(parts), labels[0], weight, math)
         by_torch = shards.merge(torch.stack(parts), labels[0], weight, math)
         grad = torch.empty_like(logits)
         for start, stop in zip(edges, edges[1:], strict=False):
-            math = RowMath(0.0, 0.0, cap, scale, start, COLUMNS)
+            math = RowMath(start, COLUMNS, softcap=cap, logit_scale=scale)
             there = (logits[..., start:stop], normalizer, labels[0], RowScale(weight), math)
             kernels.row_grad(*there, grad[..., start:stop])
     assert_right(losses, grad[0], logits, labels, **options)

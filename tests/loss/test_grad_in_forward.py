@@ -301,7 +301,7 @@ def test_opcheck():
     case = build("bsv", torch.float32, 2, 3, 50, 0, "float", {})
     logits = case.storage.clone()
     target, weight = torch.randint(0, 50, (6,)), torch.rand(6)
-    math = RowMath(0.1, 1e-3, 9.0, 1.5, 0, 50)
+    math = RowMath(0, 50, label_smoothing=0.1, z_loss=1e-3, softcap=9.0, logit_scale=1.5)
     ops = torch.ops.fused_sft_loss
     with using(ONE_READ[0]) as name:
         call = (logits, target, weight, weight, *math.packed(), name)

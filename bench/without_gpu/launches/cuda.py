@@ -6,6 +6,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fused_sft_loss import rowmath
+from fused_sft_loss.backends.contract import statistics_for
+
 from ..codegen import instances, launch_table, toolchains
 from ..ptx import Kernel, Machine, entries
 from .cuda_structs import (
@@ -61,15 +64,16 @@ class Run(Passes):
     def __init__(
         self, logits, labels, loss_mask=None, *, split=False, seed=None, edit=None,
         grad=None, shift=True,
-        vocab_size=None, softcap=0.0, logit_scale=1.0, label_smoothing=0.0, z_loss=0.0,
+        vocab_size=None, **options,
     ):  # fmt: skip
         self.logits, self.labels, self.loss_mask = logits, labels, loss_mask
         self.split, self.seed, self.edit, self.shift = split, seed, edit, shift
         self.given_grad = grad
         self.vocab_size = vocab_size or logits.shape[-1]
-        self.math = RowMath(label_smoothing, z_loss, softcap, logit_scale, 0, self.vocab_size)
-        self.wanted = 4 if label_smoothing else 3  # statistics
-        self.options = {"dtype": str(logits.dtype)[6:], "softcap": softcap > 0}
+        math = rowmath.RowMath(0, self.vocab_size, **options)
+        self.math = RowMath(*math)
+        self.wanted = statistics_for(math)
+        self.options = {"dtype": str(logits.dtype)[6:], "softcap": math.softcap > 0}
         self.counts = {}
 
     def targets(self):

@@ -10,6 +10,8 @@ from ctypes import (
     c_uint64,
 )
 
+from fused_sft_loss import rowmath
+
 POINTER = c_uint64
 F32, BF16, F16 = 0, 1, 2
 
@@ -30,8 +32,10 @@ Rows = _struct(
 )
 RowMath = _struct(
     "RowMath",
-    **_of(c_float, "label_smoothing z_loss softcap logit_scale"),
-    **_of(c_int64, "vocab_start vocab_size"),
+    **{
+        name: c_int64 if kind is int else c_float
+        for name, kind in rowmath.RowMath.__annotations__.items()
+    },
 )
 StatsArgs = _struct(
     "StatsArgs",

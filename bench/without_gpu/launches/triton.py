@@ -45,7 +45,7 @@ class Run(Passes):
     def __init__(
         self, target, logits, labels, loss_mask=None, *, split=False, seed=None, edit=None,
         inplace=False, shift=True,
-        vocab_size=None, softcap=0.0, logit_scale=1.0, label_smoothing=0.0, z_loss=0.0,
+        vocab_size=None, **options,
     ):  # fmt: skip
         self.chip = triton_offline.CHIPS[target]
         # A chip with no multiprocessors to fill never splits a row.
@@ -53,8 +53,7 @@ class Run(Passes):
         self.logits, self.labels, self.loss_mask = logits, labels, loss_mask
         self.inplace, self.shift, self.seed = inplace, shift, seed
         self.edit = edit or (lambda text: text)
-        vocab_size = vocab_size or logits.shape[-1]
-        self.math = RowMath(label_smoothing, z_loss, softcap, logit_scale, 0, vocab_size)
+        self.math = RowMath(0, vocab_size or logits.shape[-1], **options)
         self.counts = {}
 
     def targets(self):

@@ -52,7 +52,7 @@ struct Problem {
 
   void run(Want want, float softcap, float smoothing) {
     const int columns = static_cast<int>(want);
-    const RowMath math{smoothing, 0, softcap, 1.0f, 0, kColumns};
+    const RowMath math{0, kColumns, smoothing, 0, softcap};
     std::vector<float> stats(kRows * columns), loss(kRows), normalizer(kRows * kNormalizer), lse(kRows),
         log_prob(kRows), entropy(kRows);
     std::vector<uint8_t> correct(kRows);
