@@ -184,16 +184,6 @@ def loss_terms_and_metrics(
     return terms, TokenMetrics(*(figure.view(labels.shape).detach() for figure in metrics))
 
 
-def _expected_gradient(expected: bool | float | Tensor, weight_sum: Tensor, mean: bool) -> Tensor:
-    """The expected gradient of each token's loss, 0-d.
-
-    For the mean it is divided in the same way as autograd will divide it, so the bits are equal.
-    """
-    if not isinstance(expected, Tensor):
-        expected = weight_sum.new_full((), float(expected))  # filled on the device, not copied
-    return weighted_mean(expected.detach(), weight_sum) if mean else expected.detach()
-
-
 def token_metrics(
     logits: Tensor, labels: Tensor, loss_mask: Tensor | None = None, **options: Any
 ) -> TokenMetrics:
@@ -285,7 +275,9 @@ class _Call(NamedTuple):
         """
         found = autograd.row_targets(self.scoring, self.math.vocab_size, self.backend)
         targets = Targets(*found)
-        expected = _expected_gradient(self.options.grad_in_forward, targets.weight_sum, mean)
+        expected = one_read.expected_gradient(
+            self.options.grad_in_forward, targets.weight_sum, mean
+        )
         losses = one_read.token_losses(
             self.logits,
             targets,

@@ -17,7 +17,7 @@ from .backends.contract import RowScale, losses_like
 from .inplace import traced
 from .operators import differentiable, first_order, operator
 from .rowmath import RowMath
-from .targets import Targets
+from .targets import Targets, weighted_mean
 
 
 def token_losses(
@@ -41,6 +41,16 @@ def token_losses(
     else:
         losses, normalizer, grad = row_stats_grad(*call)
     return with_grad(logits, losses, grad, target, weight, normalizer, stored, math, backend)
+
+
+def expected_gradient(expected: bool | float | Tensor, weight_sum: Tensor, mean: bool) -> Tensor:
+    """The expected gradient of each token's loss, 0-d.
+
+    For the mean it is divided in the same way as autograd will divide it, so the bits are equal.
+    """
+    if not isinstance(expected, Tensor):
+        expected = weight_sum.new_full((), float(expected))  # filled on the device, not copied
+    return weighted_mean(expected.detach(), weight_sum) if mean else expected.detach()
 
 
 #: In place, a row is stored for its expected scale if that lies between these numbers, else for

@@ -59,17 +59,32 @@ def _equal(columns: int, ranks: int, size: int) -> None:
         )
 
 
-def gather(stats: Tensor, group_name: str) -> Tensor:
-    """All-gather `[N, k]` fp32 to `[ranks, N, k]`, the same bits on every rank.
+class Gathering:
+    """An all-gather of `[N, k]` fp32 to `[ranks, N, k]`, the same bits on every rank, under way.
 
     `group_name` is "" for an unsharded vocabulary.
     """
-    if not group_name:
-        return stats.unsqueeze(0)
-    group = groups.by_name(group_name)
-    gathered = stats.new_empty((group.size(), *stats.shape))
-    dist.all_gather(list(gathered.unbind()), stats, group=group)
-    return gathered
+
+    def __init__(self, stats: Tensor, group_name: str) -> None:
+        self._work = None
+        if not group_name:
+            self._gathered = stats.unsqueeze(0)
+            return
+        group = groups.by_name(group_name)
+        self._gathered = stats.new_empty((group.size(), *stats.shape))
+        parts = list(self._gathered.unbind())
+        self._work = dist.all_gather(parts, stats, group=group, async_op=True)
+
+    def finished(self) -> Tensor:
+        """Wait for it; on an accelerator the stream waits, not the host."""
+        if self._work is not None:
+            self._work.wait()
+        return self._gathered
+
+
+def gather(stats: Tensor, group_name: str) -> Tensor:
+    """The result of a :class:`Gathering`."""
+    return Gathering(stats, group_name).finished()
 
 
 def check(held: list[tuple[int, int, int]]) -> None:

@@ -13,7 +13,7 @@ from ..operators import differentiable, first_order, operator
 from ..rowmath import RowMath
 from ..scoring import Scoring
 from ..targets import Targets
-from . import main_grad, two_passes
+from . import main_grad, products, two_passes
 from .gradients import Gradients
 from .head import Head
 from .rows import ScoredRows
@@ -40,18 +40,18 @@ class Inputs(NamedTuple):
         return ScoredRows(self.positions, self.target, self.row_weight, None)
 
 
-_INPUTS = (
+INPUTS = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor positions, Tensor target, "
     "Tensor row_weight, Tensor weight_sum"
 )
 _OPTIONS = "RowMath math, SymInt size, str reduction, str group_name, str backend"
-_COUNT = len(Inputs._fields)
+COUNT = len(Inputs._fields)
 _FIGURES = autograd.FIGURES[1:]
 
 
 def _loss_like(*args: Any) -> tuple[Tensor, Tensor]:
     """Uninitialised results of :func:`loss`."""
-    row_weight, reduction = Inputs(*args[:_COUNT]).row_weight, args[_COUNT + 2]
+    row_weight, reduction = Inputs(*args[:COUNT]).row_weight, args[COUNT + 2]
     return result_like(row_weight, reduction), normalizer_like(row_weight)
 
 
@@ -74,19 +74,19 @@ def targets(
     return tuple(autograd.agreed_targets(scoring, logits, math, call, group_name, backend))
 
 
-@operator(f"linear_loss({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)", _loss_like)
+@operator(f"linear_loss({INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)", _loss_like)
 def loss(*args: Any) -> tuple[Tensor, ...]:
     """The loss, 0-d or `[R]`, and the normalizer of the rows."""
-    return _losses(Inputs(*args[:_COUNT]), *args[_COUNT:], metrics=False)
+    return _losses(Inputs(*args[:COUNT]), *args[COUNT:], metrics=False)
 
 
 @operator(
-    f"linear_loss_and_metrics({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, {_FIGURES}",
+    f"linear_loss_and_metrics({INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, {_FIGURES}",
     lambda *args: (*_loss_like(*args), *autograd.figures_like(args[5])[1:]),
 )
 def loss_and_metrics(*args: Any) -> tuple[Tensor, ...]:
     """:func:`loss`, and log_prob, lse, correct and entropy of the rows."""
-    return _losses(Inputs(*args[:_COUNT]), *args[_COUNT:], metrics=True)
+    return _losses(Inputs(*args[:COUNT]), *args[COUNT:], metrics=True)
 
 
 def _losses(
@@ -101,9 +101,10 @@ def _losses(
 ) -> tuple[Tensor, ...]:
     math, kernels, rows = math.read(), selection.load(backend), inputs.rows
     statistics = METRICS if metrics else statistics_for(math)
-    gathered = two_passes.gathered_statistics(
-        kernels, inputs.head, rows, math, size, group_name, statistics
-    )
+    with products.without_autocast(inputs.hidden):
+        gathered = two_passes.gathered_statistics(
+            kernels, inputs.head, rows, math, size, group_name, statistics
+        )
     merging = gathered, rows.target, rows.weight, math
     result, normalizer = kernels.merge(*merging)
     if reduction != "none":
@@ -113,16 +114,16 @@ def _losses(
 
 
 @operator(
-    f"linear_grad({_INPUTS}, Tensor grad, Tensor normalizer, RowMath math, SymInt size, "
+    f"linear_grad({INPUTS}, Tensor grad, Tensor normalizer, RowMath math, SymInt size, "
     "str reduction, bool[] wanted, str reduce_name, str backend) -> (Tensor, Tensor, Tensor)",
-    lambda *args: _new_gradients(Inputs(*args[:_COUNT]), args[_COUNT + 5]),
+    lambda *args: _new_gradients(Inputs(*args[:COUNT]), args[COUNT + 5]),
 )
 def gradients(*args: Any) -> tuple[Tensor, ...]:
     """The gradients of hidden, weight and bias; an empty tensor where one is not `wanted`."""
-    inputs, wanted = Inputs(*args[:_COUNT]), args[_COUNT + 5]
+    inputs, wanted = Inputs(*args[:COUNT]), args[COUNT + 5]
     found = _new_gradients(inputs, wanted)
-    places = (grad if want else None for grad, want in zip(found, wanted, strict=True))
-    _write_gradients(inputs, *args[_COUNT:], into=Gradients(*places))
+    hidden, weight, bias = (g if want else None for g, want in zip(found, wanted, strict=True))
+    _write_gradients(inputs, *args[COUNT:], into=Gradients(hidden, weight, bias))
     return found
 
 
@@ -152,17 +153,18 @@ def _write_gradients(
 ) -> None:
     """Write the gradients for the upstream gradient `grad`, 0-d or `[R]`."""
     divisor = inputs.weight_sum if reduction == "mean" else None
-    two_passes.gradients(
-        selection.load(backend),
-        inputs.head,
-        inputs.rows,
-        normalizer,
-        RowScale(grad, inputs.row_weight, divisor),
-        math.read(),
-        size,
-        into,
-        groups.by_name(reduce_name) if reduce_name else None,
-    )
+    with products.without_autocast(inputs.hidden):
+        two_passes.gradients(
+            selection.load(backend),
+            inputs.head,
+            inputs.rows,
+            normalizer,
+            RowScale(grad, inputs.row_weight, divisor),
+            math.read(),
+            size,
+            into,
+            groups.by_name(reduce_name) if reduce_name else None,
+        )
 
 
 class _Differentiable(torch.autograd.Function):
@@ -181,8 +183,8 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
         _result, normalizer, *figures = output
-        math, size, reduction, _group_name, backend, reduce_name, fused = inputs[_COUNT:]
-        ctx.save_for_backward(*inputs[:_COUNT], normalizer)
+        math, size, reduction, _group_name, backend, reduce_name, fused = inputs[COUNT:]
+        ctx.save_for_backward(*inputs[:COUNT], normalizer)
         ctx.before, ctx.after = (math, size, reduction), (reduce_name, backend)
         ctx.fused = fused
         ctx.mark_non_differentiable(normalizer, *figures)
@@ -199,7 +201,7 @@ class _Differentiable(torch.autograd.Function):
         else:
             found = gradients(*inputs, *rest)
         needed = (grad if want else None for grad, want in zip(found, wanted, strict=True))
-        return *needed, *[None] * (_COUNT + 4)
+        return *needed, *[None] * (COUNT + 4)
 
 
 def _into_main_grad(inputs: Inputs, *rest: Any) -> tuple[Tensor | None, ...]:
@@ -229,10 +231,8 @@ class LossAndMetrics(_Differentiable):
     operator = staticmethod(loss_and_metrics)
 
 
-_MORE = f"({_INPUTS}, {_OPTIONS}, str reduce_name, bool into_main_grad)"
-differentiable_loss = differentiable(
-    f"differentiable_linear_loss{_MORE} -> (Tensor, Tensor)", Loss
-)
+_MORE = f"({INPUTS}, {_OPTIONS}, str reduce_name, bool into_main_grad)"
+differentiable_loss = differentiable(f"differentiable_linear_loss{_MORE} -> (Tensor, Tensor)", Loss)
 differentiable_loss_and_metrics = differentiable(
     f"differentiable_linear_loss_and_metrics{_MORE} -> (Tensor, Tensor, {_FIGURES}", LossAndMetrics
 )

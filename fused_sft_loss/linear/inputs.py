@@ -1,6 +1,5 @@
 """Errors for hidden states and weights of wrong shapes, dtypes and devices."""
 
-import torch
 from torch import Tensor
 
 from .. import checks

@@ -8,11 +8,12 @@ from torch import Tensor
 from .. import agreement, checks, groups, shards
 from ..backends import selection
 from ..backends.contract import REDUCTIONS
+from ..one_read import expected_gradient
 from ..options import Options, expect
 from ..rowmath import RowMath
 from ..scoring import Scoring
-from ..targets import Targets
-from . import function, inputs, products, tiles
+from ..targets import Targets, weighted_mean
+from . import declared_gradient, function, inputs, products, tiles
 from .rows import ScoredRows, poisoned, scored_rows
 from .sequence_parallel import Gathered
 from .sharded_weight import whole
@@ -95,13 +96,46 @@ class _Call(NamedTuple):
     group_name: str
     reduce_name: str  # of the group that sums the gradient of hidden
     backend: str
+    declared: bool | float | Tensor  # grad_in_forward
     into_main_grad: bool
 
     def loss(self, reduction: str) -> Tensor:
         targets, rows = self._rows()
-        result = function.differentiable_loss(*self._arguments(targets, rows, reduction))[0]
+        if self._in_forward:
+            result = self._with_gradients(targets, rows, reduction)
+        else:
+            result = function.differentiable_loss(*self._arguments(targets, rows, reduction))[0]
         result = poisoned(result, rows)
         return result if reduction != "none" else self._everywhere(result, rows)
+
+    @property
+    def _in_forward(self) -> bool:
+        """Whether forward computes the gradients too."""
+        return self.declared is not False and torch.is_grad_enabled() and any(self._wanted)
+
+    @property
+    def _wanted(self) -> list[bool]:
+        """Whether hidden, weight and bias need gradients."""
+        tensors = (self.hidden, self.weight, self.bias)
+        return [tensor is not None and tensor.requires_grad for tensor in tensors]
+
+    def _with_gradients(self, targets: Targets, rows: ScoredRows, reduction: str) -> Tensor:
+        """The loss, its gradients computed in forward for the declared upstream gradient."""
+        mean = reduction == "mean"
+        declared = expected_gradient(self.declared, targets.weight_sum, mean)
+        stored = declared_gradient.stored_for(declared.float())
+        inputs = self._inputs(targets, rows)
+        losses, *grads = declared_gradient.losses_and_gradients(
+            *inputs, stored, self.math, self.size, self._wanted, self.group_name, self.backend
+        )
+        losses = declared_gradient.with_gradients(
+            *inputs[:3], losses, inputs.positions, rows.weight, stored, *grads,
+            self.reduce_name, self.into_main_grad,
+        )  # fmt: skip
+        if reduction == "none":
+            return losses
+        total = losses.sum()
+        return weighted_mean(total, targets.weight_sum) if mean else total
 
     def _rows(self) -> tuple[Targets, ScoredRows]:
         found = function.targets(
@@ -116,9 +150,8 @@ class _Call(NamedTuple):
         targets = Targets(*found)
         return targets, scored_rows(targets, self.rows, self.multiple)
 
-    def _arguments(self, targets: Targets, rows: ScoredRows, reduction: str) -> tuple:
-        """The arguments of the differentiable operators."""
-        return (
+    def _inputs(self, targets: Targets, rows: ScoredRows) -> function.Inputs:
+        return function.Inputs(
             self.hidden,
             self.weight,
             self.bias,
@@ -126,6 +159,12 @@ class _Call(NamedTuple):
             rows.target,
             rows.weight,
             targets.weight_sum,
+        )
+
+    def _arguments(self, targets: Targets, rows: ScoredRows, reduction: str) -> tuple:
+        """The arguments of the differentiable operators."""
+        return (
+            *self._inputs(targets, rows),
             self.math,
             self.size,
             reduction,
@@ -194,6 +233,7 @@ def _prepared(
         group_name,
         "" if sequence_parallel else group_name,
         backend,
+        options.grad_in_forward if options.one_read else False,
         into_main_grad,
     )
 
@@ -224,9 +264,7 @@ def _validated(
             "the sequence, got None"
         )
     ranks = group.size() if sequence_parallel and group is not None else 1
-    inputs.check(
-        hidden, weight, bias, labels, loss_mask, options.cu_seqlens, options.layout, ranks
-    )
+    inputs.check(hidden, weight, bias, labels, loss_mask, options.cu_seqlens, options.layout, ranks)
     checks.constant_mask(loss_mask)
     start, size, group_name = shards.placed(len(weight), options)
     math = RowMath.of(options, start, size)

@@ -54,6 +54,11 @@ def _widens(a: Tensor, out: Tensor) -> bool:
     return known and a.is_cuda and out.dtype == torch.float32
 
 
+def without_autocast(tensor: Tensor) -> torch.autocast:
+    """A context in which products keep the dtypes they are given."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
 def as_autocast(*tensors: Tensor | None) -> list:
     """The tensors as torch.nn.functional.linear would take them under torch.autocast."""
     device = next(tensor.device.type for tensor in tensors if isinstance(tensor, Tensor))
@@ -61,6 +66,8 @@ def as_autocast(*tensors: Tensor | None) -> list:
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
     return [
-        tensor.to(dtype) if isinstance(tensor, Tensor) and tensor.dtype.is_floating_point else tensor
+        tensor.to(dtype)
+        if isinstance(tensor, Tensor) and tensor.dtype.is_floating_point
+        else tensor
         for tensor in tensors
     ]

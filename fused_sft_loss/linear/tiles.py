@@ -40,10 +40,10 @@ class Tiling:
         return cls(max(1, min(rows, size // wide)), wide, rows, columns)
 
     def columns_of_tiles(self) -> Iterator[slice]:
-        return _slices(self.all_columns, self.columns)
+        return slices(self.all_columns, self.columns)
 
     def rows_of_tiles(self) -> Iterator[slice]:
-        return _slices(self.all_rows, self.rows)
+        return slices(self.all_rows, self.rows)
 
     @property
     def tiles_per_row(self) -> int:
@@ -63,6 +63,6 @@ def size_of(chunk_rows: int | None, columns: int, hidden: Tensor) -> int:
     return budget // dtype_of_products(hidden).itemsize
 
 
-def _slices(end: int, step: int) -> Iterator[slice]:
+def slices(end: int, step: int) -> Iterator[slice]:
     for begin in range(0, end, step):
         yield slice(begin, min(begin + step, end))

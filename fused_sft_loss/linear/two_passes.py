@@ -42,7 +42,7 @@ def gathered_statistics(
     for part, columns in zip(parts, tiling.columns_of_tiles(), strict=False):
         weight, here = head.weight_of(columns), math.from_column(columns.start)
         for some in tiling.rows_of_tiles():
-            logits = head.logits(inputs[some], weight, columns, tile)
+            logits = _logits(head, inputs[some], weight, columns, tile)
             part[some] = kernels.row_stats(
                 logits, rows.target[some], rows.weight[some], here, statistics
             )
@@ -76,7 +76,7 @@ def gradients(
         weight, here = head.weight_of(columns), math.from_column(columns.start)
         weight_tile = WeightTile(into, columns, tiling.whole_height)
         for some in tiling.rows_of_tiles():
-            logits = head.logits(inputs[some], weight, columns, tile)
+            logits = _logits(head, inputs[some], weight, columns, tile)
             kernels.row_grad(
                 logits, normalizer[some], rows.target[some], scale.of_rows(some), here, logits
             )
@@ -91,6 +91,14 @@ def gradients(
         if group is not None and len(grad_rows):
             dist.all_reduce(grad_rows, group=group)
         into.hidden.index_copy_(0, head.positions, grad_rows)
+
+
+def _logits(head: Head, inputs: Tensor, weight: Tensor, columns: slice, tile: Tensor) -> Tensor:
+    """Compute logits `[1, r, c]` in the memory of the tile."""
+    rows, width = len(inputs), len(weight)
+    logits = tile[: rows * width].view(1, rows, width)
+    head.multiply(inputs, weight, columns, logits[0])
+    return logits
 
 
 def tiling_of(head: Head, math: RowMath, size: int) -> Tiling:

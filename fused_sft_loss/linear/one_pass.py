@@ -1,0 +1,142 @@
+"""Loss and gradient by one pass over chunks of rows: forward computes both.
+
+A chunk is some rows with all columns of this shard. Its gradient needs the statistics of all
+shards, so under tensor parallelism they are gathered chunk by chunk; while a chunk's travel, the
+product of the next chunk is computed, in a second buffer.
+
+Three products of R x V x h, all forward. The gradient of the weight is a sum over chunks, and must
+be held until backward: `[V_local, h]` in fp32.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import shards
+from ..backends.contract import Backend, RowScale, statistics_for
+from ..rowmath import RowMath
+from . import products
+from .head import Head
+from .rows import ScoredRows
+from .tiles import COLUMNS, slices
+
+#: Columns that are multiplied at once where the weight is converted first, to fp32 on a CPU.
+CONVERTED_COLUMNS = 4 * COLUMNS
+
+
+class Sums(NamedTuple):
+    """Losses, and gradients as sums in fp32; None: not wanted."""
+
+    losses: Tensor  # [R] fp32
+    hidden: Tensor | None  # [R, h], the dtype of hidden
+    weight: Tensor | None  # [V_local, h]
+    bias: Tensor | None  # [V_local]
+
+    @classmethod
+    def new(cls, head: Head, wanted: list[bool]) -> "Sums":
+        """Losses and gradients of no row, as `wanted` for hidden, weight and bias."""
+        rows, (columns, width) = len(head.positions), head.weight.shape
+        fp32 = head.weight.new_empty(0, dtype=torch.float32)
+        return cls(
+            fp32.new_empty(rows),
+            head.hidden.new_empty(rows, width) if wanted[0] else None,
+            fp32.new_zeros(columns, width) if wanted[1] else None,
+            fp32.new_zeros(columns) if wanted[2] else None,
+        )
+
+
+class _Chunk(NamedTuple):
+    """A chunk whose statistics are under way."""
+
+    rows: slice
+    inputs: Tensor  # [r, h]
+    logits: Tensor  # [1, r, V_local]
+    gathered: shards.Gathering
+
+
+def losses_and_gradients(
+    kernels: Backend,
+    head: Head,
+    rows: ScoredRows,
+    scale: RowScale,
+    math: RowMath,
+    size: int,
+    group_name: str,
+    wanted: list[bool],
+) -> Sums:
+    """The losses of the rows, and the gradients of the sum of scale * loss.
+
+    size: logits of a chunk.
+    """
+    sums = Sums.new(head, wanted)
+    under_way: deque[_Chunk] = deque()
+    for chunk in _chunks(kernels, head, rows, math, size, group_name):
+        under_way.append(chunk)
+        if len(under_way) == _buffers(group_name):
+            _finish(kernels, head, rows, scale, math, under_way.popleft(), sums)
+    for chunk in under_way:
+        _finish(kernels, head, rows, scale, math, chunk, sums)
+    return sums
+
+
+def _chunks(
+    kernels: Backend, head: Head, rows: ScoredRows, math: RowMath, size: int, group_name: str
+) -> Iterator[_Chunk]:
+    """Compute the logits and statistics of each chunk, in the memory of the oldest one."""
+    columns = len(head.weight)
+    height = max(1, min(size // columns, len(head.positions)))
+    dtype = products.dtype_of_products(head.hidden)
+    buffers = head.weight.new_empty(_buffers(group_name), height * columns, dtype=dtype)
+    for number, some in enumerate(slices(len(head.positions), height)):
+        inputs = head.inputs(some)
+        logits = buffers[number % len(buffers)][: len(inputs) * columns].view(1, -1, columns)
+        for part in _columns(head):
+            head.multiply(inputs, head.weight_of(part), part, logits[0, :, part])
+        stats = kernels.row_stats(
+            logits, rows.target[some], rows.weight[some], math, statistics_for(math)
+        )
+        yield _Chunk(some, inputs, logits, shards.Gathering(stats, group_name))
+
+
+def _buffers(group_name: str) -> int:
+    """Chunks under way at once: two if statistics travel."""
+    return 2 if group_name else 1
+
+
+def _finish(
+    kernels: Backend,
+    head: Head,
+    rows: ScoredRows,
+    scale: RowScale,
+    math: RowMath,
+    chunk: _Chunk,
+    sums: Sums,
+) -> None:
+    """Compute the chunk's losses, and add its gradients."""
+    some = chunk.rows
+    target = rows.target[some]
+    losses, normalizer = kernels.merge(chunk.gathered.finished(), target, rows.weight[some], math)
+    sums.losses[some] = losses
+    if sums.hidden is None and sums.weight is None and sums.bias is None:
+        return
+    kernels.row_grad(chunk.logits, normalizer, target, scale.of_rows(some), math, chunk.logits)
+    grad = chunk.logits[0]
+    grad_inputs = torch.zeros_like(chunk.inputs, dtype=torch.float32)
+    for part in _columns(head):
+        if sums.hidden is not None:
+            products.accumulate(grad_inputs, grad[:, part], head.weight_of(part))
+        if sums.weight is not None:
+            products.accumulate(sums.weight[part], grad[:, part].t(), chunk.inputs)
+    if sums.hidden is not None:
+        sums.hidden[some] = grad_inputs
+    if sums.bias is not None:
+        sums.bias.add_(grad.sum(0, dtype=torch.float32))
+
+
+def _columns(head: Head) -> Iterator[slice]:
+    """All columns; in parts if each part of the weight is converted before it is multiplied."""
+    converted = products.dtype_of_products(head.hidden) != head.weight.dtype
+    return slices(len(head.weight), CONVERTED_COLUMNS if converted else len(head.weight))
