@@ -13,7 +13,7 @@ from .backends.contract import REDUCTIONS, Losses
 from .options import Options, expect
 from .rowmath import RowMath
 from .scoring import Scoring
-from .targets import IGNORE_INDEX, Targets, weighted_mean
+from .targets import Targets, weighted_mean
 
 METRICS = "token_metrics"
 
@@ -46,21 +46,21 @@ def sft_loss(
     labels: Tensor,
     loss_mask: Tensor | None = None,
     *,
-    shift: bool = True,
-    layout: str = "bsv",
-    cu_seqlens: Tensor | None = None,
-    ignore_index: int = IGNORE_INDEX,
+    shift: bool = Options.shift,
+    layout: str = Options.layout,
+    cu_seqlens: Tensor | None = Options.cu_seqlens,
+    ignore_index: int = Options.ignore_index,
     reduction: str = "mean",
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
-    logit_scale: float | Tensor = 1.0,
-    vocab_size: int | None = None,
-    tp_group: "dist.ProcessGroup | None" = None,
-    vocab_start: int | None = None,
-    inplace_backward: bool = False,
-    grad_in_forward: bool | float | Tensor = False,
-    backend: str | None = None,
+    label_smoothing: float = Options.label_smoothing,
+    z_loss: float = Options.z_loss,
+    softcap: float | None = Options.softcap,
+    logit_scale: float | Tensor = Options.logit_scale,
+    vocab_size: int | None = Options.vocab_size,
+    tp_group: "dist.ProcessGroup | None" = Options.tp_group,
+    vocab_start: int | None = Options.vocab_start,
+    inplace_backward: bool = Options.inplace_backward,
+    grad_in_forward: bool | float | Tensor = Options.grad_in_forward,
+    backend: str | None = Options.backend,
 ) -> Tensor:
     """Masked next-token cross-entropy, computed on the logits where they lie.
 

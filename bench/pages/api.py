@@ -49,18 +49,30 @@ def definitions(package):
 
 
 class SpelledOut(ast.NodeTransformer):
-    """Replaces the names of constants and type aliases by their values for the page."""
+    """Replaces constants, type aliases and the defaults of fields by their values for the page."""
 
     def __init__(self, trees):
-        assigned = (node for tree in trees for node in tree.body if isinstance(node, ast.Assign))
         self.values = {
             ast.unparse(node.targets[0]): node.value
-            for node in assigned
-            if isinstance(node.value, ast.UnaryOp | ast.Subscript | ast.BinOp)
+            for tree in trees
+            for node in tree.body
+            if isinstance(node, ast.Assign)
+            and isinstance(node.value, ast.UnaryOp | ast.Subscript | ast.BinOp)
+        }
+        self.values |= {
+            f"{node.name}.{field.target.id}": self.visit(field.value)
+            for tree in trees
+            for node in tree.body
+            if isinstance(node, ast.ClassDef)
+            for field in node.body
+            if isinstance(field, ast.AnnAssign) and field.value is not None
         }
 
     def visit_Name(self, node):
         return self.values.get(node.id, node) if isinstance(node.ctx, ast.Load) else node
+
+    def visit_Attribute(self, node):
+        return self.values.get(ast.unparse(node)) or self.generic_visit(node)
 
 
 def entry(name, node, lines):

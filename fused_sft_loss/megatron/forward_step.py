@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Module
 
+from ..options import Options
 from . import preconditions, versions, wrappers
 from .head import ResponseOnlyHead
 from .loss_func import sft_loss_func, shifted
@@ -80,7 +81,7 @@ def make_forward_step(
         group = preconditions.vocab_group(options)
 
         def checked() -> tuple[Mapping[str, Any], Targets]:
-            batch = preconditions.batch(got, options.get("shift", True), last)
+            batch = preconditions.batch(got, options.get("shift", Options.shift), last)
             return batch, _targets(batch, options, restart is not None)
 
         batch, (labels, mask, left) = preconditions.agreed(checked, group, _compared)
@@ -117,7 +118,7 @@ def _targets(batch: Mapping[str, Any], options: Mapping[str, Any], restart: bool
     if batch.get("cu_seqlens") is not None:
         left["cu_seqlens"] = batch["cu_seqlens"]
     documents = {}
-    if left.get("shift", True):
+    if left.get("shift", Options.shift):
         documents["packed_seq_params"] = batch.get("packed_seq_params")
         documents["position_ids"] = batch["position_ids"] if restart else None
     labels, mask = shifted(labels, mask, left, **documents)

@@ -9,7 +9,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from .. import agreement
 from ..api import token_metrics
 from ..options import Options
-from ..targets import IGNORE_INDEX
 from . import preconditions
 from .packing import shift_packed_targets
 from .protocols import PackedSeqParams
@@ -65,9 +64,7 @@ def sft_loss_func(
             machine, which read the loss on the host. None: Megatron-LM's arguments
             `check_for_nan_in_loss_and_grad` and `check_for_spiky_loss` decide; without Megatron-LM
             both are off.
-        **options: those of `sft_loss` except `reduction`: shift, layout, cu_seqlens, ignore_index,
-            label_smoothing, z_loss, softcap, logit_scale, vocab_size, vocab_start,
-            inplace_backward, grad_in_forward, backend.
+        **options: those of `sft_loss` except `reduction`.
 
     Returns:
         - "per_token": `(loss_sum, num_tokens, {"lm loss": report})`. loss_sum is fp32 0-d, sum(w *
@@ -123,7 +120,7 @@ def shifted(
     position_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Shift labels and mask if `options` of `sft_loss` say so; changes `options` to shift=False."""
-    if not options.get("shift", True):
+    if not options.get("shift", Options.shift):
         if packed_seq_params is not None or position_ids is not None:
             raise ValueError(
                 "expected no packed_seq_params or position_ids with shift=False, which takes "
@@ -138,5 +135,5 @@ def shifted(
         packed_seq_params=packed_seq_params,
         cu_seqlens=cu_seqlens,
         position_ids=position_ids,
-        ignore_index=options.get("ignore_index", IGNORE_INDEX),
+        ignore_index=options.get("ignore_index", Options.ignore_index),
     )

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from .. import agreement, groups
+from ..options import Options
 from . import global_state, wrappers
 from .protocols import ParallelState
 from .reports import FIGURES, Convention
@@ -34,7 +35,7 @@ def run(convention: Convention, config: Any, options: Mapping[str, Any]) -> None
         )
     parallel = global_state.parallel_state()
     cp = 1 if parallel is None else parallel.get_context_parallel_world_size()
-    if cp > 1 and options.get("shift", True):
+    if cp > 1 and options.get("shift", Options.shift):
         raise ValueError(
             f"shift=True under context parallelism of size {cp}: expected shifted labels. "
             "A rank holds two chunks of each sequence that are not neighbours, so the next token "

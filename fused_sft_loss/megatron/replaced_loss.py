@@ -18,25 +18,15 @@ from torch import Tensor
 from torch.nn import Module
 
 from ..options import Options
-from ..targets import IGNORE_INDEX
 from . import preconditions, versions, wrappers
 from .head import ResponseOnlyHead, Rows, selected
 from .protocols import LanguageModel, OutputLayer
 from .reports import Sums
 
 LOSS = "compute_language_model_loss"
-#: Options of fused_cross_entropy. The others of `sft_loss` follow from the model.
-ALLOWED = (
-    "ignore_index",
-    "label_smoothing",
-    "z_loss",
-    "softcap",
-    "logit_scale",
-    "vocab_size",
-    "inplace_backward",
-    "grad_in_forward",
-    "backend",
-)
+#: Options of `sft_loss` that follow from the model. fused_cross_entropy takes the others.
+OF_MODEL = ("shift", "layout", "cu_seqlens", "tp_group", "vocab_start")
+ALLOWED = tuple(name for name in vars(Options()) if name not in OF_MODEL)
 
 
 @contextmanager
@@ -66,9 +56,9 @@ def fused_cross_entropy(
             the model is called with, if any. The mask selects and does not weigh, because the
             trainer multiplies by it.
         head: a `ResponseOnlyHead`, or None for all positions.
-        **options: these of `sft_loss`: ignore_index, label_smoothing, z_loss, softcap, logit_scale,
-            vocab_size, inplace_backward, grad_in_forward, backend. Labels are not shifted:
-            Megatron's datasets have shifted them already.
+        **options: those of `sft_loss` except `reduction`, and except `shift`, `layout`,
+            `cu_seqlens`, `tp_group` and `vocab_start`, which follow from the model. Labels are not
+            shifted: Megatron's datasets have shifted them already.
 
     Raises:
         TypeError: the model has no compute_language_model_loss; an unknown option.
@@ -171,7 +161,7 @@ class ReplacedLoss:
             mask = mask != 0
         rows = None
         if self.head is not None and self._is_last:
-            ignore_index = self.options.get("ignore_index", IGNORE_INDEX)
+            ignore_index = self.options.get("ignore_index", Options.ignore_index)
             select = functools.partial(self.head.select, labels, mask, ignore_index)
             group = preconditions.vocab_group(self.options)
             rows = preconditions.agreed(select, group, _compared)

@@ -11,6 +11,7 @@ from closeness import PRODUCT
 from hypothesis import given, settings
 
 import fused_sft_loss as fsl
+from fused_sft_loss import api
 from fused_sft_loss.api import loss_terms, loss_terms_and_metrics
 from fused_sft_loss.options import Options
 
@@ -137,9 +138,24 @@ def test_no_rows_and_one_row():
     assert loss == 0 and (one.grad == 0).all()
 
 
-def test_the_options_of_sft_loss_are_those_of_the_record():
+def test_no_option_is_missing_from_sft_loss():
     """SFTLoss, token_metrics and Megatron's loss_func take their options from Options."""
     parameters = inspect.signature(fsl.sft_loss).parameters.values()
     written = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-    assert written.pop("reduction") == "mean"
+    of_module = inspect.signature(fsl.SFTLoss).parameters["reduction"].default
+    assert written.pop("reduction") == of_module == "mean"
     assert written == {field.name: field.default for field in dataclasses.fields(Options)}
+
+
+def test_sft_loss_passes_every_option_on(monkeypatch):
+    class Reached(Exception):
+        pass
+
+    def prepared(logits, labels, loss_mask, options, name):
+        raise Reached(options)
+
+    monkeypatch.setattr(api, "_prepared", prepared)
+    marks = {field.name: object() for field in dataclasses.fields(Options)}
+    with pytest.raises(Reached) as reached:
+        fsl.sft_loss(None, None, **marks)
+    assert vars(reached.value.args[0]) == marks
