@@ -103,13 +103,13 @@ inline LossArgs loss_args(const TargetsArgs& targets, const Tensor3& logits, con
 }
 
 inline GradArgs grad_args(const Tensor3& logits, const Tensor3& grad, const RowMath& math, uintptr_t target,
-                          uintptr_t normalizer, const RowScale& scale, uintptr_t stored) {
+                          uintptr_t normalizer, const RowFactor& factor, uintptr_t stored) {
   return {logits.rows(math),
           grad.rows(math),
           math,
           pointer<int64_t>(target),
           pointer<float>(normalizer),
-          scale,
+          factor,
           pointer<float>(stored)};
 }
 
@@ -117,9 +117,9 @@ inline StatsGradArgs stats_grad_args(const GradArgs& grad, uintptr_t weight, uin
   return {grad, pointer<float>(weight), pointer<float>(loss), const_cast<float*>(grad.normalizer)};
 }
 
-inline RescaleArgs rescale_args(const Tensor3& grad, const RowMath& math, const RowScale& scale,
+inline RescaleArgs rescale_args(const Tensor3& grad, const RowMath& math, const RowFactor& factor,
                                 uintptr_t stored) {
-  return {grad.rows(math), scale, pointer<float>(stored)};
+  return {grad.rows(math), factor, pointer<float>(stored)};
 }
 
 }  // namespace fsl
@@ -139,8 +139,8 @@ struct type_caster<fsl::Gathered>
     : fsl::TupleCaster<fsl::Gathered, const float*, int64_t, int64_t, int64_t, int64_t> {};
 
 template <>
-struct type_caster<fsl::RowScale>
-    : fsl::TupleCaster<fsl::RowScale, const float*, int64_t, const float*, const float*> {};
+struct type_caster<fsl::RowFactor>
+    : fsl::TupleCaster<fsl::RowFactor, const float*, int64_t, const float*, const float*> {};
 
 template <>
 struct type_caster<fsl::TargetsArgs>

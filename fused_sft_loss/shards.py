@@ -137,9 +137,9 @@ def merge_metrics(
     scored = weight != 0
     loss, _ = merge(gathered, target, scored.float(), math)
     maximum, denominator, shift = merge_exponentials(gathered, math.unit)
-    log_denominator, rescale = denominator.log(), shift.exp()
-    shift = torch.where(rescale == 0, 0.0, shift)
-    weighted = _ordered_sum((gathered[..., MOMENT] + shift * gathered[..., SUM_EXP]) * rescale)
+    log_denominator, shrink = denominator.log(), shift.exp()
+    shift = torch.where(shrink == 0, 0.0, shift)
+    weighted = _ordered_sum((gathered[..., MOMENT] + shift * gathered[..., SUM_EXP]) * shrink)
     entropy = log_denominator - weighted / denominator
     lse = maximum * math.unit + log_denominator
     log_prob = (_ordered_sum(gathered[..., TARGET]) - maximum) * math.unit - log_denominator
