@@ -70,7 +70,7 @@ enum Normalizer : int { kRowMax = 0, kRowSum = 1, kNormalizer = 2 };
 
 // A row's gradient is multiplied by weight * (upstream gradient / weight_sum). The product is 0 where the
 // weight is 0, even if the upstream gradient is not finite.
-struct RowScale {
+struct RowFactor {
   const float* grad;        // upstream gradient; that of row n is at n * stride
   int64_t stride;           // 0: one number for all rows
   const float* weight;      // [N]; null: 1
@@ -83,8 +83,8 @@ struct GradArgs {
   RowMath math;
   const int64_t* target;    // [N]
   const float* normalizer;  // [N, kNormalizer]
-  RowScale scale;           // 0: the row gets stored zeros and is not read
-  // [N] or null. Where it equals the row's scale, `grad` already holds the gradient: the row is neither read
+  RowFactor factor;         // 0: the row gets stored zeros and is not read
+  // [N] or null. Where it equals the row's factor, `grad` already holds the gradient: the row is neither read
   // nor written.
   const float* stored;
 };
@@ -97,11 +97,11 @@ struct StatsGradArgs {
   float* normalizer;    // [N, kNormalizer]
 };
 
-// Multiplies each row of a stored gradient by scale / stored.
+// Multiplies each row of a stored gradient by factor / stored.
 struct RescaleArgs {
   Rows grad;
-  RowScale scale;       // the real scale; 0: the row gets stored zeros. Padding keeps its zeros
-  const float* stored;  // [N] the scale that the gradient has; where it equals the real one, nothing is done
+  RowFactor factor;     // the real factor; 0: the row gets stored zeros. Padding keeps its zeros
+  const float* stored;  // [N] the factor that the gradient has; where it equals the real one, nothing is done
 };
 
 struct TargetsArgs {

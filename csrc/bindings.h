@@ -131,13 +131,13 @@ inline LossArgs loss_args(const TargetsArgs& targets, const Tensor3& logits, con
 }
 
 inline GradArgs grad_args(const Tensor3& logits, const Tensor3& grad, const RowMath& math, uintptr_t target,
-                          uintptr_t normalizer, const RowScale& scale, uintptr_t stored) {
+                          uintptr_t normalizer, const RowFactor& factor, uintptr_t stored) {
   return {logits.rows(math),
           grad.rows(math),
           math,
           pointer<int64_t>(target),
           pointer<float>(normalizer),
-          scale,
+          factor,
           pointer<float>(stored)};
 }
 
@@ -145,9 +145,9 @@ inline StatsGradArgs stats_grad_args(const GradArgs& grad, uintptr_t weight, uin
   return {grad, pointer<float>(weight), pointer<float>(loss), const_cast<float*>(grad.normalizer)};
 }
 
-inline RescaleArgs rescale_args(const Tensor3& grad, const RowMath& math, const RowScale& scale,
+inline RescaleArgs rescale_args(const Tensor3& grad, const RowMath& math, const RowFactor& factor,
                                 uintptr_t stored) {
-  return {grad.rows(math), scale, pointer<float>(stored)};
+  return {grad.rows(math), factor, pointer<float>(stored)};
 }
 
 }  // namespace fsl
@@ -164,7 +164,7 @@ template <>
 struct type_caster<fsl::Gathered> : fsl::TupleCaster<fsl::Gathered> {};
 
 template <>
-struct type_caster<fsl::RowScale> : fsl::TupleCaster<fsl::RowScale> {};
+struct type_caster<fsl::RowFactor> : fsl::TupleCaster<fsl::RowFactor> {};
 
 template <>
 struct type_caster<fsl::TargetsArgs> : fsl::TupleCaster<fsl::TargetsArgs> {};

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import agreement
 from .backends import composed, selection
-from .backends.contract import METRICS, Losses, RowScale, normalizer_like, result_like
+from .backends.contract import METRICS, Losses, RowFactor, normalizer_like, result_like
 from .inplace import traced
 from .operators import differentiable, first_order, operator
 from .rowmath import RowMath
@@ -166,8 +166,8 @@ def _write_grad(
     *,
     out: Tensor,
 ) -> None:
-    scale = RowScale(grad, weight, weight_sum)
-    selection.load(backend).row_grad(logits, normalizer, target, scale, math.read(), out)
+    factor = RowFactor(grad, weight, weight_sum)
+    selection.load(backend).row_grad(logits, normalizer, target, factor, math.read(), out)
 
 
 class _Differentiable(torch.autograd.Function):

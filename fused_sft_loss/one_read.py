@@ -2,7 +2,7 @@
 
 Forward knows the gradient that backward is expected to get. So it reads each row once, and writes
 its gradient to a buffer or over the logits. Backward compares the real gradient with the expected
-one, row by row and on the device, and corrects the rows that were stored for another scale. With a
+one, row by row and on the device, and corrects the rows that were stored for another factor. With a
 buffer the logits are unchanged: the rows are computed again, exactly. In place the rows are
 multiplied by the ratio, which rounds a second time. See "One read" in docs/design.md.
 """
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .backends import selection
-from .backends.contract import RowScale, losses_like
+from .backends.contract import RowFactor, losses_like
 from .inplace import traced
 from .operators import differentiable, first_order, operator
 from .rowmath import RowMath
@@ -29,7 +29,7 @@ def token_losses(
     `inplace`, the memory of the logits holds their gradient after this call.
     """
     target, weight = targets.target, targets.weight
-    stored = RowScale(expected, weight).values()
+    stored = RowFactor(expected, weight).values()
     inplace = inplace and not traced(logits)
     if inplace:
         stored = can_be_rescaled(stored, weight, logits.dtype)
@@ -53,15 +53,15 @@ def expected_gradient(expected: bool | float | Tensor, weight_sum: Tensor, mean:
     return weighted_mean(expected.detach(), weight_sum) if mean else expected.detach()
 
 
-#: In place, a row is stored for its expected scale if that lies between these numbers, else for
-#: scale 1: a ratio cannot correct zeros and infinities. In fp16 the lower limit is 2^-24, the
+#: In place, a row is stored for its expected factor if that lies between these numbers, else for
+#: factor 1: a ratio cannot correct zeros and infinities. In fp16 the lower limit is 2^-24, the
 #: smallest positive number.
 STORED_FOR_ONE_BELOW = {torch.float16: 2.0**-24}
 STORED_FOR_ITSELF = (2.0**-60, 2.0**60)
 
 
 def can_be_rescaled(stored: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """The scales `[N]` for which rows are stored in place. They stay 0 where the weight is 0."""
+    """The factors `[N]` for which rows are stored in place. They stay 0 where the weight is 0."""
     least, most = STORED_FOR_ITSELF
     size = stored.abs()
     kept = (size >= STORED_FOR_ONE_BELOW.get(dtype, least)) & (size <= most)
@@ -86,18 +86,18 @@ class _SameMemory(torch.autograd.Function):
 
 
 @operator(
-    "row_stats_grad(Tensor logits, Tensor target, Tensor weight, Tensor scale, RowMath math, "
+    "row_stats_grad(Tensor logits, Tensor target, Tensor weight, Tensor factor, RowMath math, "
     "str backend) -> (Tensor, Tensor, Tensor)",
     lambda logits, target, weight, *rest: (*losses_like(weight), torch.empty_like(logits)),
 )
 def row_stats_grad(logits: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    """Losses, normalizer, and the gradient of scale * loss."""
+    """Losses, normalizer, and the gradient of factor * loss."""
     out = torch.empty_like(logits)
     return (*_write(logits, *rest, out=out), out)
 
 
 @operator(
-    "row_stats_grad_(Tensor(a!) logits, Tensor target, Tensor weight, Tensor scale, RowMath math, "
+    "row_stats_grad_(Tensor(a!) logits, Tensor target, Tensor weight, Tensor factor, RowMath math, "
     "str backend) -> (Tensor, Tensor)",
     lambda logits, target, weight, *rest: losses_like(weight),
     changes=0,
@@ -111,14 +111,14 @@ def _write(
     logits: Tensor,
     target: Tensor,
     weight: Tensor,
-    scale: Tensor,
+    factor: Tensor,
     math: RowMath,
     backend: str,
     *,
     out: Tensor,
 ) -> tuple[Tensor, Tensor]:
     kernels = selection.load(backend)
-    return kernels.row_stats_grad(logits, target, weight, scale, math.read(), out)
+    return kernels.row_stats_grad(logits, target, weight, factor, math.read(), out)
 
 
 @operator(
@@ -138,9 +138,9 @@ def row_regrad_(
     math: RowMath,
     backend: str,
 ) -> None:
-    """Compute again, for `upstream`, the rows of `grad` that were stored for another scale."""
-    scale, kernels = RowScale(upstream, weight), selection.load(backend)
-    kernels.row_regrad(logits, normalizer, target, scale, math.read(), grad, stored)
+    """Compute again, for `upstream`, the rows of `grad` that were stored for another factor."""
+    factor, kernels = RowFactor(upstream, weight), selection.load(backend)
+    kernels.row_regrad(logits, normalizer, target, factor, math.read(), grad, stored)
 
 
 @operator(
@@ -152,13 +152,13 @@ def row_regrad_(
 def row_rescale_(
     grad: Tensor, upstream: Tensor, weight: Tensor, stored: Tensor, math: RowMath, backend: str
 ) -> None:
-    """:func:`row_regrad_` for overwritten logits: multiply those rows by scale / stored."""
-    scale = RowScale(upstream, weight)
-    selection.load(backend).row_rescale(grad, scale, stored, math.read())
+    """:func:`row_regrad_` for overwritten logits: multiply those rows by factor / stored."""
+    factor = RowFactor(upstream, weight)
+    selection.load(backend).row_rescale(grad, factor, stored, math.read())
 
 
 class WithGrad(torch.autograd.Function):
-    """The losses `[N]`, with the gradient that forward stored for the scales `stored` `[N]`.
+    """The losses `[N]`, with the gradient that forward stored for the factors `stored` `[N]`.
 
     `grad` holds the gradient. If it is None, the memory of the logits holds it.
     """

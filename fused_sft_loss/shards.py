@@ -131,9 +131,9 @@ def _argmax(gathered: Tensor, maximum: Tensor) -> Tensor:
 
 def _moment(gathered: Tensor, shift: Tensor) -> Tensor:
     """The sum of u * exp(u), `[N]`, with u relative to the maximum of all shards."""
-    rescale = shift.exp()
-    shift = torch.where(rescale == 0, 0.0, shift)
-    return _ordered_sum((gathered[..., MOMENT] + shift * gathered[..., SUM_EXP]) * rescale)
+    shrink = shift.exp()
+    shift = torch.where(shrink == 0, 0.0, shift)
+    return _ordered_sum((gathered[..., MOMENT] + shift * gathered[..., SUM_EXP]) * shrink)
 
 
 def merge(gathered: Tensor, target: Tensor, weight: Tensor, math: RowMath) -> tuple[Tensor, Tensor]:

@@ -54,26 +54,27 @@ def not_minus_infinity(m):
 
 
 @triton.jit
-def far_from_0(scale):
-    """The `far` of `reference_of`: the power of two that times scale is 2^30 to 2^31."""
-    field = 284 - (scale.to(tl.int32, bitcast=True) >> 23)
+def far_from_0(unit_log2):
+    """The `far` of `reference_of`: the power of two that times unit_log2 is 2^30 to 2^31."""
+    field = 284 - (unit_log2.to(tl.int32, bitcast=True) >> 23)
     return (tl.minimum(tl.maximum(field, 33), 255) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def reference_of(m, scale, far):
-    """(scale, rounded, rest) for 2^(x * scale - m * scale), where m is a maximum.
+def reference_of(m, unit_log2, far):
+    """(unit_log2, rounded, rest) for 2^(x * unit_log2 - m * unit_log2), where m is a maximum.
 
-    It is computed as 2^(x * scale - rounded): one FMA and one exp2. `rounded` is the rounded
-    product m * scale. All x get the same error, a factor 2^rest, which is removed once, at the end.
-    From |m| = far on, rest would be too large, and scale is replaced by a power of two, with which
-    the product is exact. reference_of in csrc/gpu/row_math.cuh explains why both are right.
+    It is computed as 2^(x * unit_log2 - rounded): one FMA and one exp2. `rounded` is the rounded
+    product m * unit_log2. All x get the same error, a factor 2^rest, which is removed once, at the
+    end. From |m| = far on, rest would be too large, and unit_log2 is replaced by a power of two,
+    with which the product is exact. reference_of in csrc/gpu/row_math.cuh explains why both are
+    right.
     """
     exponent = m.to(tl.uint32, bitcast=True) & 0x7F800000
     power = (0x8F000000 - exponent).to(tl.float32, bitcast=True)  # its exponent is 286 - that of m
-    scale = tl.where(tl.abs(m) >= far, power, scale)
-    rounded = m * scale
-    return scale, rounded, tl.fma(m, scale, -rounded)
+    unit_log2 = tl.where(tl.abs(m) >= far, power, unit_log2)
+    rounded = m * unit_log2
+    return unit_log2, rounded, tl.fma(m, unit_log2, -rounded)
 
 
 @triton.jit

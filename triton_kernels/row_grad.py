@@ -1,14 +1,14 @@
 """Gradient of the logits, row by row, from the logits and each row's normalizer.
 
 docs/design.md derives it. It is computed in fp32 and rounded once. Each element depends only on its
-own logit, so it may overwrite the logits. A row with scale 0 is not read: it gets stored zeros.
+own logit, so it may overwrite the logits. A row with factor 0 is not read: it gets stored zeros.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from ..backends.contract import RowScale
+from ..backends.contract import RowFactor
 from ..rowmath import RowMath
 from .arithmetic import (
     LOG2E,
@@ -28,12 +28,12 @@ def grad_tile(
     x,  # [RUNS, THREADS, 8] fp32
     columns,
     own,  # the target's column, in the numbering of `columns`
-    scale2,  # p = 2^(x * scale2 - reference), with x capped first if SOFTCAP
+    unit_log2,  # p = 2^(x * unit_log2 - reference), with x capped first if SOFTCAP
     reference,
     softmax_factor,
     smoothing,
     at_target,  # replaces smoothing at the target
-    scale,
+    logit_scale,
     inward,
     cap,
     SOFTCAP: tl.constexpr,
@@ -44,15 +44,15 @@ def grad_tile(
     """
     if SOFTCAP:
         x, slope = cap_and_slope(x, inward, cap)
-    p = tl.exp2(tl.fma(x, scale2, -reference))
+    p = tl.exp2(tl.fma(x, unit_log2, -reference))
     grad = tl.fma(p, softmax_factor, tl.where(columns == own, -at_target, -smoothing))
     if SOFTCAP:
-        grad *= slope * scale
+        grad *= slope * logit_scale
     return grad
 
 
 @triton.jit
-def row_scale(row, upstream, weight, weight_sum, upstream_stride):
+def factor_of(row, upstream, weight, weight_sum, upstream_stride):
     """The factor of the row's gradient: weight * (upstream / weight_sum), 0 if the weight is 0."""
     factor = tl.load(upstream + row * upstream_stride)
     if weight_sum is not None:
@@ -88,7 +88,7 @@ def row_grad_kernel(
     target_share,  # 1 - label_smoothing
     column_share,  # math.label_smoothing / math.vocab_size
     unit,  # z = unit * x
-    scale,
+    logit_scale,
     inward,
     cap,
     SOFTCAP: tl.constexpr,
@@ -110,7 +110,7 @@ def row_grad_kernel(
     columns = tile_columns(RUNS, THREADS)
     dtype: tl.constexpr = grad.dtype.element_ty
     grad = row_pointer(grad, row, seq, out_stride_b, out_stride_s, ALIGNED)
-    factor = row_scale(row, upstream, weight, weight_sum, upstream_stride)
+    factor = factor_of(row, upstream, weight, weight_sum, upstream_stride)
     if factor == 0.0:
         zeros = narrow(tl.zeros([RUNS, THREADS, 8], tl.float32), dtype)
         whole = begin + tl.maximum(end - begin, 0) // TILE * TILE
@@ -127,31 +127,31 @@ def row_grad_kernel(
     normalizer += row.to(tl.int64) * 2
     top = tl.load(normalizer)
     total = tl.load(normalizer + 1)
-    scale2 = unit * LOG2E
-    scale2, reference, rest = reference_of(top, scale2, far_from_0(scale2))
+    unit_log2 = unit * LOG2E
+    unit_log2, reference, rest = reference_of(top, unit_log2, far_from_0(unit_log2))
     softmax_factor = factor * tl.exp2(-rest) / total
     if Z_LOSS:
         softmax_factor *= tl.fma(two_z_loss, tl.fma(top, unit, tl.log(total)), 1.0)
     smoothing = factor * column_share
     at_target = smoothing + factor * target_share
     if not SOFTCAP:
-        softmax_factor *= scale
-        smoothing *= scale
-        at_target *= scale
+        softmax_factor *= logit_scale
+        smoothing *= logit_scale
+        at_target *= logit_scale
     stop = tl.minimum(end, valid)
     whole = begin + tl.maximum(stop - begin, 0) // TILE * TILE
     for first in range(begin, whole, TILE):
         x = load_columns(logits + first, columns, TILE, False)
         value = grad_tile(
-            x, columns, own - first, scale2, reference, softmax_factor, smoothing, at_target,
-            scale, inward, cap, SOFTCAP,
+            x, columns, own - first, unit_log2, reference, softmax_factor, smoothing, at_target,
+            logit_scale, inward, cap, SOFTCAP,
         )  # fmt: skip
         tl.store(grad + first + columns, narrow(value, dtype))
     for first in range(whole, end, TILE):
         x = load_columns(logits + first, columns, stop - first, True)
         value = grad_tile(
-            x, columns, own - first, scale2, reference, softmax_factor, smoothing, at_target,
-            scale, inward, cap, SOFTCAP,
+            x, columns, own - first, unit_log2, reference, softmax_factor, smoothing, at_target,
+            logit_scale, inward, cap, SOFTCAP,
         )  # fmt: skip
         value = tl.where(columns < stop - first, value, 0.0)
         tl.store(grad + first + columns, narrow(value, dtype), mask=columns < end - first)
@@ -164,12 +164,12 @@ def plan(
     logits: torch.Tensor,  # [b, s, v]
     normalizer: torch.Tensor,  # [N, 2] fp32
     target: torch.Tensor,  # [N] int64
-    scale: RowScale,
+    factor: RowFactor,
     out: torch.Tensor,  # [b, s, v], written; may be the logits
 ) -> list[Launch]:
     """The launch that fills `out`."""
     rows, columns, softcap = target.numel(), logits.shape[-1], math.softcap
-    upstream, weight, weight_sum = scale
+    upstream, weight, weight_sum = factor
     parts_per_row = splits(chip, rows, triton.cdiv(columns, shape.segment))
     arguments = {
         "logits": logits,
@@ -193,7 +193,7 @@ def plan(
         "target_share": 1.0 - math.label_smoothing,
         "column_share": math.label_smoothing / math.vocab_size,
         "unit": math.unit,
-        "scale": math.logit_scale,
+        "logit_scale": math.logit_scale,
         "inward": math.logit_scale / softcap if softcap else 0.0,
         "cap": softcap,
         "SOFTCAP": softcap > 0,

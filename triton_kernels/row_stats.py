@@ -46,11 +46,11 @@ def accumulate(
     first,
     end,  # if MASKED, columns from here on do not exist
     top,  # maximum of x; this and the next four are [THREADS]
-    total,  # sum of 2^u with u = x * scale - rounded, from reference_of(top)
+    total,  # sum of 2^u with u = x * unit_log2 - rounded, from reference_of(top)
     x_sum,
     top_at,  # first column of the maximum
     moment,  # sum of u * 2^u
-    scale,  # unit * log2(e): an exponential is one FMA and one exp2
+    unit_log2,  # unit * log2(e): an exponential is one FMA and one exp2
     far,
     inward,
     cap,
@@ -68,10 +68,10 @@ def accumulate(
         at = tl.where(x == tile_top[None, :, None], first + columns, LAST)
         top_at = tl.where(tile_top > top, tl.min(tl.min(at, 2), 0), top_at)
     new_top = tl.maximum(top, tile_top)
-    scale, reference, _rest = reference_of(not_minus_infinity(new_top), scale, far)
-    delta = top * scale - reference
+    unit_log2, reference, _rest = reference_of(not_minus_infinity(new_top), unit_log2, far)
+    delta = top * unit_log2 - reference
     shrink = tl.exp2(delta)
-    u = tl.fma(x, scale[None, :, None], -reference[None, :, None])
+    u = tl.fma(x, unit_log2[None, :, None], -reference[None, :, None])
     e = tl.exp2(u)
     if STATISTICS > ARGMAX:
         moment = tl.fma(tl.where(shrink == 0.0, 0.0, delta), total, moment) * shrink
@@ -89,7 +89,7 @@ def segment_stats(
     row,  # pointer to column 0
     begin,
     end,
-    scale,
+    unit,
     inward,
     cap,
     STATISTICS: tl.constexpr,
@@ -100,11 +100,11 @@ def segment_stats(
 ):
     """The statistics of columns [begin, end), as scalars.
 
-    They are maximum x, sum of exp(scale * (x - maximum)), sum of x, column of the maximum, moment.
+    They are maximum x, sum of exp(unit * (x - maximum)), sum of x, column of the maximum, moment.
     """
     TILE: tl.constexpr = RUNS * THREADS * 8
-    scale2 = scale * LOG2E
-    far = far_from_0(scale2)
+    unit_log2 = unit * LOG2E
+    far = far_from_0(unit_log2)
     columns = tile_columns(RUNS, THREADS)
     top = tl.full([THREADS], -INF, tl.float32)
     total = tl.zeros([THREADS], tl.float32)
@@ -116,17 +116,17 @@ def segment_stats(
         x = load_tile(row + first, TILE, RUNS, THREADS, ALIGNED, False)
         top, total, x_sum, top_at, moment = accumulate(
             x, columns, first, end, top, total, x_sum, top_at, moment,
-            scale2, far, inward, cap, STATISTICS, SOFTCAP, RUNS, THREADS, False,
+            unit_log2, far, inward, cap, STATISTICS, SOFTCAP, RUNS, THREADS, False,
         )  # fmt: skip
     if whole < end:
         x = load_tile(row + whole, end - whole, RUNS, THREADS, ALIGNED, True)
         top, total, x_sum, top_at, moment = accumulate(
             x, columns, whole, end, top, total, x_sum, top_at, moment,
-            scale2, far, inward, cap, STATISTICS, SOFTCAP, RUNS, THREADS, True,
+            unit_log2, far, inward, cap, STATISTICS, SOFTCAP, RUNS, THREADS, True,
         )  # fmt: skip
     row_top = tl.max(top, 0)
-    scale2, reference, rest = reference_of(not_minus_infinity(row_top), scale2, far)
-    delta = (top * scale2 - reference) - rest
+    unit_log2, reference, rest = reference_of(not_minus_infinity(row_top), unit_log2, far)
+    delta = (top * unit_log2 - reference) - rest
     shrink = tl.exp2(delta)
     row_total = tl.sum(total * shrink, 0)
     # The maximum's own term is 1 before rounding. A sum below 1 could make a loss negative.
@@ -156,7 +156,7 @@ def row_stats_kernel(
     valid,
     vocab_start: tl.int64,
     splits,  # programs per row
-    scale,  # z = x * scale, with x capped first if SOFTCAP
+    unit,  # z = unit * x, with x capped first if SOFTCAP
     inward,
     cap,
     STATISTICS: tl.constexpr,
@@ -187,7 +187,7 @@ def row_stats_kernel(
         begin = segment * SEGMENT
         end = tl.minimum(begin + SEGMENT, valid)
         s_top, s_total, s_sum, s_at, s_moment = segment_stats(
-            logits, begin, end, scale, inward, cap, STATISTICS, SOFTCAP, ALIGNED, RUNS, THREADS
+            logits, begin, end, unit, inward, cap, STATISTICS, SOFTCAP, ALIGNED, RUNS, THREADS
         )
         s_id = (vocab_start + s_at).to(tl.float32)
         if SPLIT:
@@ -195,7 +195,7 @@ def row_stats_kernel(
             store_stats(at, s_top, s_total, s_sum, s_id, s_moment, None, STATISTICS)
         else:
             top, total, x_sum, top_id, moment = fold(
-                top, total, x_sum, top_id, moment, s_top, s_total, s_sum, s_id, s_moment, scale
+                top, total, x_sum, top_id, moment, s_top, s_total, s_sum, s_id, s_moment, unit
             )
     if not SPLIT:
         store_stats(stats, top, total, x_sum, top_id, moment, None, STATISTICS)
@@ -288,7 +288,7 @@ def plan(
                 "valid": valid,
                 "vocab_start": math.vocab_start,
                 "splits": parts_per_row,
-                "scale": math.unit,
+                "unit": math.unit,
                 "inward": math.logit_scale / softcap if softcap else 0.0,
                 "cap": softcap,
                 "STATISTICS": statistics,

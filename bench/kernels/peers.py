@@ -175,7 +175,7 @@ PEERS = (
         sharded=False,
         precision="logits",
         softcap=True,
-        early=True,
+        one_read=True,
         **ON_GPU,
     ),
     Provider(

@@ -28,7 +28,7 @@ class Provider:
     writes     it may overwrite the logits, so they are restored after every timing
     precision  "fp32", or "logits" if it rounds intermediate results to the logits' dtype
     softcap    it applies the softcap itself; otherwise tanh runs before it in fp32, as in a model
-    early      it computes the gradient in forward, so its fwd and bwd cannot be compared
+    one_read   it computes the gradient in forward, so its fwd and bwd cannot be compared
     gathers    it first gathers the whole vocabulary on every process
     """
 
@@ -45,7 +45,7 @@ class Provider:
     writes: bool = False
     precision: str = "fp32"
     softcap: bool = False
-    early: bool = False
+    one_read: bool = False
     gathers: bool = False
 
     def reason_against(self, case, device_type):

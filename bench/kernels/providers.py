@@ -66,7 +66,7 @@ def _our_providers():
                 writes="inplace_backward" in options,
                 softcap=True,
                 sharded="grad_in_forward" not in options,
-                early="grad_in_forward" in options,
+                one_read="grad_in_forward" in options,
             )
 
 

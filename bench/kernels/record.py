@@ -55,7 +55,7 @@ class Rows:
                 self.add(index, provider, reason)
 
     def add(self, index, provider, reason):
-        different = self.mode != "full" and provider.early
+        different = self.mode != "full" and provider.one_read
         self.rows[index, provider.name] = {
             "case": index,
             "provider": provider.name,

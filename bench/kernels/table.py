@@ -208,9 +208,9 @@ def over_promise(row, case):
     """Yield a line for each broken promise on memory: at most one gradient, in place none."""
     if not row["memory"] or "-eager-" in row["provider"]:  # its tiles have a constant size
         return
-    inplace, early = "inplace" in row["provider"], "oneread" in row["provider"]
+    inplace, one_read = "inplace" in row["provider"], "oneread" in row["provider"]
     gradient = 0 if inplace else case["logits_bytes"]
-    allowed = {"forward": gradient if early else 0, "full": gradient}
+    allowed = {"forward": gradient if one_read else 0, "full": gradient}
     for name, most in allowed.items():
         most += PER_ROW * case["rows"]
         if row["memory"][name] > most:

@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from fused_sft_loss.backends.contract import RowScale
+from fused_sft_loss.backends.contract import RowFactor
 from fused_sft_loss.rowmath import RowMath
 from fused_sft_loss.scoring import Scoring
 from fused_sft_loss.targets import Targets
@@ -135,7 +135,7 @@ def _grad(chip, shape, dtype, options) -> Iterator[Variant]:
             logits,
             torch.empty(rows, 2, dtype=torch.float32, device="meta"),
             *_vectors(rows, torch.int64),
-            RowScale(_number(), *_vectors(rows, torch.float32), _number()),
+            RowFactor(_number(), *_vectors(rows, torch.float32), _number()),
             logits,
         )
         name = f"row_grad {dtype}{' softcap' * bool(softcap)}{' unaligned' * unaligned}"

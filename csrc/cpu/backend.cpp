@@ -104,21 +104,21 @@ void whole_row_stats(const StatsArgs& a, const RowKernels& kernels, int64_t row)
 
 float quiet(float x) { return std::isnan(x) ? std::nanf("") : x; }  // see upper() in row_math.h
 
-float scale_of(const RowScale& s, int64_t row) {
-  if (s.weight && s.weight[row] == 0) return 0;
-  float grad = s.grad[row * s.stride];
-  if (s.weight_sum && *s.weight_sum > 0) grad /= *s.weight_sum;
-  return s.weight ? grad * s.weight[row] : grad;
+float factor_of(const RowFactor& f, int64_t row) {
+  if (f.weight && f.weight[row] == 0) return 0;
+  float grad = f.grad[row * f.stride];
+  if (f.weight_sum && *f.weight_sum > 0) grad /= *f.weight_sum;
+  return f.weight ? grad * f.weight[row] : grad;
 }
 
-RowConstants row_constants(const GradArgs& a, int64_t row, float any_scale) {
+RowConstants row_constants(const GradArgs& a, int64_t row, float any_factor) {
   const RowMath& math = a.math;
   const float* normalizer = a.normalizer + row * kNormalizer;
-  const float scale = quiet(any_scale), max = quiet(normalizer[kRowMax]), sum = quiet(normalizer[kRowSum]);
+  const float factor = quiet(any_factor), max = quiet(normalizer[kRowMax]), sum = quiet(normalizer[kRowSum]);
   const float eps = math.label_smoothing;
   const float of_z_loss = math.z_loss > 0 ? 2 * math.z_loss * (max * math.unit() + std::log(sum)) : 0.0f;
-  return {max, scale * (1 + of_z_loss) / sum, scale * (eps / static_cast<float>(math.vocab_size)),
-          scale * (1 - eps), a.target[row] < 0 ? -1 : a.target[row] - math.vocab_start};
+  return {max, factor * (1 + of_z_loss) / sum, factor * (eps / static_cast<float>(math.vocab_size)),
+          factor * (1 - eps), a.target[row] < 0 ? -1 : a.target[row] - math.vocab_start};
 }
 
 // From this size in bytes, zeros of a gradient are written with stores that bypass the caches. An ordinary
@@ -162,14 +162,14 @@ void claim_gradient(const GradArgs& a, int threads) {
 // padding.
 void write_grad(const GradArgs& a, const RowKernels& kernels, int64_t row, int64_t part, int64_t width) {
   const int64_t columns = a.logits.columns, valid = a.logits.valid;
-  const float scale = scale_of(a.scale, row);
-  if (a.stored && a.stored[row] == scale) return;
-  if (scale == 0) {
+  const float factor = factor_of(a.factor, row);
+  if (a.stored && a.stored[row] == factor) return;
+  if (factor == 0) {
     if (part == 0) zero(a.grad, row, 0, columns);
     return;
   }
   const int64_t begin = part * width, end = std::min(begin + width, valid);
-  kernels.grad(a, row_constants(a, row, scale), at(a.logits, row), at(a.grad, row), begin, end);
+  kernels.grad(a, row_constants(a, row, factor), at(a.logits, row), at(a.grad, row), begin, end);
   if (end == valid) zero(a.grad, row, valid, columns);
 }
 
@@ -208,7 +208,7 @@ void row_grad(const GradArgs& a, int threads) {
   const RowKernels& kernels = *chosen();
   const int64_t rows = a.logits.count(), valid = a.logits.valid;
   const bool split =
-      valid > kChunk && too_few([&](int64_t row) { return scale_of(a.scale, row); }, rows, threads);
+      valid > kChunk && too_few([&](int64_t row) { return factor_of(a.factor, row); }, rows, threads);
   const int64_t parts = split ? chunks_of(a.logits) : 1;
   const int64_t width = split ? kChunk : valid;
   claim_gradient(a, threads);
@@ -247,10 +247,10 @@ void row_stats_grad(const StatsGradArgs& a, int threads) {
 void row_rescale(const RescaleArgs& a, int threads) {
   const RowKernels& kernels = *chosen();
   parallel_for(a.grad.count(), threads, [&](int64_t row) {
-    const float scale = scale_of(a.scale, row), stored = a.stored[row];
-    if (scale == stored) return;
-    if (scale == 0) zero(a.grad, row, 0, a.grad.columns);
-    else kernels.rescale(a.grad.dtype, at(a.grad, row), a.grad.valid, scale / stored);
+    const float factor = factor_of(a.factor, row), stored = a.stored[row];
+    if (factor == stored) return;
+    if (factor == 0) zero(a.grad, row, 0, a.grad.columns);
+    else kernels.rescale(a.grad.dtype, at(a.grad, row), a.grad.valid, factor / stored);
   });
 }
 
@@ -268,7 +268,7 @@ int loss(const LossArgs& a, int threads) {
   return faults;
 }
 
-void exp(const float* in, float* out, int64_t n, float scale2) { chosen()->exp(in, out, n, scale2); }
+void exp(const float* in, float* out, int64_t n, float unit_log2) { chosen()->exp(in, out, n, unit_log2); }
 
 std::vector<std::string> isas() {
   std::vector<std::string> names;

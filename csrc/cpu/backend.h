@@ -24,7 +24,7 @@ void merge(const MergeArgs& args);
 void reduce(const ReduceArgs& args);
 int loss(const LossArgs& args, int threads);  // returns a sum of Faults
 void merge_row(const MergeArgs& args, int64_t row);
-void exp(const float* in, float* out, int64_t n, float scale2);
+void exp(const float* in, float* out, int64_t n, float unit_log2);
 
 std::vector<std::string> isas();       // those that this processor runs, fastest first
 void use_isa(const std::string& isa);  // throws std::invalid_argument; for tests and measurements

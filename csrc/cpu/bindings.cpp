@@ -55,37 +55,37 @@ PYBIND11_MODULE(_cpu, m) {
   m.def(
       "row_grad",
       [](const Tensor3& logits, const Tensor3& grad, const RowMath& math, uintptr_t target,
-         uintptr_t normalizer, const RowScale& scale, uintptr_t stored, int threads) {
-        cpu::row_grad(grad_args(logits, grad, math, target, normalizer, scale, stored),
+         uintptr_t normalizer, const RowFactor& factor, uintptr_t stored, int threads) {
+        cpu::row_grad(grad_args(logits, grad, math, target, normalizer, factor, stored),
                       at_least_one(threads));
       },
       "Write the gradient of each row; it may overwrite the logits.", py::arg("logits"), py::arg("grad"),
-      py::arg("math"), py::arg("target"), py::arg("normalizer"), py::arg("scale"), py::arg("stored"),
+      py::arg("math"), py::arg("target"), py::arg("normalizer"), py::arg("factor"), py::arg("stored"),
       py::arg("threads"), released());
   m.def(
       "row_stats_grad",
       [](const Tensor3& logits, const Tensor3& grad, const RowMath& math, uintptr_t target, uintptr_t weight,
-         const RowScale& scale, uintptr_t loss, uintptr_t normalizer, int threads) {
-        const GradArgs args = grad_args(logits, grad, math, target, normalizer, scale, 0);
+         const RowFactor& factor, uintptr_t loss, uintptr_t normalizer, int threads) {
+        const GradArgs args = grad_args(logits, grad, math, target, normalizer, factor, 0);
         cpu::row_stats_grad(stats_grad_args(args, weight, loss), at_least_one(threads));
       },
       "Write loss and gradient of each row, from one read of it.", py::arg("logits"), py::arg("grad"),
-      py::arg("math"), py::arg("target"), py::arg("weight"), py::arg("scale"), py::arg("loss"),
+      py::arg("math"), py::arg("target"), py::arg("weight"), py::arg("factor"), py::arg("loss"),
       py::arg("normalizer"), py::arg("threads"), released());
   m.def(
       "row_rescale",
-      [](const Tensor3& grad, const RowMath& math, const RowScale& scale, uintptr_t stored, int threads) {
-        cpu::row_rescale(rescale_args(grad, math, scale, stored), at_least_one(threads));
+      [](const Tensor3& grad, const RowMath& math, const RowFactor& factor, uintptr_t stored, int threads) {
+        cpu::row_rescale(rescale_args(grad, math, factor, stored), at_least_one(threads));
       },
       "Correct the rows of a gradient that were stored for another upstream gradient.", py::arg("grad"),
-      py::arg("math"), py::arg("scale"), py::arg("stored"), py::arg("threads"), released());
+      py::arg("math"), py::arg("factor"), py::arg("stored"), py::arg("threads"), released());
 #if defined(FSL_TEST_HOOKS)  // of builds in a checkout; no wheel has them
   m.def(
       "exp",
-      [](uintptr_t in, uintptr_t out, int64_t n, float scale2) {
-        cpu::exp(pointer<float>(in), pointer<float>(out), n, scale2);
+      [](uintptr_t in, uintptr_t out, int64_t n, float unit_log2) {
+        cpu::exp(pointer<float>(in), pointer<float>(out), n, unit_log2);
       },
-      "Write 2^(scale2 * x) of n numbers x, as the kernels compute it: for tests.");
+      "Write 2^(unit_log2 * x) of n numbers x, as the kernels compute it: for tests.");
   m.def("use_isa", &cpu::use_isa, "Choose one of isas(): for tests and measurements.");
 #endif
   m.def(

@@ -7,17 +7,17 @@
 namespace fsl {
 namespace {
 
-// z = unit * value(x); unit2 = unit * log2(e).
+// z = unit * value(x); unit_log2 = unit * log2(e).
 struct Plain {
-  float unit, unit2;
+  float unit, unit_log2;
   FSL_MEMBER float value(float x) const { return x; }
 };
 
 struct Capped {
-  static constexpr float unit = 1, unit2 = kLog2e;
+  static constexpr float unit = 1, unit_log2 = kLog2e;
   float inward;  // logit_scale / softcap
   float cap;
-  float scale;
+  float logit_scale;
   FSL_MEMBER Tanh bend(float x) const { return tanh_and_slope(x * inward); }
   FSL_MEMBER float value(float x) const { return keep_infinity(x, cap * bend(x).value); }
   FSL_INLINE float keep_infinity(float x, float capped) {
@@ -89,7 +89,7 @@ struct Lanes {
   }
 
   FSL_MEMBER void add(const Z& z, float x, float reference, int l) {
-    const float u = z.value(x) - reference, e = exp_nonpositive(u, z.unit2);
+    const float u = z.value(x) - reference, e = exp_nonpositive(u, z.unit_log2);
     const int32_t bits = static_cast<int32_t>(as_bits(x));
     top[l] = bits > top[l] ? bits : top[l];
     sum_exp[l] += e;
@@ -157,7 +157,7 @@ Partial chunk_stats(const Z& z, const void* row, int64_t begin, int64_t end) {
   Partial out{max, sums.sum_exp, sums.sum, sums.moment * z.unit, begin};
   if (max != -kInf) {
     // Dividing by the maximum's own computed exponential cancels its error: its term in the sum is 1.
-    move_maximum(&out, (reference - max) * z.unit, 1.0f / exp_nonpositive(max - reference, z.unit2));
+    move_maximum(&out, (reference - max) * z.unit, 1.0f / exp_nonpositive(max - reference, z.unit_log2));
     if (out.sum_exp < 1) out.sum_exp = 1;  // undo a last rounding, or a loss could be negative
   }
   if constexpr (want == Want::metrics) {
@@ -194,12 +194,12 @@ void stats_range(const Z& z, const void* row, int64_t begin, int64_t end, Partia
 template <class T, class Z>
 FSL_INLINE float grad_of(const Z& z, const RowConstants& g, float x) {
   if constexpr (__is_same(Z, Plain)) {
-    return exp_nonpositive(x - g.reference, z.unit2) * g.softmax_factor - g.smoothing;
+    return exp_nonpositive(x - g.reference, z.unit_log2) * g.softmax_factor - g.smoothing;
   } else {
     const Tanh bent = z.bend(x);
     const float u = Capped::keep_infinity(x, z.cap * bent.value) - g.reference;
-    const float p = exp_nonpositive(u, z.unit2);
-    return (p * g.softmax_factor - g.smoothing) * (bent.slope * z.scale);
+    const float p = exp_nonpositive(u, z.unit_log2);
+    return (p * g.softmax_factor - g.smoothing) * (bent.slope * z.logit_scale);
   }
 }
 
@@ -275,10 +275,10 @@ void grad(const GradArgs& a, const RowConstants& g, const void* row, void* out, 
 }
 
 template <class T>
-void rescale_row(void* row, int64_t columns, float factor) {
+void rescale_row(void* row, int64_t columns, float ratio) {
   Word<T>* w = const_cast<Word<T>*>(words<T>(row, 0));  // not auto, which would drop Word's alignment
   const int64_t n = columns / 2;
-  const auto scaled = [factor](float x) { return canonical(x * factor); };
+  const auto scaled = [ratio](float x) { return canonical(x * ratio); };
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
     prefetch_ahead<T>(w + i);
@@ -289,9 +289,9 @@ void rescale_row(void* row, int64_t columns, float factor) {
   for (int64_t c = i * 2; c < columns; ++c) elements[c] = T::round(scaled(T::lo(elements[c])));
 }
 
-void rescale(Dtype dtype, void* row, int64_t columns, float factor) {
+void rescale(Dtype dtype, void* row, int64_t columns, float ratio) {
   with_types(dtype, {0, 0, 0, 1, 0, 0},
-             [&](auto tag, auto) { rescale_row<decltype(tag)>(row, columns, factor); });
+             [&](auto tag, auto) { rescale_row<decltype(tag)>(row, columns, ratio); });
 }
 
 float target_logit(const StatsArgs& a, const void* row, int64_t column) {
@@ -301,9 +301,9 @@ float target_logit(const StatsArgs& a, const void* row, int64_t column) {
   return value;
 }
 
-void exp_all(const float* in, float* out, int64_t n, float scale2) {
+void exp_all(const float* in, float* out, int64_t n, float unit_log2) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) out[i] = exp_nonpositive(canonical(in[i]), scale2);
+  for (int64_t i = 0; i < n; ++i) out[i] = exp_nonpositive(canonical(in[i]), unit_log2);
 }
 
 }  // namespace

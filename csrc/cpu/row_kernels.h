@@ -33,10 +33,10 @@ struct RowKernels {
   // Merges columns [begin, end) of a row into `partial`, in order. `begin` is a multiple of kChunk.
   void (*stats)(const StatsArgs&, const void* row, int64_t begin, int64_t end, Partial* partial);
   void (*grad)(const GradArgs&, const RowConstants&, const void* row, void* out, int64_t begin, int64_t end);
-  void (*rescale)(Dtype dtype, void* row, int64_t columns, float factor);
+  void (*rescale)(Dtype dtype, void* row, int64_t columns, float ratio);
   void (*merge)(Partial* into, const Partial& next, float unit);
   float (*target_logit)(const StatsArgs&, const void* row, int64_t column);
-  void (*exp)(const float* in, float* out, int64_t n, float scale2);  // for the tests of the polynomial
+  void (*exp)(const float* in, float* out, int64_t n, float unit_log2);  // for the tests of the polynomial
 };
 
 }  // namespace fsl

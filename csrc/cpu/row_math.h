@@ -38,21 +38,21 @@ FSL_INLINE float multiply_add(float a, float b, float c) {
 #endif
 }
 
-// e^(scale * u) for scale * u <= 88, given scale2 = scale * log2(e).
+// e^(unit * u) for unit * u <= 88, given unit_log2 = unit * log2(e).
 //
-// u * scale2 = n + f with |f| <= 1/2, and 2^f is a polynomial of degree 5 with p(0) = 1. Its coefficients
+// u * unit_log2 = n + f with |f| <= 1/2, and 2^f is a polynomial of degree 5 with p(0) = 1. Its coefficients
 // come from Lawson's weighted least squares for the smallest maximal relative error, which is 9.2e-8. The
-// scale is applied here, so that u is a difference of logits and not of rounded products.
+// unit is applied here, so that u is a difference of logits and not of rounded products.
 //
-// With z = scale * u the relative error is at most 2e-7 + |z| * 3e-8. Without FMA the product is rounded
-// before n is subtracted, and the bound is 2e-7 + |z| * 9e-8. If scale2 is itself rounded, add |z| * 6e-8.
+// With z = unit * u the relative error is at most 2e-7 + |z| * 3e-8. Without FMA the product is rounded
+// before n is subtracted, and the bound is 2e-7 + |z| * 9e-8. If unit_log2 is itself rounded, add |z| * 6e-8.
 // Results below 2^-126 have an absolute error of at most 2^-126. The result is exactly 0 for n <= -127
 // (2^-126.5) and for -inf. A NaN gives NaN if its low 9 bits are clear. u = +inf gives NaN; it arises only in
 // rows that contain +inf and in sums that are then discarded.
-FSL_INLINE float exp_nonpositive(float u, float scale2) {
+FSL_INLINE float exp_nonpositive(float u, float unit_log2) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
-  const float shifted = multiply_add(u, scale2, kRound);
-  const float f = multiply_add(u, scale2, kRound - shifted);
+  const float shifted = multiply_add(u, unit_log2, kRound);
+  const float f = multiply_add(u, unit_log2, kRound - shifted);
   float p = 0.001326472731307149f;
   p = p * f + 0.009671512991189957f;
   p = p * f + 0.05550733581185341f;

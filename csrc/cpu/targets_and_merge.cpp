@@ -18,7 +18,7 @@ bool same_document_next(const TargetsArgs& a, int64_t p) {
 }
 
 // exp(unit * (part - maximum)), and 0 if part is -inf, because -inf - -inf is NaN.
-float rescale(float part, float maximum, float unit) {
+float shrink(float part, float maximum, float unit) {
   return part == -std::numeric_limits<float>::infinity() ? 0.0f : std::exp((part - maximum) * unit);
 }
 
@@ -66,7 +66,7 @@ void merge_row(const MergeArgs& a, int64_t row) {
   for (int64_t r = 1; r < a.ranks; ++r) maximum = max_or_nan(maximum, first[r * a.rank_stride + kMaximum]);
   for (int64_t r = 0; r < a.ranks; ++r) {
     const float* part = first + r * a.rank_stride;
-    sum_exp += part[kSumExp] * rescale(part[kMaximum], maximum, unit);
+    sum_exp += part[kSumExp] * shrink(part[kMaximum], maximum, unit);
     target += part[kTarget];
     if (a.statistics > kSum) sum += part[kSum];
   }

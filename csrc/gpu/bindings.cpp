@@ -80,33 +80,33 @@ PYBIND11_MODULE(FSL_MODULE, m) {
   m.def(
       "row_grad",
       [](const Tensor3& logits, const Tensor3& grad, const RowMath& math, uintptr_t target,
-         uintptr_t normalizer, const RowScale& scale, uintptr_t stored, const gpu::Chip& chip,
+         uintptr_t normalizer, const RowFactor& factor, uintptr_t stored, const gpu::Chip& chip,
          uintptr_t stream) {
-        gpu::row_grad(grad_args(logits, grad, math, target, normalizer, scale, stored), chip,
+        gpu::row_grad(grad_args(logits, grad, math, target, normalizer, factor, stored), chip,
                       pointer<void>(stream));
       },
       "Write the gradient of each row; it may overwrite the logits.", py::arg("logits"), py::arg("grad"),
-      py::arg("math"), py::arg("target"), py::arg("normalizer"), py::arg("scale"), py::arg("stored"),
+      py::arg("math"), py::arg("target"), py::arg("normalizer"), py::arg("factor"), py::arg("stored"),
       py::arg("chip"), py::arg("stream"));
   m.def(
       "row_stats_grad",
       [](const Tensor3& logits, const Tensor3& grad, const RowMath& math, uintptr_t target, uintptr_t weight,
-         const RowScale& scale, uintptr_t loss, uintptr_t normalizer, const gpu::Chip& chip,
+         const RowFactor& factor, uintptr_t loss, uintptr_t normalizer, const gpu::Chip& chip,
          uintptr_t stream) {
-        const GradArgs args = grad_args(logits, grad, math, target, normalizer, scale, 0);
+        const GradArgs args = grad_args(logits, grad, math, target, normalizer, factor, 0);
         gpu::row_stats_grad(stats_grad_args(args, weight, loss), chip, pointer<void>(stream));
       },
       "Write loss and gradient of each row, from one read of it.", py::arg("logits"), py::arg("grad"),
-      py::arg("math"), py::arg("target"), py::arg("weight"), py::arg("scale"), py::arg("loss"),
+      py::arg("math"), py::arg("target"), py::arg("weight"), py::arg("factor"), py::arg("loss"),
       py::arg("normalizer"), py::arg("chip"), py::arg("stream"));
   m.def(
       "row_rescale",
-      [](const Tensor3& grad, const RowMath& math, const RowScale& scale, uintptr_t stored,
+      [](const Tensor3& grad, const RowMath& math, const RowFactor& factor, uintptr_t stored,
          const gpu::Chip& chip, uintptr_t stream) {
-        gpu::row_rescale(rescale_args(grad, math, scale, stored), chip, pointer<void>(stream));
+        gpu::row_rescale(rescale_args(grad, math, factor, stored), chip, pointer<void>(stream));
       },
       "Correct the rows of a gradient that were stored for another upstream gradient.", py::arg("grad"),
-      py::arg("math"), py::arg("scale"), py::arg("stored"), py::arg("chip"), py::arg("stream"));
+      py::arg("math"), py::arg("factor"), py::arg("stored"), py::arg("chip"), py::arg("stream"));
   m.def(
       "build_info",
       [] {

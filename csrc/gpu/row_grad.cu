@@ -16,7 +16,7 @@ void row_grad(const GradArgs& a, const Chip& chip, void* stream) {
     with_bool(a.math.softcap > 0, [&](auto softcap) {
       with_bool(!same_skew(a.logits, a.grad), [&](auto shifted) {
         launch("row_grad", row_grad_kernel<decltype(dtype), softcap(), shifted()>, grid, stream, a,
-               scales_of(a.math), parts, line.segment);
+               units_of(a.math), parts, line.segment);
       });
     });
   });

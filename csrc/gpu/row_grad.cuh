@@ -1,6 +1,6 @@
 // Gradient of the logits, row by row, from the logits and each row's normalizer (docs/design.md, The
 // gradient). It is computed in fp32 and rounded once. Each element depends only on its own logit, so it may
-// overwrite the logits. A row with scale 0 is not read: it gets stored zeros.
+// overwrite the logits. A row with factor 0 is not read: it gets stored zeros.
 //
 // A thread stores 16 aligned bytes of the output at a time, from the row's first aligned address on. Columns
 // before it (the head) and after the last whole vector are written one by one.
@@ -11,29 +11,29 @@
 namespace fsl::gpu {
 
 // The constants of a row's gradient, which is
-// dz/dx * (p * softmax_factor - smoothing - [target] * target_factor) with p = 2^(x * scale - reference).
+// dz/dx * (p * softmax_factor - smoothing - [target] * target_factor) with p = 2^(x * unit_log2 - reference).
 // softmax_factor includes the division by the sum and the factor 2^-rest (see reference_of).
 struct GradConstants {
-  float scale, reference, softmax_factor, smoothing, target_factor;
+  float unit_log2, reference, softmax_factor, smoothing, target_factor;
   int own;  // the target's column, -1 if it is not in this shard
 };
 
-FSL_DEVICE float scale_of(const RowScale& s, uint32_t n) {
-  if (s.weight && s.weight[n] == 0) return 0.0f;
-  float grad = s.grad[n * s.stride];
-  if (s.weight_sum && *s.weight_sum > 0) grad /= *s.weight_sum;
-  return s.weight ? grad * s.weight[n] : grad;
+FSL_DEVICE float factor_of(const RowFactor& f, uint32_t n) {
+  if (f.weight && f.weight[n] == 0) return 0.0f;
+  float grad = f.grad[n * f.stride];
+  if (f.weight_sum && *f.weight_sum > 0) grad /= *f.weight_sum;
+  return f.weight ? grad * f.weight[n] : grad;
 }
 
 template <bool kSoftcap>
-FSL_DEVICE GradConstants grad_constants(const GradArgs& a, const Scales& z, uint32_t n, float any_scale,
+FSL_DEVICE GradConstants grad_constants(const GradArgs& a, const Units& z, uint32_t n, float any_factor,
                                         float any_top, float any_total) {
   const RowMath& math = a.math;
   const float top = quiet(any_top), total = quiet(any_total);
-  const float factor = quiet(any_scale), slope = kSoftcap ? 1.0f : z.slope;
+  const float factor = quiet(any_factor), slope = kSoftcap ? 1.0f : z.logit_scale;
   const float of_z_loss = math.z_loss > 0 ? 2.0f * math.z_loss * fma(top, z.unit, log(total)) : 0.0f;
   const Reference reference = reference_of(top, z);
-  return {broadcast_first_lane(reference.scale),
+  return {broadcast_first_lane(reference.unit_log2),
           reference.rounded,
           factor * (1.0f + of_z_loss) * exp2(-reference.rest) * reciprocal(total) * slope,
           factor * (math.label_smoothing * reciprocal(static_cast<float>(math.vocab_size))) * slope,
@@ -42,12 +42,12 @@ FSL_DEVICE GradConstants grad_constants(const GradArgs& a, const Scales& z, uint
 }
 
 template <bool kSoftcap>
-FSL_DEVICE float gradient(float x, const GradConstants& g, const Scales& z, bool target) {
+FSL_DEVICE float gradient(float x, const GradConstants& g, const Units& z, bool target) {
   Capped c{x, 1.0f};
   if (kSoftcap) c = softcapped(x, z.inward, z.cap);
-  const float p = exp2(fma(c.value, g.scale, -g.reference));
+  const float p = exp2(fma(c.value, g.unit_log2, -g.reference));
   const float grad = fma(p, g.softmax_factor, target ? -(g.smoothing + g.target_factor) : -g.smoothing);
-  return kSoftcap ? grad * (c.slope * z.slope) : grad;
+  return kSoftcap ? grad * (c.slope * z.logit_scale) : grad;
 }
 
 // Writes columns [begin, end) of one row; columns from `valid` on are padding. At `begin` the output is
@@ -62,7 +62,7 @@ struct GradWriter {
     FSL_UNROLL_BY(1) for (; column < end; ++column) T::put(out.start + int64_t{column} * T::kBytes, 0.0f);
   }
 
-  static FSL_DEVICE void each(const Row& in, const Row& out, const GradConstants& g, const Scales& z,
+  static FSL_DEVICE void each(const Row& in, const Row& out, const GradConstants& g, const Units& z,
                               int column, int end, int valid) {
     FSL_UNROLL_BY(1) for (; column < end; ++column) {
       const float grad = column < valid ? gradient<kSoftcap>(load_one<T>(in, column), g, z, false) : 0.0f;
@@ -71,7 +71,7 @@ struct GradWriter {
   }
 
   static FSL_DEVICE void in_place_of_logits(uint32_t (&words)[T::kWords], const GradConstants& g,
-                                            const Scales& z) {
+                                            const Units& z) {
     float x[8];
     scheduling_barrier();
     FSL_UNROLL for (int i = 0; i < 8; ++i) x[i] = gradient<kSoftcap>(T::element(words, i), g, z, false);
@@ -79,7 +79,7 @@ struct GradWriter {
   }
 
   // kRuns independent loads, then the arithmetic and the stores. `first` is the thread's first column.
-  static FSL_DEVICE void whole_tile(const Row& in, const Row& out, const GradConstants& g, const Scales& z,
+  static FSL_DEVICE void whole_tile(const Row& in, const Row& out, const GradConstants& g, const Units& z,
                                     int first, int skew) {
     const int stride = 8 * block_threads();
     uint32_t words[kRuns][T::kWords];
@@ -94,7 +94,7 @@ struct GradWriter {
   // A tile at either end of the row, one vector at a time: several at once would cost all tiles registers. A
   // vector that reaches beyond `last`, or whose chunks reach out of the row, is done logit by logit, up to
   // `end`.
-  static FSL_DEVICE void edge_tile(const Row& in, const Row& out, const GradConstants& g, const Scales& z,
+  static FSL_DEVICE void edge_tile(const Row& in, const Row& out, const GradConstants& g, const Units& z,
                                    int first, int skew, int last, int padding, int end) {
     const int stride = 8 * block_threads();
     FSL_UNROLL_BY(1) for (int r = 0; r < kRuns; ++r) {
@@ -116,7 +116,7 @@ struct GradWriter {
     return valid < begin ? begin : valid < end ? valid : end;
   }
 
-  static FSL_DEVICE void columns(const Row& in, const Row& out, const GradConstants& g, const Scales& z,
+  static FSL_DEVICE void columns(const Row& in, const Row& out, const GradConstants& g, const Units& z,
                                  int begin, int end, int valid, int skew) {
     const int mine = 8 * thread_id(), tile = 8 * kRuns * block_threads(), last = last_of(begin, end, valid);
     const int padding =
@@ -148,7 +148,7 @@ struct GradWriter {
     zeros(out, first, end);
   }
 
-  static FSL_DEVICE void any_columns(const Row& in, const Row& out, const GradConstants& g, const Scales& z,
+  static FSL_DEVICE void any_columns(const Row& in, const Row& out, const GradConstants& g, const Units& z,
                                      int begin, int end) {
     const int first = aligned_column<T>(out, begin), odd = begin + thread_id();
     if (odd < first && odd < end) each(in, out, g, z, odd, odd + 1, end);
@@ -158,27 +158,27 @@ struct GradWriter {
 
 template <class T, bool kSoftcap, bool kShifted>
 FSL_KERNEL(512, kSoftcap ? 4 : 8)
-row_grad_kernel(GradArgs a, Scales z, int splits, int segment) {
+row_grad_kernel(GradArgs a, Units z, int splits, int segment) {
   using Kernel = GradWriter<T, kSoftcap, kShifted>;
   // Start with the last row: forward read it last, so the L2 or Infinity Cache may still hold it. Measured on
   // an H100: no difference at 1 GiB of logits, up to a quarter of both passes' time saved at 250 to 800 MB.
   const uint32_t program = grid_blocks() - 1 - block_id();
   const uint32_t n = program / splits, part = program % splits;
-  const float scale = scale_of(a.scale, n);
-  if (a.stored && a.stored[n] == scale) return;
+  const float factor = factor_of(a.factor, n);
+  if (a.stored && a.stored[n] == factor) return;
   const int width = static_cast<int>(a.grad.columns), valid = static_cast<int>(a.logits.valid);
   const Row out = row_at<T>(a.grad, n), in = row_at<T>(a.logits, n);
   const int before = aligned_column<T>(out, 0), head = before < width ? before : width;
   const int segments = (width + segment - 1) / segment, per_part = (segments + splits - 1) / splits * segment;
   const int begin = head + part * per_part, end = width - begin < per_part ? width : begin + per_part;
   const bool in_head = part == 0 && thread_id() < head;
-  if (scale == 0) {
+  if (factor == 0) {
     if (in_head) T::put(out.start + thread_id() * T::kBytes, 0.0f);
     Kernel::zeros(out, begin, end);
     return;
   }
   const float* normalizer = a.normalizer + int64_t{n} * kNormalizer;
-  const GradConstants g = grad_constants<kSoftcap>(a, z, n, scale, normalizer[kRowMax], normalizer[kRowSum]);
+  const GradConstants g = grad_constants<kSoftcap>(a, z, n, factor, normalizer[kRowMax], normalizer[kRowSum]);
   // The thread that writes the target's column computes its gradient again, so that no other thread compares
   // columns. It reads the logit first, because in place the gradient overwrites it.
   const bool owner =

@@ -25,47 +25,47 @@ FSL_DEVICE float exp(float u) { return exp2(u * kLog2e); }
 FSL_DEVICE float not_minus_infinity(float m) { return m == -kInfinity ? 0.0f : m; }
 
 // The constants of z = unit * x, computed on the host, where divisions round correctly.
-struct Scales {
-  float unit;  // z = unit * x, with x capped first
-  float log2;  // unit * log2(e): an exponential is one FMA and one exp2
-  float far;   // large |x| start here; see reference_of
+struct Units {
+  float unit;       // z = unit * x, with x capped first
+  float unit_log2;  // unit * log2(e): an exponential is one FMA and one exp2
+  float far;        // large |x| start here; see reference_of
   float inward, cap;
-  float slope;  // dz/dx without the factor Capped::slope
+  float logit_scale;  // dz/dx without the factor Capped::slope
 };
 
-inline Scales scales_of(const RowMath& m) {
+inline Units units_of(const RowMath& m) {
   const bool capped = m.softcap > 0;
-  const float unit = m.unit(), log2 = unit * kLog2e;
+  const float unit = m.unit(), unit_log2 = unit * kLog2e;
   int exponent = 0;
-  std::frexp(log2, &exponent);  // far * log2 is 2^30 to 2^31
+  std::frexp(unit_log2, &exponent);  // far * unit_log2 is 2^30 to 2^31
   const float far = std::ldexp(1.0f, std::max(31 - exponent, -94));
-  return {unit, log2, far, capped ? m.logit_scale / m.softcap : 0.0f, m.softcap, m.logit_scale};
+  return {unit, unit_log2, far, capped ? m.logit_scale / m.softcap : 0.0f, m.softcap, m.logit_scale};
 }
 
-// The reference of 2^(x * log2 - m * log2), where m is a maximum. It is computed as 2^(x * scale - rounded):
-// one FMA and one exp2.
+// The reference of 2^(x * unit_log2 - m * unit_log2), where m is a maximum. It is computed as
+// 2^(x * unit_log2 - rounded): one FMA and one exp2.
 struct Reference {
-  float scale, rounded, rest;
+  float unit_log2, rounded, rest;
 };
 
-// `rounded` is the rounded product m * scale. Its rounding error, rest, is up to half a unit in the last
+// `rounded` is the rounded product m * unit_log2. Its rounding error, rest, is up to half a unit in the last
 // place of the product. It multiplies the exponentials of all x by the same 2^rest, which is too much for a
 // sum, so it is removed once, at the end.
 //
 // From |m| = far on, half a unit is 64 or more, and 2^rest soon overflows. But there the next fp32 number
-// below m is at least 64 lower in the exponent, so a logit either equals m or vanishes. Any larger scale
-// gives the same result. So the scale becomes the power of two that makes the product 2^32 to 2^33. This
+// below m is at least 64 lower in the exponent, so a logit either equals m or vanishes. Any larger unit_log2
+// gives the same result. So unit_log2 becomes the power of two that makes the product 2^32 to 2^33. This
 // product is exact (rest is 0), and the exponent is 0 for x = m, at most -256 for any other x, and never
 // positive.
 //
-// Sums relative to an older maximum `old` <= m are multiplied by 2^(old * scale - rounded). No comparison is
-// needed if `old` and m lie on different sides of far: far is a power of two, so the product of old = -far is
-// exact, and the product of any m above it is at least one unit (128) higher, while rest is at most half a
+// Sums relative to an older maximum `old` <= m are multiplied by 2^(old * unit_log2 - rounded). No comparison
+// is needed if `old` and m lie on different sides of far: far is a power of two, so the product of old = -far
+// is exact, and the product of any m above it is at least one unit (128) higher, while rest is at most half a
 // unit.
-FSL_DEVICE Reference reference_of(float m, const Scales& z) {
+FSL_DEVICE Reference reference_of(float m, const Units& z) {
   const float power = from_bits(0x8f000000u - (bits(m) & 0x7f800000u));  // its exponent is 286 - that of m
-  const float scale = magnitude(m) >= z.far ? power : z.log2, rounded = m * scale;
-  return {scale, rounded, fma(m, scale, -rounded)};
+  const float unit_log2 = magnitude(m) >= z.far ? power : z.unit_log2, rounded = m * unit_log2;
+  return {unit_log2, rounded, fma(m, unit_log2, -rounded)};
 }
 
 // z = cap * tanh(x * inward), with infinities unchanged, and its derivative divided by cap * inward.
@@ -89,7 +89,7 @@ FSL_DEVICE Capped softcapped(float x, float inward, float cap) {
 
 // x with the softcap applied if there is one.
 template <bool kSoftcap>
-FSL_DEVICE float capped(float x, const Scales& z) {
+FSL_DEVICE float capped(float x, const Units& z) {
   return kSoftcap ? softcapped(x, z.inward, z.cap).value : x;
 }
 

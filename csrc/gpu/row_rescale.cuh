@@ -1,5 +1,5 @@
-// Multiplies the rows of a stored gradient whose scale has changed by new scale / old scale. Backward needs
-// it with grad_in_forward in place, because the gradient has overwritten the logits.
+// Multiplies the rows of a stored gradient whose factor has changed by new factor / old factor. Backward
+// needs it with grad_in_forward in place, because the gradient has overwritten the logits.
 #pragma once
 
 #include "row_grad.cuh"
@@ -10,15 +10,15 @@ template <class T>
 FSL_KERNEL(512, 8)
 row_rescale_kernel(RescaleArgs a, int splits, int segment) {
   const uint32_t n = block_id() / splits, part = block_id() % splits;
-  const float scale = scale_of(a.scale, n), stored = a.stored[n];
-  if (scale == stored) return;
+  const float factor = factor_of(a.factor, n), stored = a.stored[n];
+  if (factor == stored) return;
   const int valid = static_cast<int>(a.grad.valid), segments = (valid + segment - 1) / segment;
   const int per_part = (segments + splits - 1) / splits * segment;
   const Row row = row_at<T>(a.grad, n);
   const int head = part == 0 ? 0 : aligned_column<T>(row, 0), begin = head + part * per_part;
   const int next = aligned_column<T>(row, 0) + (part + 1) * per_part, end = next < valid ? next : valid;
-  if (scale == 0) return GradWriter<T, false, false>::zero_columns(row, begin, end);
-  const float ratio = quiet(scale / stored);
+  if (factor == 0) return GradWriter<T, false, false>::zero_columns(row, begin, end);
+  const float ratio = quiet(factor / stored);
   const auto one = [&](int column) {
     T::put(row.start + int64_t{column} * T::kBytes, load_one<T>(row, column) * ratio);
   };

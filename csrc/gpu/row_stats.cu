@@ -37,7 +37,7 @@ void row_stats(const StatsArgs& a, float* parts, const Chip& chip, void* stream)
       with_bool(a.math.softcap > 0, [&](auto softcap) {
         with_bool(common_skew(a.logits) != 0, [&](auto shifted) {
           launch("row_stats", row_stats_kernel<decltype(dtype), statistics(), softcap(), shifted()>, grid,
-                 stream, a, scales_of(a.math), split);
+                 stream, a, units_of(a.math), split);
         });
       });
     });

@@ -23,7 +23,7 @@ struct RowSplit {
 // One thread's statistics of its own columns, in units of x.
 struct Running {
   float top = -kInfinity;
-  float total = 0;  // sum of 2^u with u = x * scale - rounded, from reference_of(top)
+  float total = 0;  // sum of 2^u with u = x * unit_log2 - rounded, from reference_of(top)
   float x_sum = 0;
   int top_at = 0x7fffffff;
   float moment = 0;  // sum of u * 2^u
@@ -39,7 +39,7 @@ FSL_DEVICE float sum_eight(const float* x) {
 // columns that exist.
 template <int kStatistics, class Eight, class Sum>
 FSL_DEVICE void accumulate(Running& s, const Eight& eight, const Sum& sum, int first, int stride,
-                           const Scales& z) {
+                           const Units& z) {
   float top = s.top, x[8];
   FSL_UNROLL for (int r = 0; r < kRuns; ++r) {
     eight(x, r);
@@ -53,13 +53,13 @@ FSL_DEVICE void accumulate(Running& s, const Eight& eight, const Sum& sum, int f
     }
   }
   const Reference reference = reference_of(not_minus_infinity(top), z);
-  const float delta = s.top * reference.scale - reference.rounded, shrink = exp2(delta);
+  const float delta = s.top * reference.unit_log2 - reference.rounded, shrink = exp2(delta);
   float total = 0, x_sum = 0, moment = 0;
   FSL_UNROLL for (int r = 0; r < kRuns; ++r) {
     float e[8], u[8];
     scheduling_barrier();
     eight(x, r);
-    FSL_UNROLL for (int i = 0; i < 8; ++i) u[i] = fma(x[i], reference.scale, -reference.rounded);
+    FSL_UNROLL for (int i = 0; i < 8; ++i) u[i] = fma(x[i], reference.unit_log2, -reference.rounded);
     FSL_UNROLL for (int i = 0; i < 8; ++i) e[i] = exp2(u[i]);
     total += sum_eight(e);
     if (kStatistics > kArgmax) {
@@ -81,7 +81,7 @@ FSL_DEVICE void accumulate(Running& s, const Eight& eight, const Sum& sum, int f
 template <class T, int kStatistics, bool kSoftcap, bool kShifted>
 struct RowStats {
   // A tile whose chunks all lie in the row: kRuns independent loads, then the arithmetic.
-  static FSL_DEVICE void whole_tile(Running& s, const Row& row, int first, const Scales& z) {
+  static FSL_DEVICE void whole_tile(Running& s, const Row& row, int first, const Units& z) {
     const int stride = 8 * block_threads();
     uint32_t words[kRuns][T::kWords];
     FSL_UNROLL for (int r = 0; r < kRuns; ++r)
@@ -93,7 +93,7 @@ struct RowStats {
   }
 
   // The tile at either end of a row. Vectors that lie in the row are loaded whole, others logit by logit.
-  static FSL_DEVICE void edge_tile(Running& s, const Row& row, int first, int end, const Scales& z) {
+  static FSL_DEVICE void edge_tile(Running& s, const Row& row, int first, int end, const Units& z) {
     const int stride = 8 * block_threads();
     uint32_t words[kRuns][T::kWords];
     FSL_UNROLL for (int r = 0; r < kRuns; ++r) {
@@ -119,7 +119,7 @@ struct RowStats {
   }
 
   // Adds columns [begin, end) to `s`.
-  static FSL_DEVICE Running columns(const Row& row, int begin, int end, const Scales& z, Running s = {}) {
+  static FSL_DEVICE Running columns(const Row& row, int begin, int end, const Units& z, Running s = {}) {
     const int tile = 8 * kRuns * block_threads(), mine = 8 * thread_id();
     for (int first = begin; first < end; first += tile) {
       for (; first + tile <= end && chunks_inside<T, kShifted>(row, first, tile, row.skew); first += tile)
@@ -132,12 +132,13 @@ struct RowStats {
 
   // Block reduce; every thread gets the result. A thread's sums include the factor 2^rest of reference_of;
   // the result does not.
-  static FSL_DEVICE Stats reduce_block(const Running& s, const Scales& z, int64_t vocab_start) {
+  static FSL_DEVICE Stats reduce_block(const Running& s, const Units& z, int64_t vocab_start) {
     FSL_SHARED(float, tops, kMaxWarps);
     FSL_SHARED(float, totals, kMaxWarps);
     const float top = block_reduce(s.top, Max{}, tops);
     const Reference reference = reference_of(not_minus_infinity(top), z);
-    const float delta = (s.top * reference.scale - reference.rounded) - reference.rest, shrink = exp2(delta);
+    const float delta = (s.top * reference.unit_log2 - reference.rounded) - reference.rest,
+                shrink = exp2(delta);
     Stats result;
     result.top = top;
     result.total = block_reduce(s.total * shrink, Add{}, totals);
@@ -162,14 +163,14 @@ struct RowStats {
 
 // x of the row's target, 0 if this shard does not hold it.
 template <class T, bool kSoftcap>
-FSL_DEVICE float target_value(const StatsArgs& a, const Row& row, uint32_t n, const Scales& z) {
+FSL_DEVICE float target_value(const StatsArgs& a, const Row& row, uint32_t n, const Units& z) {
   const int own = own_column(a.target[n], a.math.vocab_start, a.logits);
   return own < 0 ? 0.0f : capped<kSoftcap>(load_one<T>(row, own), z);
 }
 
 template <class T, int kStatistics, bool kSoftcap, bool kShifted>
 FSL_KERNEL(512, kStatistics > kSum || kSoftcap ? 4 : 8)
-row_stats_kernel(StatsArgs a, Scales z, RowSplit split) {
+row_stats_kernel(StatsArgs a, Units z, RowSplit split) {
   const uint32_t n = block_id() / split.blocks, part = block_id() % split.blocks;
   const int valid = static_cast<int>(a.logits.valid), segments = (valid + split.segment - 1) / split.segment;
   float* stats = a.stats + int64_t{n} * kStatistics;

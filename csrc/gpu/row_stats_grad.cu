@@ -54,7 +54,7 @@ void row_stats_grad(const StatsGradArgs& a, const Chip& chip, void* stream) {
       with_bool(shifted, [&](auto moved) {
         constexpr bool kShifted = decltype(moved)::value && !kUnalignedAccess;
         launch("row_stats_grad", row_stats_grad_kernel<T, softcap(), kShifted>, grid, stream, a,
-               scales_of(a.grad.math), holding);
+               units_of(a.grad.math), holding);
       });
     });
   });

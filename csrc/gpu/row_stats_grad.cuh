@@ -30,7 +30,7 @@ constexpr int kHeldWords = 64;
 // others are -inf.
 template <bool kSoftcap, class T, class There>
 FSL_DEVICE void held_tile(Running& s, uint32_t (&words)[kRuns][T::kWords], T, const There& there,
-                          const Scales& z) {
+                          const Units& z) {
   const auto eight = [&](float* x, int r) {
     FSL_UNROLL for (int i = 0; i < T::kWords; ++i) optimisation_barrier(words[r][i]);
     FSL_UNROLL for (int i = 0; i < 8; ++i) x[i] = capped<kSoftcap>(T::element(words[r], i), z);
@@ -87,7 +87,7 @@ struct HeldInShared {
     }
   }
 
-  FSL_DEVICE void statistics(Running& s, const Scales& z) const {
+  FSL_DEVICE void statistics(Running& s, const Units& z) const {
     const int stride = 8 * block_threads();
     for (int first = begin + 8 * thread_id(); first < end; first += kRuns * stride) {
       const auto there = [&](int r) { return first + r * stride < end; };
@@ -101,7 +101,7 @@ struct HeldInShared {
   }
 
   // Adds columns [end, whole), which did not fit.
-  FSL_DEVICE void rest(Running& s, const Row& row, int whole, const Scales& z) const {
+  FSL_DEVICE void rest(Running& s, const Row& row, int whole, const Units& z) const {
     s = RowStats<T, 4, kSoftcap, kShifted>::columns(row, end, whole, z, s);
   }
 
@@ -113,7 +113,7 @@ struct HeldInShared {
   // The vectors of the gradient start at an aligned address, those of the logits at `begin`. So a thread may
   // need logits that other threads loaded. They are complete, because the block reduce of the statistics
   // contains a barrier.
-  FSL_DEVICE void gradient_to(const Row& out, const GradConstants& g, const Scales& z) const {
+  FSL_DEVICE void gradient_to(const Row& out, const GradConstants& g, const Units& z) const {
     const int aligned = kShifted ? aligned_column<T>(out, begin) : begin,
               first = aligned < end ? aligned : end;
     const int skew = (first - begin) * T::kBytes % 16, last = first + (end - first) / 8 * 8;
@@ -161,7 +161,7 @@ struct HeldInRegisters {
   }
 
   FSL_DEVICE void tile_statistics(Running& s, uint32_t (&tile_words)[kRuns][T::kWords], int tile, int last,
-                                  const Scales& z) const {
+                                  const Units& z) const {
     const auto there = [&](int r) { return static_cast<int>(lane) < last - first(tile, r); };
     if (first(tile + 1, 0) > last) {
       FSL_UNROLL for (int r = 0; r < kRuns; ++r) if (!there(r)) nothing<T>(tile_words[r]);
@@ -177,7 +177,7 @@ struct HeldInRegisters {
     FSL_UNROLL for (int tile = 0; tile < kTiles; ++tile) load_tile(words[tile], row, tile, this->end);
   }
 
-  FSL_DEVICE void statistics(Running& s, const Scales& z) {
+  FSL_DEVICE void statistics(Running& s, const Units& z) {
     FSL_UNROLL for (int tile = 0; tile < kTiles; ++tile) {
       scheduling_barrier();
       recompute_addresses();
@@ -186,7 +186,7 @@ struct HeldInRegisters {
   }
 
   // Adds columns [end, whole), for which there were no registers.
-  FSL_DEVICE void rest(Running& s, const Row& row, int whole, const Scales& z) const {
+  FSL_DEVICE void rest(Running& s, const Row& row, int whole, const Units& z) const {
     for (int tile = kTiles; first(tile, 0) < whole; ++tile) {
       uint32_t more[kRuns][T::kWords];
       load_tile(more, row, tile, whole);
@@ -194,7 +194,7 @@ struct HeldInRegisters {
     }
   }
 
-  FSL_DEVICE void gradient_to(const Row& out, const GradConstants& g, const Scales& z) {
+  FSL_DEVICE void gradient_to(const Row& out, const GradConstants& g, const Units& z) {
     FSL_UNROLL for (int tile = 0; tile < kTiles; ++tile) FSL_UNROLL for (int r = 0; r < kRuns; ++r) {
       float x[8];
       scheduling_barrier();
@@ -210,11 +210,11 @@ struct HeldInRegisters {
 };
 
 // Adds one logit to `s`; -inf if there is none.
-FSL_DEVICE void add_one(Running& s, float x, bool there, const Scales& z) {
+FSL_DEVICE void add_one(Running& s, float x, bool there, const Units& z) {
   const float top = max(s.top, x);
   const Reference reference = reference_of(not_minus_infinity(top), z);
-  const float shrink = exp2(s.top * reference.scale - reference.rounded);
-  s.total = fma(s.total, shrink, exp2(fma(x, reference.scale, -reference.rounded)));
+  const float shrink = exp2(s.top * reference.unit_log2 - reference.rounded);
+  s.total = fma(s.total, shrink, exp2(fma(x, reference.unit_log2, -reference.rounded)));
   s.x_sum += there ? x : 0.0f;
   s.top = top;
 }
@@ -235,7 +235,7 @@ FSL_DEVICE Stats reduce_cluster(const Stats& mine, int cluster, float unit) {
 
 template <class T, bool kSoftcap, bool kShifted>
 FSL_KERNEL(FSL_VENDOR(512, 1024), 4)
-row_stats_grad_kernel(StatsGradArgs a, Scales z, Holding holding) {
+row_stats_grad_kernel(StatsGradArgs a, Units z, Holding holding) {
   using Held =
       std::conditional_t<kUnalignedAccess, HeldInRegisters<T, kSoftcap>, HeldInShared<T, kSoftcap, kShifted>>;
   // If loads and stores work at any address, one kernel serves all rows.
@@ -280,11 +280,11 @@ row_stats_grad_kernel(StatsGradArgs a, Scales z, Holding holding) {
     a.loss[n] = row.loss * a.weight[n];
     store_normalizer(a.normalizer, n, row.top, row.total);
   }
-  const float scale = scale_of(grad.scale, n);
-  if (scale == 0) {
+  const float factor = factor_of(grad.factor, n);
+  if (factor == 0) {
     Gradient::zero_columns(out, begin, until());
   } else {
-    const GradConstants g = grad_constants<kSoftcap>(grad, z, n, scale, row.top, row.total);
+    const GradConstants g = grad_constants<kSoftcap>(grad, z, n, factor, row.top, row.total);
     Gradient::any_columns(in, out, g, z, held.end, end);
     held.gradient_to(out, g, z);
     Gradient::zero_columns(out, end, until());

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..scoring import Scoring
 from ..targets import Targets
-from .contract import RowScale
+from .contract import RowFactor
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Dtype of csrc/args.h
 
@@ -65,8 +65,8 @@ def gathered(stats: Tensor) -> tuple:
     return (stats.data_ptr(), *stats.shape, stats.stride(0))
 
 
-def row_scale(scale: RowScale) -> tuple:
-    """struct RowScale."""
-    grad, weight, weight_sum = scale
+def row_factor(factor: RowFactor) -> tuple:
+    """struct RowFactor."""
+    grad, weight, weight_sum = factor
     stride = grad.stride(0) if grad.dim() else 0
     return grad.data_ptr(), stride, address(weight), address(weight_sum)

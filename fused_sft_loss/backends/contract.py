@@ -58,7 +58,7 @@ class Losses(NamedTuple):
         return cls(result, *targets, normalizer)
 
 
-class RowScale(NamedTuple):
+class RowFactor(NamedTuple):
     """The factor of each row's gradient: weight * (grad / weight_sum).
 
     Where the weight is 0, the factor is 0, even if the upstream gradient is not finite.
@@ -77,9 +77,9 @@ class RowScale(NamedTuple):
             return grad
         return torch.where(self.weight != 0, grad * self.weight, 0.0)
 
-    def of_rows(self, rows: slice) -> "RowScale":
+    def of_rows(self, rows: slice) -> "RowFactor":
         """The factors of some of the rows."""
-        return RowScale(
+        return RowFactor(
             self.grad[rows] if self.grad.dim() else self.grad,
             None if self.weight is None else self.weight[rows],
             self.weight_sum,
@@ -117,13 +117,13 @@ class Backend(Protocol):
         logits: Tensor,
         normalizer: Tensor,
         target: Tensor,
-        scale: RowScale,
+        factor: RowFactor,
         math: RowMath,
         out: Tensor,
     ) -> None:
-        """Write the gradient of scale * loss to `out`, which may be `logits` itself.
+        """Write the gradient of factor * loss to `out`, which may be `logits` itself.
 
-        It is computed in fp32 and rounded once. A row with scale 0 is not read (eager on an
+        It is computed in fp32 and rounded once. A row with factor 0 is not read (eager on an
         accelerator reads it); its gradient is 0.
         """
 
@@ -142,24 +142,24 @@ class CompiledBackend(Backend, Protocol):
         logits: Tensor,
         target: Tensor,
         weight: Tensor,
-        scale: Tensor,
+        factor: Tensor,
         math: RowMath,
         out: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """row_stats, merge and row_grad from one read of each row, for an unsharded vocabulary.
-        Returns the losses `[N]` and the normalizer. `scale` is `[N]`."""
+        Returns the losses `[N]` and the normalizer. `factor` is `[N]`."""
 
     def row_regrad(
         self,
         logits: Tensor,
         normalizer: Tensor,
         target: Tensor,
-        scale: RowScale,
+        factor: RowFactor,
         math: RowMath,
         out: Tensor,
         stored: Tensor,
     ) -> None:
-        """row_grad, but only for rows whose scale differs from `stored` in its bits."""
+        """row_grad, but only for rows whose factor differs from `stored` in its bits."""
 
-    def row_rescale(self, grad: Tensor, scale: RowScale, stored: Tensor, math: RowMath) -> None:
-        """Multiply the rows of a gradient whose scale differs from `stored` by scale / stored."""
+    def row_rescale(self, grad: Tensor, factor: RowFactor, stored: Tensor, math: RowMath) -> None:
+        """Multiply the rows of a gradient whose factor differs from `stored` by factor / stored."""

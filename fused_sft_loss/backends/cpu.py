@@ -8,7 +8,7 @@ from ..rowmath import RowMath
 from ..scoring import Scoring
 from ..targets import Targets
 from . import arguments
-from .contract import REDUCTIONS, Losses, RowScale, losses_like, normalizer_like, result_like
+from .contract import REDUCTIONS, Losses, RowFactor, losses_like, normalizer_like, result_like
 from .eager import merge_metrics
 
 #: Version, compiler, instruction sets (fastest first) and the one in use, threading.
@@ -98,7 +98,7 @@ def row_grad(
     logits: Tensor,
     normalizer: Tensor,
     target: Tensor,
-    scale: RowScale,
+    factor: RowFactor,
     math: RowMath,
     out: Tensor,
     stored: Tensor | None = None,
@@ -109,7 +109,7 @@ def row_grad(
         math,
         target.data_ptr(),
         normalizer.data_ptr(),
-        arguments.row_scale(scale),
+        arguments.row_factor(factor),
         arguments.address(stored),
         torch.get_num_threads(),
     )
@@ -119,7 +119,7 @@ row_regrad = row_grad
 
 
 def row_stats_grad(
-    logits: Tensor, target: Tensor, weight: Tensor, scale: Tensor, math: RowMath, out: Tensor
+    logits: Tensor, target: Tensor, weight: Tensor, factor: Tensor, math: RowMath, out: Tensor
 ) -> tuple[Tensor, Tensor]:
     losses, normalizer = losses_like(weight)
     _cpu.row_stats_grad(
@@ -128,7 +128,7 @@ def row_stats_grad(
         math,
         target.data_ptr(),
         weight.data_ptr(),
-        arguments.row_scale(RowScale(scale)),
+        arguments.row_factor(RowFactor(factor)),
         losses.data_ptr(),
         normalizer.data_ptr(),
         torch.get_num_threads(),
@@ -136,11 +136,11 @@ def row_stats_grad(
     return losses, normalizer
 
 
-def row_rescale(grad: Tensor, scale: RowScale, stored: Tensor, math: RowMath) -> None:
+def row_rescale(grad: Tensor, factor: RowFactor, stored: Tensor, math: RowMath) -> None:
     _cpu.row_rescale(
         arguments.rows(grad),
         math,
-        arguments.row_scale(scale),
+        arguments.row_factor(factor),
         stored.data_ptr(),
         torch.get_num_threads(),
     )

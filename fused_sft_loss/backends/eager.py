@@ -15,7 +15,7 @@ from ..scoring import Scoring
 from ..shards import merge, merge_metrics
 from ..targets import Targets, weighted_mean
 from ..targets import row_targets as targets_of
-from .contract import ARGMAX, MAXIMUM, MOMENT, SUM, SUM_EXP, TARGET, RowScale
+from .contract import ARGMAX, MAXIMUM, MOMENT, SUM, SUM_EXP, TARGET, RowFactor
 
 __all__ = [
     "merge",
@@ -219,18 +219,18 @@ def row_grad(
     logits: Tensor,
     normalizer: Tensor,
     target: Tensor,
-    scale: RowScale,
+    factor: RowFactor,
     math: RowMath,
     out: Tensor,
 ) -> None:
     batch, seq, width = logits.shape
-    factor = scale.values()
-    valid, scored = math.valid_columns(width), factor != 0
+    factors = factor.values()
+    valid, scored = math.valid_columns(width), factors != 0
     maximum, total = normalizer.unsqueeze(1).unbind(-1)
-    softmax_factor = factor.unsqueeze(-1) / total
+    softmax_factor = factors.unsqueeze(-1) / total
     if math.z_loss:
         softmax_factor *= 1 + 2 * math.z_loss * (maximum * math.unit + total.log())
-    smoothing = (factor * (math.label_smoothing / math.vocab_size)).unsqueeze(-1)
+    smoothing = (factors * (math.label_smoothing / math.vocab_size)).unsqueeze(-1)
 
     def softmax_part(x: Tensor, rows: Rows) -> Tensor:
         grad = scaled(x.sub_(maximum[rows]), math.unit).exp_().mul_(softmax_factor[rows])
@@ -239,7 +239,7 @@ def row_grad(
     # Read the targets before `out` is written: it may be the logits.
     rows, targets, here = at_targets(logits, target, scored, math)
     x, bent = transform(*load(logits[targets].unsqueeze(-1)), math)
-    grad = softmax_part(x, rows).sub_((factor[rows] * (1 - math.label_smoothing)).unsqueeze(-1))
+    grad = softmax_part(x, rows).sub_((factors[rows] * (1 - math.label_smoothing)).unsqueeze(-1))
     grad_of_target = chain(grad, bent, math).squeeze(-1).to(out.dtype)
     memory = scratch(valid, logits.device)
     for index, rows in tiles(scored, batch, seq, valid):

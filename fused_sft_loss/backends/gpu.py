@@ -16,7 +16,7 @@ from ..rowmath import RowMath
 from ..scoring import Scoring
 from ..targets import Targets
 from . import arguments
-from .contract import REDUCTIONS, Losses, RowScale, losses_like, normalizer_like, result_like
+from .contract import REDUCTIONS, Losses, RowFactor, losses_like, normalizer_like, result_like
 from .current_device import on, stream
 
 
@@ -134,7 +134,7 @@ class Gpu:
         logits: Tensor,
         normalizer: Tensor,
         target: Tensor,
-        scale: RowScale,
+        factor: RowFactor,
         math: RowMath,
         out: Tensor,
         stored: Tensor | None = None,
@@ -147,7 +147,7 @@ class Gpu:
             math,
             target.data_ptr(),
             normalizer.data_ptr(),
-            arguments.row_scale(scale),
+            arguments.row_factor(factor),
             arguments.address(stored),
         )
 
@@ -158,7 +158,7 @@ class Gpu:
         logits: Tensor,
         target: Tensor,
         weight: Tensor,
-        scale: Tensor,
+        factor: Tensor,
         math: RowMath,
         out: Tensor,
     ) -> tuple[Tensor, Tensor]:
@@ -171,19 +171,19 @@ class Gpu:
             math,
             target.data_ptr(),
             weight.data_ptr(),
-            arguments.row_scale(RowScale(scale)),
+            arguments.row_factor(RowFactor(factor)),
             losses.data_ptr(),
             normalizer.data_ptr(),
         )
         return losses, normalizer
 
-    def row_rescale(self, grad: Tensor, scale: RowScale, stored: Tensor, math: RowMath) -> None:
+    def row_rescale(self, grad: Tensor, factor: RowFactor, stored: Tensor, math: RowMath) -> None:
         self._launch(
             self.module.row_rescale,
             grad.device,
             arguments.rows(grad),
             math,
-            arguments.row_scale(scale),
+            arguments.row_factor(factor),
             stored.data_ptr(),
         )
 

@@ -16,7 +16,7 @@ from ..triton_kernels import row_targets as row_targets_kernels
 from ..triton_kernels.launch import INTERPRETED as _INTERPRETED
 from ..triton_kernels.launch import Launch, Shape, chip_of
 from ..triton_kernels.tune import choose
-from .contract import RowScale, losses_like
+from .contract import RowFactor, losses_like
 from .current_device import on
 
 __all__ = [
@@ -80,14 +80,14 @@ def row_grad(
     logits: Tensor,
     normalizer: Tensor,
     target: Tensor,
-    scale: RowScale,
+    factor: RowFactor,
     math: RowMath,
     out: Tensor,
 ) -> None:
     chip = chip_of(logits.device)
 
     def launch(shape: Shape, out: Tensor = out) -> None:
-        plan = row_grad_kernels.plan(chip, shape, math, logits, normalizer, target, scale, out)
+        plan = row_grad_kernels.plan(chip, shape, math, logits, normalizer, target, factor, out)
         _run(logits, plan)
 
     # Autotuning runs the kernel repeatedly, so it writes to a scratch tensor; in-place logits would

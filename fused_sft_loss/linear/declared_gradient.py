@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import groups
 from ..backends import selection
-from ..backends.contract import RowScale
+from ..backends.contract import RowFactor
 from ..operators import differentiable, first_order, operator
 from ..rowmath import RowMath
 from . import main_grad, one_pass, products
@@ -63,7 +63,7 @@ def _computed(
             selection.load(backend),
             inputs.head,
             inputs.rows,
-            RowScale(stored, inputs.row_weight),
+            RowFactor(stored, inputs.row_weight),
             math.read(),
             size,
             group_name,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import autograd, groups
 from ..backends import selection
-from ..backends.contract import METRICS, RowScale, normalizer_like, result_like, statistics_for
+from ..backends.contract import METRICS, RowFactor, normalizer_like, result_like, statistics_for
 from ..operators import differentiable, first_order, operator
 from ..rowmath import RowMath
 from ..scoring import Scoring
@@ -159,7 +159,7 @@ def _write_gradients(
             inputs.head,
             inputs.rows,
             normalizer,
-            RowScale(grad, inputs.row_weight, divisor),
+            RowFactor(grad, inputs.row_weight, divisor),
             math.read(),
             size,
             into,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import shards
-from ..backends.contract import Backend, RowScale, statistics_for
+from ..backends.contract import Backend, RowFactor, statistics_for
 from ..rowmath import RowMath
 from . import products
 from .head import Head
@@ -61,13 +61,13 @@ def losses_and_gradients(
     kernels: Backend,
     head: Head,
     rows: ScoredRows,
-    scale: RowScale,
+    factor: RowFactor,
     math: RowMath,
     size: int,
     group_name: str,
     wanted: list[bool],
 ) -> Sums:
-    """The losses of the rows, and the gradients of the sum of scale * loss.
+    """The losses of the rows, and the gradients of the sum of factor * loss.
 
     size: logits of a chunk.
     """
@@ -76,9 +76,9 @@ def losses_and_gradients(
     for chunk in _chunks(kernels, head, rows, math, size, group_name):
         under_way.append(chunk)
         if len(under_way) == _buffers(group_name):
-            _finish(kernels, head, rows, scale, math, under_way.popleft(), sums)
+            _finish(kernels, head, rows, factor, math, under_way.popleft(), sums)
     for chunk in under_way:
-        _finish(kernels, head, rows, scale, math, chunk, sums)
+        _finish(kernels, head, rows, factor, math, chunk, sums)
     return sums
 
 
@@ -110,7 +110,7 @@ def _finish(
     kernels: Backend,
     head: Head,
     rows: ScoredRows,
-    scale: RowScale,
+    factor: RowFactor,
     math: RowMath,
     chunk: _Chunk,
     sums: Sums,
@@ -122,7 +122,7 @@ def _finish(
     sums.losses[some] = losses
     if sums.hidden is None and sums.weight is None and sums.bias is None:
         return
-    kernels.row_grad(chunk.logits, normalizer, target, scale.of_rows(some), math, chunk.logits)
+    kernels.row_grad(chunk.logits, normalizer, target, factor.of_rows(some), math, chunk.logits)
     grad = chunk.logits[0]
     grad_inputs = torch.zeros_like(chunk.inputs, dtype=torch.float32)
     for part in _columns(head):

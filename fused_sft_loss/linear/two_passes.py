@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from .. import shards
-from ..backends.contract import Backend, RowScale
+from ..backends.contract import Backend, RowFactor
 from ..rowmath import RowMath
 from . import products
 from .gradients import Gradients, WeightTile
@@ -56,7 +56,7 @@ def gradients(
     head: Head,
     rows: ScoredRows,
     normalizer: Tensor,
-    scale: RowScale,
+    factor: RowFactor,
     math: RowMath,
     size: int,
     into: Gradients,
@@ -78,7 +78,7 @@ def gradients(
         for some in tiling.rows_of_tiles():
             logits = _logits(head, inputs[some], weight, columns, tile)
             kernels.row_grad(
-                logits, normalizer[some], rows.target[some], scale.of_rows(some), here, logits
+                logits, normalizer[some], rows.target[some], factor.of_rows(some), here, logits
             )
             grad = logits[0]
             if grad_inputs is not None:

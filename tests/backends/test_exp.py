@@ -16,12 +16,12 @@ SUBNORMAL = 2.0**-126
 LOG2E = torch.tensor(1.4426950408889634, dtype=torch.float32)
 
 
-def native_exp(x, scale=1.0):
-    """e^(scale * x)."""
+def native_exp(x, unit=1.0):
+    """e^(unit * x)."""
     x = x.contiguous()
     out = torch.empty_like(x)
-    scale2 = (torch.tensor(scale) * LOG2E).item()
-    selection.load("cpu")._cpu.exp(x.data_ptr(), out.data_ptr(), x.numel(), scale2)
+    unit_log2 = (torch.tensor(unit) * LOG2E).item()
+    selection.load("cpu")._cpu.exp(x.data_ptr(), out.data_ptr(), x.numel(), unit_log2)
     return out
 
 
@@ -31,9 +31,9 @@ def every_nth_float(low, high, step):
     return torch.arange(first, last, step, dtype=torch.int32).view(torch.float32)
 
 
-@pytest.mark.parametrize("scale", [1.0, 0.7, 4.0, 1 / 3])
+@pytest.mark.parametrize("unit", [1.0, 0.7, 4.0, 1 / 3])
 @pytest.mark.parametrize("name", NATIVE)
-def test_error_bound_over_the_domain(name, scale):
+def test_error_bound_over_the_domain(name, unit):
     x = torch.cat(
         [
             every_nth_float(-1e-38, -88.1, 997),
@@ -41,13 +41,13 @@ def test_error_bound_over_the_domain(name, scale):
             torch.linspace(0, 88.0, 100_003),
         ]
     )
-    x = x / scale
+    x = x / unit
     with using(name):
-        got = native_exp(x, scale).double()
-    z = x.double() * torch.tensor(scale).double()
+        got = native_exp(x, unit).double()
+    z = x.double() * torch.tensor(unit).double()
     want = z.exp()
     error = (got - want).abs()
-    per_unit = (9e-8 if name == "cpu-baseline" else 3e-8) + (0 if scale == 1 else 6e-8)
+    per_unit = (9e-8 if name == "cpu-baseline" else 3e-8) + (0 if unit == 1 else 6e-8)
     bound = torch.where(want < SUBNORMAL, SUBNORMAL, want * (RELATIVE + z.abs() * per_unit))
     worst = (error / bound).argmax()
     assert (error <= bound).all(), (

@@ -203,13 +203,13 @@ def test_a_cache_that_holds_the_logits_is_remarked():
 
 
 def test_a_forward_that_computes_the_gradient_says_so_beside_those_that_do_not():
-    early, plain = PROVIDERS["ours-cpu-oneread-new"], PROVIDERS["ours-cpu-new"]
+    one_read, plain = PROVIDERS["ours-cpu-oneread-new"], PROVIDERS["ours-cpu-new"]
     for mode, told in (("fwd", True), ("bwd", True), ("full", False)):
         rows = record.Rows([case_of()], mode)
-        rows.add_all([early, plain, PROVIDERS["liger"]], "cuda")
+        rows.add_all([one_read, plain, PROVIDERS["liger"]], "cuda")
         titles = {row["provider"]: row["title"] for row in rows.rows.values()}
         assert titles[plain.name] == plain.title
-        for provider in (early, PROVIDERS["liger"]):
+        for provider in (one_read, PROVIDERS["liger"]):
             assert ("gradient in forward" in titles[provider.name]) == told
 
 

@@ -146,7 +146,7 @@ def test_every_compiled_target_has_a_budget():
 def test_one_exp_per_element_and_little_more(compiled):
     """A thread rescales its sum once per tile. A softcap takes one more exp per element."""
     _, records = compiled
-    once = {"statistics": 1.0, "gradient": 1.0, "one read": 2.0, "scaling": 0.0, None: 0.0}
+    once = {"statistics": 1.0, "gradient": 1.0, "one read": 2.0, "rescaling": 0.0, None: 0.0}
     # One read from registers: all straight-line code counts, even a softcap's for leftover logits.
     more = {"statistics": 1 / 8, "one read": 1.5 if compiled[0].startswith("gfx") else 1 / 8}
     for r in records:
@@ -166,7 +166,7 @@ def test_four_loads_at_once(compiled):
     is the limit, and in unaligned one-read kernels."""
     _, records = compiled
     for r in records:
-        if r["pass"] and r["pass"] != "scaling":
+        if r["pass"] and r["pass"] != "rescaling":
             least = (
                 2 if "softcap" in r["name"] or r["pass"] == "one read" and not r["aligned"] else 4
             )
@@ -191,7 +191,7 @@ def test_executed_as_read(audits):
         for r in audit["records"]
         if is_plain(r) and r["columns"] is None
     }
-    plain = {key: loop for key, loop in plain.items() if key[1] != "scaling"}
+    plain = {key: loop for key, loop in plain.items() if key[1] != "rescaling"}
     assert len(audit["executed"]) == len(plain) == 9
     for one in audit["executed"]:
         loop = plain[one["dtype"], one["pass"]]
@@ -229,13 +229,13 @@ def test_a_named_backend_without_a_compiler(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("mangled", "expected"),
     {
-        "_ZN3fsl3gpu16row_stats_kernelINS0_4BF16ELi4ELb0ELb1EEEvNS_9StatsArgsENS0_6ScalesE": (
+        "_ZN3fsl3gpu16row_stats_kernelINS0_4BF16ELi4ELb0ELb1EEEvNS_9StatsArgsENS0_5UnitsE": (
             instances.Instance("row_stats", "bfloat16", 4, False, True)
         ),
-        "_ZN3fsl3gpu15row_grad_kernelINS0_3F32ELb1ELb0EEEvNS_8GradArgsENS0_6ScalesEii": (
+        "_ZN3fsl3gpu15row_grad_kernelINS0_3F32ELb1ELb0EEEvNS_8GradArgsENS0_5UnitsEii": (
             instances.Instance("row_grad", "float32", None, True, False)
         ),
-        "_ZN3fsl3gpu21row_stats_grad_kernelINS0_3F16ELb0ELb1EEEvNS_13StatsGradArgsENS0_6Scales": (
+        "_ZN3fsl3gpu21row_stats_grad_kernelINS0_3F16ELb0ELb1EEEvNS_13StatsGradArgsENS0_5Units": (
             instances.Instance("row_stats_grad", "float16", None, False, True)
         ),
         "_ZN3fsl3gpu18row_rescale_kernelINS0_4BF16EEEvNS_11RescaleArgsEii": (

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from cases import DTYPES, Case, build, cases, expected, gradient_scale, run, storage_grad
+from cases import DTYPES, Case, build, cases, expected, largest_term, run, storage_grad
 from closeness import PRODUCT, assert_grad, assert_losses
 from hypothesis import given, settings
 
@@ -59,8 +59,8 @@ def test_losses_and_gradients_over_the_option_product(backend, case):
     losses, grad = run(on_device(case), backend, upstream.cuda())
     assert_losses(losses.cpu(), want)
     if case.view != "batch_expanded":  # torch adds the copies' rounded gradients
-        scale = gradient_scale(case, want, upstream)
-        assert_grad(grad.cpu(), storage_grad(case, want.grad), case.storage.dtype, scale)
+        largest = largest_term(case, want, upstream)
+        assert_grad(grad.cpu(), storage_grad(case, want.grad), case.storage.dtype, largest)
 
 
 @on_every_backend
@@ -115,14 +115,14 @@ def test_one_read_over_the_option_product(backend, inplace, case):
     )  # fmt: skip
     losses.backward(upstream.cuda().view_as(losses))
     assert_losses(losses.detach().cpu(), want)
-    scale = gradient_scale(case, want, upstream)
+    largest = largest_term(case, want, upstream)
     if inplace:  # rescaled rows are rounded twice: as exact as one rounding to one bit less
         rounding = {torch.float32: 2**-22, torch.bfloat16: 2**-7, torch.float16: 2**-10}
         wanted, rtol = storage_grad(case, want.grad), rounding[case.storage.dtype]
-        atol = 2e-6 * scale + 2**-23
+        atol = 2e-6 * largest + 2**-23
         torch.testing.assert_close(leaf.grad.cpu().double(), wanted, rtol=rtol, atol=atol)
     else:
-        assert_grad(leaf.grad.cpu(), storage_grad(case, want.grad), case.storage.dtype, scale)
+        assert_grad(leaf.grad.cpu(), storage_grad(case, want.grad), case.storage.dtype, largest)
 
 
 @on_compiled_backends

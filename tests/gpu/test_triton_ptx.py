@@ -141,7 +141,7 @@ def drop(text, pattern, number):
 @needs_liger
 @pytest.mark.parametrize("target", sampled(TARGETS))
 def test_executed_beside_liger(target):
-    """A training step's kernels and Liger's, on the same two whole rows; Liger's scaling alone."""
+    """A training step's kernels and Liger's on the same two whole rows; Liger's rescaling alone."""
     from bench.without_gpu.codegen import peers
 
     columns = 32768 + 512
@@ -155,11 +155,11 @@ def test_executed_beside_liger(target):
     expected = ours.grad[0].float() * (peers.UPSTREAM / 2)  # the mean of two rows
     torch.testing.assert_close(theirs.detach().float(), expected, rtol=2**-7, atol=1e-7)
     elements = 2 * columns
-    fused, scaling = (machine.counts for machine in machines)
+    fused, rescaling = (machine.counts for machine in machines)
     passes = [ours.counts["statistics"], ours.counts["gradient"]]
-    assert wide(fused, "X_ptr") == 6 * elements and wide(scaling, "X_ptr") == 4 * elements
+    assert wide(fused, "X_ptr") == 6 * elements and wide(rescaling, "X_ptr") == 4 * elements
     assert sum(wide(c, "logits") + wide(c, "grad") for c in passes) == 6 * elements
-    instructions = [32 * c.warp_instructions / elements for c in (*passes, fused, scaling)]
+    instructions = [32 * c.warp_instructions / elements for c in (*passes, fused, rescaling)]
     ours_text = " + ".join(f"{n:.2f}" for n in instructions[:2])
     print(f"{target}: PTX instructions per element: {ours_text}, Liger {instructions[2]:.2f}")
     assert instructions[0] + instructions[1] <= instructions[2]

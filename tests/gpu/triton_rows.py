@@ -19,7 +19,7 @@ from wrong_calls import TABLE
 import fused_sft_loss as fsl
 from fused_sft_loss import scoring
 from fused_sft_loss.backends import triton as kernels
-from fused_sft_loss.backends.contract import RowScale
+from fused_sft_loss.backends.contract import RowFactor
 from fused_sft_loss.rowmath import RowMath
 from fused_sft_loss.scoring import Scoring
 from fused_sft_loss.targets import row_targets
@@ -57,7 +57,7 @@ def test_same_bits_whatever_the_split(small_tiles, monkeypatch, dtype, softcap, 
         monkeypatch.setattr(row_grad, "splits", lambda *_, n=parts: n)
         stats = kernels.row_stats(logits, target, weight, math, columns)
         grad = torch.empty_like(logits)
-        kernels.row_grad(logits, stats[:, :2].contiguous(), target, RowScale(weight), math, grad)
+        kernels.row_grad(logits, stats[:, :2].contiguous(), target, RowFactor(weight), math, grad)
         results.append((stats, grad))
     assert results[0][0][:, 1].count_nonzero() == (weight != 0).sum()
     for stats, grad in results[1:]:
@@ -147,22 +147,22 @@ def test_scored_rows_are_read_once_and_masked_ones_never(small_tiles, monkeypatc
     wanted[:, 3000:] = 0  # padding
     wanted[torch.arange(4), target] *= 2  # the target's logit is read once more
     assert torch.equal(read, wanted)
-    scale = weight.clone()
-    scale[2] = 0  # the upstream gradient of row 2 is 0
+    factor = weight.clone()
+    factor[2] = 0  # the upstream gradient of row 2 is 0
     with recorded_accesses() as (loads, stores):
-        kernels.row_grad(logits, stats[:, :2].contiguous(), target, RowScale(scale), MATH, grad)
-    wanted = (scale != 0).long().unsqueeze(1).expand(-1, 3007).clone()
+        kernels.row_grad(logits, stats[:, :2].contiguous(), target, RowFactor(factor), MATH, grad)
+    wanted = (factor != 0).long().unsqueeze(1).expand(-1, 3007).clone()
     wanted[:, 3000:] = 0
     assert torch.equal(counts(loads, logits).flatten(0, 1), wanted)
     assert (counts(stores, grad) == 1).all()
-    assert (grad.flatten(0, 1)[scale == 0] == 0).all() and (grad[..., 3000:] == 0).all()
+    assert (grad.flatten(0, 1)[factor == 0] == 0).all() and (grad[..., 3000:] == 0).all()
 
 
 def test_backward_begins_with_the_last_row(small_tiles):
     logits, target, weight = rows_of(torch.float32)
     grad = torch.empty_like(logits)
     with recorded_accesses() as (_, stores):
-        kernels.row_grad(logits, torch.ones(4, 2), target, RowScale(weight), MATH, grad)
+        kernels.row_grad(logits, torch.ones(4, 2), target, RowFactor(weight), MATH, grad)
     rows = [(int(store[0]) - grad.data_ptr()) // (4 * 3000) for store in stores]
     assert rows == sorted(rows, reverse=True) and set(rows) == set(range(4))
 
@@ -191,7 +191,7 @@ def test_kernels_do_not_synchronise(small_tiles, monkeypatch, options, parts):
         columns = 4 if math.label_smoothing else 3
         stats = kernels.row_stats(case.storage, rows.target, rows.weight, math, columns)
         _, normalizer = kernels.merge(stats.unsqueeze(0), rows.target, rows.weight, math)
-        there = case.storage, normalizer, rows.target, RowScale(rows.weight), math
+        there = case.storage, normalizer, rows.target, RowFactor(rows.weight), math
         kernels.row_grad(*there, case.storage)
         stats = kernels.row_stats(case.storage, rows.target, rows.weight, math, 6)
         kernels.merge_metrics(stats.unsqueeze(0), rows.target, rows.weight, math)
@@ -260,7 +260,7 @@ def test_search_leaves_logits_that_are_their_own_gradient_alone(small_tiles, mon
     """FUSED_SFT_LOSS_AUTOTUNE runs a kernel many times. An in-place kernel may only run once."""
     logits, target, weight = rows_of(torch.float32)
     want = torch.empty_like(logits)
-    kernels.row_grad(logits, torch.full((4, 2), 9.0), target, RowScale(weight), MATH, want)
+    kernels.row_grad(logits, torch.full((4, 2), 9.0), target, RowFactor(weight), MATH, want)
     monkeypatch.setenv(tune.VARIABLE, "1")
     monkeypatch.setattr(tune, "_found", {})
     ran = []
@@ -273,7 +273,7 @@ def test_search_leaves_logits_that_are_their_own_gradient_alone(small_tiles, mon
         return shape
 
     monkeypatch.setattr(tune, "search", search)
-    kernels.row_grad(logits, torch.full((4, 2), 9.0), target, RowScale(weight), MATH, logits)
+    kernels.row_grad(logits, torch.full((4, 2), 9.0), target, RowFactor(weight), MATH, logits)
     assert ran == ["row_grad"] and torch.equal(logits, want)
 
 
@@ -288,7 +288,7 @@ def test_nothing_to_do(empty):
     losses, _ = kernels.merge(stats.unsqueeze(0), target, weight, math)
     assert losses.shape == (rows,)
     grad = torch.full_like(logits, 7.0)
-    kernels.row_grad(logits, torch.ones(rows, 2), target, RowScale(weight), math, grad)
+    kernels.row_grad(logits, torch.ones(rows, 2), target, RowFactor(weight), math, grad)
     assert (grad == 0).all()
     labels = torch.zeros(2, logits.shape[1], dtype=torch.int64)
     got = kernels.row_targets(Scoring(labels, None, None, True, -100), 9)

@@ -9,7 +9,7 @@ from cases import (
     build,
     cases,
     expected,
-    gradient_scale,
+    largest_term,
     run,
     storage_grad,
 )
@@ -39,8 +39,8 @@ def test_losses_and_gradients_over_the_option_product(backend, case):
             got, wanted, rtol=2e-2, atol=0.02 * (wanted.abs().max().item() or 1)
         )
     else:
-        scale = gradient_scale(case, want, upstream)
-        assert_grad(grad, wanted_grad, case.storage.dtype, scale)
+        largest = largest_term(case, want, upstream)
+        assert_grad(grad, wanted_grad, case.storage.dtype, largest)
 
 
 @pytest.mark.parametrize("backend", FAST)
@@ -102,9 +102,9 @@ def test_reductions_and_their_gradients(backend, reduction):
     wanted = want.reduce(reduction)
     assert out.shape == (case.labels.shape if reduction == "none" else ())
     torch.testing.assert_close(out.double().flatten(), wanted.flatten(), rtol=1e-6, atol=1e-6)
-    scale = 2.5 / (want.weight.sum() if reduction == "mean" else 1)
+    factor = 2.5 / (want.weight.sum() if reduction == "mean" else 1)
     torch.testing.assert_close(
-        leaf.grad.double().view(-1, 1000), want.grad * scale, rtol=1e-5, atol=1e-6
+        leaf.grad.double().view(-1, 1000), want.grad * factor, rtol=1e-5, atol=1e-6
     )
 
 
@@ -153,8 +153,8 @@ def test_eager_cut_into_small_tiles(tile, case):
             **case.call_options(),
         )
     assert_losses(losses, want)
-    scale = gradient_scale(case, want, upstream)
-    assert_grad(grad, storage_grad(case, want.grad), case.storage.dtype, scale)
+    largest = largest_term(case, want, upstream)
+    assert_grad(grad, storage_grad(case, want.grad), case.storage.dtype, largest)
     assert torch.equal(metrics.correct.flatten(), want.correct)
     torch.testing.assert_close(metrics.entropy.flatten().double(), want.entropy, rtol=0, atol=2e-5)
 

@@ -47,7 +47,7 @@ def test_in_place_any_other_gradient_is_right(name, expected, dtype):
 @pytest.mark.parametrize("weight", [1e-45, 1e-30])
 @pytest.mark.parametrize("name", ONE_READ)
 def test_in_place_a_weight_that_makes_the_expected_gradient_vanish(name, weight):
-    """A row's scale is its weight times the gradient. 1e15 times 1e-30 must not be lost."""
+    """A row's factor is its weight times the gradient. 1e15 times 1e-30 must not be lost."""
     logits, labels = torch.randn(1, 2, 1003), torch.randint(0, 1003, (1, 2))
     mask = torch.tensor([[weight, 1.0]])
     in_place = {"inplace_backward": True, "grad_in_forward": True}

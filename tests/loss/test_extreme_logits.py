@@ -10,7 +10,7 @@ from oracle import transform
 import fused_sft_loss as fsl
 from fused_sft_loss import shards
 from fused_sft_loss.backends import selection
-from fused_sft_loss.backends.contract import RowScale
+from fused_sft_loss.backends.contract import RowFactor
 from fused_sft_loss.rowmath import RowMath
 
 INF, LOWEST = float("inf"), torch.finfo(torch.float32).min
@@ -178,7 +178,7 @@ def test_shards_of_any_finite_size(name, options):
         grad = torch.empty_like(logits)
         for start, stop in zip(edges, edges[1:], strict=False):
             math = RowMath(start, COLUMNS, softcap=cap, logit_scale=scale)
-            there = (logits[..., start:stop], normalizer, labels[0], RowScale(weight), math)
+            there = (logits[..., start:stop], normalizer, labels[0], RowFactor(weight), math)
             kernels.row_grad(*there, grad[..., start:stop])
     assert_right(losses, grad[0], logits, labels, **options)
     torch.testing.assert_close(losses, by_torch[0], rtol=1e-6, atol=1e-6)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from backends import ON_CPU, on_shim, using
-from cases import DTYPES, Case, build, cases, expected, gradient_scale, storage_grad
+from cases import DTYPES, Case, build, cases, expected, largest_term, storage_grad
 from closeness import PRODUCT, assert_grad, assert_losses
 from hypothesis import given, settings
 from torch.library import opcheck
@@ -70,9 +70,9 @@ def test_losses_and_gradients_over_the_option_product(backend, inplace, case):
     with using(backend) as name:
         losses, grad = one_read(case, name, upstream, inplace_backward=inplace)
     assert_losses(losses, want)
-    scale = gradient_scale(case, want, upstream)
+    largest = largest_term(case, want, upstream)
     wanted = case.logits(storage_grad(case, want.grad))
-    assert_grad(grad, wanted, case.storage.dtype, scale)
+    assert_grad(grad, wanted, case.storage.dtype, largest)
 
 
 @pytest.mark.parametrize("backend", ONE_READ)
@@ -115,7 +115,9 @@ def test_another_upstream_gradient_in_place_is_rounded_twice_at_most(backend, ca
         _, twice = one_read(case, name, 2 * EXPECTED, inplace_backward=True)
         _, once = one_read(case, name, EXPECTED)
         _, never = one_read(case, name, 0.0, inplace_backward=True)
-    rounding = EPS[case.storage.dtype] * 2 + 2**-22  # two, plus rounding of the ratio and the scale
+    rounding = (
+        EPS[case.storage.dtype] * 2 + 2**-22
+    )  # two, plus rounding of the ratio and the factor
     torch.testing.assert_close(grad, wanted, rtol=rounding, atol=1e-6)
     assert torch.equal(twice, once * 2)
     assert not never.count_nonzero()

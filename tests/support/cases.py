@@ -56,7 +56,7 @@ class Case:
         return {**self.options, **layout}
 
 
-def build(view, dtype, b, s, v, seed, mask_kind, options, scale=4.0) -> Case:
+def build(view, dtype, b, s, v, seed, mask_kind, options, spread=4.0) -> Case:
     """A case with normal logits. A tenth of the labels are ignored; most masks drop a third."""
     g = torch.Generator().manual_seed(seed)
     shapes = {
@@ -65,7 +65,7 @@ def build(view, dtype, b, s, v, seed, mask_kind, options, scale=4.0) -> Case:
         "offset": (b * s * v + 3,),
         "batch_expanded": (1, s, v),
     }
-    storage = (torch.randn(shapes.get(view, (b, s, v)), generator=g) * scale).to(dtype)
+    storage = (torch.randn(shapes.get(view, (b, s, v)), generator=g) * spread).to(dtype)
     valid = options.get("vocab_size") or v
     labels = torch.randint(0, valid, (b, s), generator=g)
     labels[torch.rand(b, s, generator=g) < 0.1] = options.get("ignore_index", -100)
@@ -129,8 +129,8 @@ def expected(case: Case, upstream: Tensor | None = None):
     return evaluate(case.full(), case.labels2d, mask, upstream=upstream, **options)
 
 
-def gradient_scale(case: Case, want, upstream: Tensor) -> float:
-    """The largest term of the gradient: p and 1 of p - onehot, times weight, upstream and scale."""
+def largest_term(case: Case, want, upstream: Tensor) -> float:
+    """The largest term of p - onehot (p or 1), times weight, upstream and logit_scale."""
     return (want.weight * upstream).abs().max().item() * case.options["logit_scale"]
 
 

@@ -18,13 +18,13 @@ def assert_losses(got, want):
     assert (got.flatten()[want.weight == 0] == 0).all()
 
 
-def assert_grad(got, want, dtype, scale):
+def assert_grad(got, want, dtype, largest):
     """fp32: within 2e-6 of the largest term. 16 bits: within one rounding more.
 
-    The terms p and 1 of p - onehot are as large as `scale`, weight * upstream * logit_scale.
+    The terms p and 1 of p - onehot are as large as `largest`, weight * upstream * logit_scale.
     """
     rounding = {torch.float32: 0.0, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
     smallest = 2**-24 if dtype == torch.float16 else 0.0
     torch.testing.assert_close(
-        got.double(), want, rtol=rounding, atol=2e-6 * scale + smallest, equal_nan=True
+        got.double(), want, rtol=rounding, atol=2e-6 * largest + smallest, equal_nan=True
     )

@@ -8,7 +8,7 @@ PURPOSES = {
     "statistics": {"statistics"},
     "gradient": {"gradient", "zeros"},
     "one read": {"one read", "statistics", "gradient", "zeros"},
-    "scaling": {"scaling", "zeros"},
+    "rescaling": {"rescaling", "zeros"},
 }
 
 
@@ -68,7 +68,7 @@ def _traffic(purpose: str, size: int) -> dict[str, int]:
         "statistics": {"loaded": size, "stored": 0},
         "gradient": {"loaded": size, "stored": size},
         "zeros": {"loaded": 0, "stored": size},
-        "scaling": {"loaded": size, "stored": size},
+        "rescaling": {"loaded": size, "stored": size},
         "one read": {"loaded": size, "stored": size},
         "bringing": {"loaded": size, "stored": 0},
         "held stats": {"loaded": 0, "stored": 0},

@@ -16,7 +16,7 @@ PASSES = {
     "row_stats_kernel": "statistics",
     "row_grad_kernel": "gradient",
     "row_stats_grad_kernel": "one read",
-    "row_rescale_kernel": "scaling",
+    "row_rescale_kernel": "rescaling",
 }
 
 

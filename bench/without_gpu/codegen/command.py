@@ -118,7 +118,7 @@ def _place(record):
     has_options = bool(record["pass"]) and not is_plain(record)
     return (
         list(CHIPS).index(record["target"]),
-        ("statistics", "gradient", "one read", "scaling", None).index(record["pass"]),
+        ("statistics", "gradient", "one read", "rescaling", None).index(record["pass"]),
         record["kernel"],
         record["dtype"] and DTYPES.index(record["dtype"]),
         has_options,

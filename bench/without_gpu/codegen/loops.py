@@ -9,7 +9,7 @@ from .machine_code import Code, Instruction, innermost_loops, outside_loops
 STATISTICS = "statistics"  # loads, exp
 GRADIENT = "gradient"  # loads, exp, stores
 ZEROS = "zeros"  # stores
-SCALING = "scaling"  # loads, stores
+RESCALING = "rescaling"  # loads, stores
 
 #: Loops of a kernel that holds a row in shared memory between statistics and gradient: copy from
 #: global to shared memory; shared loads and exp; shared loads, exp and stores. ONE_READ is their
@@ -156,7 +156,7 @@ def _purpose(loads: bool, stores: bool, exps: bool, to_shared: bool, wide: bool)
     if loads and exps:
         return GRADIENT if stores else STATISTICS
     if stores:
-        return SCALING if loads else HELD_GRADIENT if exps else ZEROS
+        return RESCALING if loads else HELD_GRADIENT if exps else ZEROS
     if loads and to_shared:
         return BRINGING
     return HELD_STATISTICS if wide and exps else None

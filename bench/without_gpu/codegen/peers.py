@@ -75,14 +75,14 @@ def launches(target: str, folder: str, dtypes: tuple[str, ...]) -> list[Work]:
         columns = limit or triton_offline.WIDEST
         logits = torch.zeros(ROWS, columns, dtype=getattr(torch, dtype), requires_grad=True)
         labels = torch.zeros(ROWS, dtype=torch.int64)
-        forward, scaling = _recorded(module, target, logits, labels)
+        forward, rescaling = _recorded(module, target, logits, labels)
         work.append(_work(target, f"cross_entropy {dtype}", limit or None, forward))
-        work.append(_work(target, f"element_mul {dtype}", limit or None, scaling))
+        work.append(_work(target, f"element_mul {dtype}", limit or None, rescaling))
     return work
 
 
 def step(target: str, folder: str, logits: torch.Tensor, labels: torch.Tensor) -> list:
-    """The two launches (loss with gradient, scaling) of a step on `logits` `[N, V]`, in place."""
+    """The two launches (loss with gradient, rescaling) of a step on `logits` `[N, V]`, in place."""
     logits.requires_grad_()
     recorders = _recorded(load(folder), target, logits, labels)
     return [_work(target, "", None, recorder).launch for recorder in recorders]

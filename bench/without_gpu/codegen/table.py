@@ -5,8 +5,8 @@ from rich.table import Table
 from ..chips import CHIPS
 
 #: Order of a record's loops. Only the JSON has the loops that store zeros.
-SHOWN = ("one read", "statistics", "gradient", "scaling")
-LOOPS = {"one read": "both", "statistics": "stats", "gradient": "grad", "scaling": "scale"}
+SHOWN = ("one read", "statistics", "gradient", "rescaling")
+LOOPS = {"one read": "both", "statistics": "stats", "gradient": "grad", "rescaling": "rescale"}
 
 
 def show(console, ours: list[dict], theirs: list[dict], absent: list[dict]) -> None:
@@ -23,7 +23,7 @@ def show(console, ours: list[dict], theirs: list[dict], absent: list[dict]) -> N
             "Liger computes the gradient in forward: one launch reads the row for the statistics, "
             "reads it again and overwrites it with the gradient (6 bytes per bf16 element). Its "
             "backward returns that, or, when the upstream gradient is not 1, reads and overwrites "
-            "it once more (scaling, 4 bytes more). Ours: statistics in forward, gradient in "
+            "it once more (rescaling, 4 bytes more). Ours: statistics in forward, gradient in "
             "backward, any upstream gradient."
         )
     for one in absent:

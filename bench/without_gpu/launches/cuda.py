@@ -16,14 +16,14 @@ from .cuda_structs import (
     Holding,
     MergeArgs,
     Metrics,
+    RowFactor,
     RowMath,
     Rows,
-    RowScale,
     RowSplit,
-    Scales,
     StatsArgs,
     StatsGradArgs,
     TargetsArgs,
+    Units,
 )
 from .passes import Passes, share
 
@@ -105,7 +105,7 @@ class Run(Passes):
         shifted = skew(self.logits) != 0
         code = kernel("row_stats", statistics=wanted, shifted=shifted, **self.options)
         split = RowSplit(splits, chosen.segment, self.parts.data_ptr() if splits > 1 else 0)
-        self._run("statistics", code, rows * splits, chosen.threads, args, self._scales(), split)
+        self._run("statistics", code, rows * splits, chosen.threads, args, self._units(), split)
         if splits > 1:
             pointers = (t.data_ptr() for t in (self.parts, self.weight, self.stats))
             fold = kernel("fold_segments", statistics=wanted)
@@ -132,7 +132,7 @@ class Run(Passes):
         same = grad is logits or skew(logits) == skew(grad) >= 0
         code = kernel("row_grad", shifted=not same, **self.options)
         self._run(
-            "gradient", code, rows * splits, chosen.threads, args, self._scales(), splits,
+            "gradient", code, rows * splits, chosen.threads, args, self._units(), splits,
             chosen.segment,
         )  # fmt: skip
 
@@ -148,7 +148,7 @@ class Run(Passes):
         shifted = skew(logits) != 0 or skew(grad) != 0
         code = kernel("row_stats_grad", shifted=shifted, **self.options)
         self._run(
-            "one read", code, self.labels.numel(), chosen.threads, args, self._scales(),
+            "one read", code, self.labels.numel(), chosen.threads, args, self._units(),
             Holding(1, held), dynamic_shared=held * logits.element_size() + 16,
         )  # fmt: skip
         return self
@@ -156,7 +156,7 @@ class Run(Passes):
     def _grad_args(self, grad) -> GradArgs:
         return GradArgs(
             logits=self._rows(self.logits), grad=self._rows(grad), math=self.math,
-            **self._named("target normalizer"), scale=RowScale(self.weight.data_ptr(), 1),
+            **self._named("target normalizer"), factor=RowFactor(self.weight.data_ptr(), 1),
         )  # fmt: skip
 
     def _rows(self, tensor) -> Rows:
@@ -167,14 +167,14 @@ class Run(Passes):
             columns=columns, valid=self.vocab_size, **strides,
         )  # fmt: skip
 
-    def _scales(self) -> Scales:
-        """The same values as scales_of in row_math.cuh."""
-        scale, cap = self.math.logit_scale, self.math.softcap
+    def _units(self) -> Units:
+        """The same values as units_of in row_math.cuh."""
+        logit_scale, cap = self.math.logit_scale, self.math.softcap
         unit = self._unit()
-        log2 = np.float32(unit) * LOG2E
-        far = 2.0 ** min(31 - np.frexp(log2)[1], 127)
-        inward = np.float32(scale) / np.float32(cap) if cap else 0.0
-        return Scales(unit, log2, far, inward, cap, scale)
+        unit_log2 = np.float32(unit) * LOG2E
+        far = 2.0 ** min(31 - np.frexp(unit_log2)[1], 127)
+        inward = np.float32(logit_scale) / np.float32(cap) if cap else 0.0
+        return Units(unit, unit_log2, far, inward, cap, logit_scale)
 
     def _unit(self) -> float:
         return 1.0 if self.math.softcap else self.math.logit_scale

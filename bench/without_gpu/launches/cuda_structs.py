@@ -45,17 +45,17 @@ StatsArgs = _struct(
     want=c_int,
     stats=POINTER,
 )
-RowScale = _struct("RowScale", grad=POINTER, stride=c_int64, **_of(POINTER, "weight weight_sum"))
+RowFactor = _struct("RowFactor", grad=POINTER, stride=c_int64, **_of(POINTER, "weight weight_sum"))
 GradArgs = _struct(
     "GradArgs",
     **_of(Rows, "logits grad"),
     math=RowMath,
     **_of(POINTER, "target normalizer"),
-    scale=RowScale,
+    factor=RowFactor,
     stored=POINTER,
 )
 StatsGradArgs = _struct("StatsGradArgs", grad=GradArgs, **_of(POINTER, "weight loss normalizer"))
-RescaleArgs = _struct("RescaleArgs", grad=Rows, scale=RowScale, stored=POINTER)
+RescaleArgs = _struct("RescaleArgs", grad=Rows, factor=RowFactor, stored=POINTER)
 TargetsArgs = _struct(
     "TargetsArgs",
     **_of(POINTER, "labels mask cu_seqlens"),
@@ -75,14 +75,14 @@ MergeArgs = _struct(
 )
 ReduceArgs = _struct("ReduceArgs", loss=POINTER, rows=c_int64, **_of(POINTER, "weight_sum result"))
 Metrics = _struct("Metrics", **_of(POINTER, "lse log_prob correct entropy"))
-Scales = _struct("Scales", **_of(c_float, "unit log2 far inward cap slope"))
+Units = _struct("Units", **_of(c_float, "unit unit_log2 far inward cap logit_scale"))
 RowSplit = _struct("RowSplit", **_of(c_int32, "blocks segment"), parts=POINTER)
 Holding = _struct("Holding", **_of(c_int32, "cluster columns"))
 
 #: The structs by their C++ names.
 STRUCTS = {
-    **{f"fsl::{s.__name__}": s for s in (Rows, RowMath, RowScale, StatsArgs, GradArgs)},
+    **{f"fsl::{s.__name__}": s for s in (Rows, RowMath, RowFactor, StatsArgs, GradArgs)},
     **{f"fsl::{s.__name__}": s for s in (StatsGradArgs, RescaleArgs, TargetsArgs)},
     **{f"fsl::{s.__name__}": s for s in (MergeArgs, ReduceArgs)},
-    **{f"fsl::gpu::{s.__name__}": s for s in (Metrics, Scales, RowSplit, Holding)},
+    **{f"fsl::gpu::{s.__name__}": s for s in (Metrics, Units, RowSplit, Holding)},
 }

@@ -6,7 +6,7 @@ from functools import cache
 import torch
 from fused_sft_loss.triton_kernels import launch, merge, row_grad, row_stats, row_targets
 
-from fused_sft_loss.backends.contract import RowScale
+from fused_sft_loss.backends.contract import RowFactor
 from fused_sft_loss.rowmath import RowMath
 from fused_sft_loss.scoring import Scoring
 from fused_sft_loss.targets import Targets
@@ -85,7 +85,7 @@ class Run(Passes):
         shape = self._shape("row_grad")
         plan = row_grad.plan(
             self.planned_for, shape, self.math, self.logits, self.normalizer, self.target,
-            RowScale(self.weight), self.grad,
+            RowFactor(self.weight), self.grad,
         )  # fmt: skip
         self._run("gradient", plan)
 

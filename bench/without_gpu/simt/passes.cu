@@ -48,7 +48,7 @@ struct Problem {
   }
 
   // The upstream gradient: each row's loss times its weight.
-  RowScale scale() const { return {weight.data(), 1, nullptr, nullptr}; }
+  RowFactor factor() const { return {weight.data(), 1, nullptr, nullptr}; }
 
   void run(Want want, float softcap, float smoothing) {
     const int columns = static_cast<int>(want);
@@ -72,7 +72,7 @@ struct Problem {
     Rows grad = rows(apart);
     grad.data = apart.data() + 4;
     const auto args_to = [&](const Rows& in, const Rows& out) {
-      return GradArgs{in, out, math, target.data(), normalizer.data(), scale(), nullptr};
+      return GradArgs{in, out, math, target.data(), normalizer.data(), factor(), nullptr};
     };
     gpu::row_grad(args_to(rows(logits), grad), chip, nullptr);
     gpu::row_grad(args_to(rows(same), rows(same)), chip, nullptr);
@@ -85,11 +85,11 @@ struct Problem {
     one_read(math, same, loss);
   }
 
-  // The same by row_stats_grad, then rescaled to twice the scale, which is exact for a power of two.
+  // The same by row_stats_grad, then rescaled to twice the factor, which is exact for a power of two.
   void one_read(const RowMath& math, std::vector<uint16_t> wanted, const std::vector<float>& wanted_loss) {
     std::vector<float> loss(kRows), normalizer(kRows * kNormalizer), twice(kRows);
     std::vector<uint16_t> same = logits;
-    const GradArgs args{rows(same), rows(same), math, target.data(), normalizer.data(), scale(), nullptr};
+    const GradArgs args{rows(same), rows(same), math, target.data(), normalizer.data(), factor(), nullptr};
     gpu::row_stats_grad({args, weight.data(), loss.data(), normalizer.data()}, chip, nullptr);
     print("one read", same);
     int far = 0;
