@@ -3,9 +3,17 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from .api import SFTLoss, TokenMetrics, sft_loss, token_metrics
+from .linear.loss import linear_sft_loss
 from .targets import shift_targets
 
-__all__ = ["SFTLoss", "TokenMetrics", "sft_loss", "shift_targets", "token_metrics"]
+__all__ = [
+    "SFTLoss",
+    "TokenMetrics",
+    "linear_sft_loss",
+    "sft_loss",
+    "shift_targets",
+    "token_metrics",
+]
 
 try:
     __version__ = version("fused_sft_loss")
