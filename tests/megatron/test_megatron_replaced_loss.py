@@ -274,9 +274,7 @@ def test_errors_of_the_context():
     messages = run_ranks(1, misused)[0]
     assert messages["option"].startswith("TypeError") and "['shift']" in messages["option"]
     assert "compute_language_model_loss" in messages["model"] and "Linear" in messages["model"]
-    assert (
-        messages["head"] == "TypeError: head: expected a ResponseOnlyHead or a LinearHead, got int"
-    )
+    assert messages["head"].endswith("expected a ResponseOnlyHead or a LinearHead, got int")
     assert messages["plan"].startswith("NotImplementedError") and "later" in messages["plan"]
     assert "expected loss_mask of the labels' shape [2, 16], got [2, 15]" in messages["mask"]
     assert "expected labels in [0, 64)" in messages["labels"]
