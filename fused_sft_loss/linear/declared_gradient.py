@@ -1,8 +1,8 @@
 """grad_in_forward of `linear_sft_loss`: its operator and autograd.Function.
 
 Forward computes the gradients for the declared upstream gradient. Backward multiplies them, still
-in fp32, by the ratio of the real one to the declared one: 1 if they are equal. The gradient of
-hidden is held in its own dtype, so another ratio than a power of two rounds it a second time.
+in fp32, by the ratio of the real one to the declared one: 1 if they are equal. A bf16 gradient of
+hidden is held in bf16, so another ratio than a power of two rounds it a second time.
 """
 
 from typing import Any
@@ -39,7 +39,7 @@ def _like(*args: Any) -> tuple[Tensor, ...]:
 
 
 @operator(
-    f"linear_losses_and_gradients({INPUTS}, Tensor stored, RowMath math, SymInt size, "
+    f"linear_losses_and_gradients({INPUTS}, Tensor stored, RowMath math, SymInt height, "
     "bool[] wanted, str group_name, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _like,
 )
@@ -53,7 +53,7 @@ def _computed(
     inputs: Inputs,
     stored: Tensor,
     math: RowMath,
-    size: int,
+    height: int,
     wanted: list[bool],
     group_name: str,
     backend: str,
@@ -65,7 +65,7 @@ def _computed(
             inputs.rows,
             RowFactor(stored, inputs.row_weight),
             math.read(),
-            size,
+            height,
             group_name,
             wanted,
         )
@@ -113,7 +113,7 @@ def _of_hidden(
 ) -> Tensor:
     """The gradient of hidden `[M, h]` from the one held for its rows `[R, h]`."""
     ratio = torch.where(row_weight != 0, ratio, 0.0).unsqueeze(-1)
-    rows = torch.mul(held, ratio, out=torch.empty_like(held))
+    rows = torch.mul(held, ratio, out=torch.empty_like(held, dtype=hidden.dtype))
     if reduce_name and len(rows):
         dist.all_reduce(rows, group=groups.by_name(reduce_name))
     return torch.zeros_like(hidden).index_copy_(0, positions, rows)

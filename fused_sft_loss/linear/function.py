@@ -33,7 +33,8 @@ class Inputs(NamedTuple):
     @property
     def head(self) -> Head:
         bias = None if self.bias is None else self.bias.detach()
-        return Head(self.hidden.detach(), self.positions, self.weight.detach(), bias)
+        hidden, weight = self.hidden.detach(), self.weight.detach()
+        return Head(hidden, self.positions, weight, bias, self.row_weight)
 
     @property
     def rows(self) -> ScoredRows:

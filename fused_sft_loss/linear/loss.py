@@ -15,7 +15,7 @@ from ..scoring import Scoring
 from ..targets import Targets, weighted_mean
 from . import declared_gradient, function, inputs, products, tiles
 from .rows import ScoredRows, poisoned, scored_rows
-from .sequence_parallel import Gathered
+from .sequence_parallel import flattened, gathered
 from .sharded_weight import whole
 
 
@@ -83,13 +83,16 @@ def linear_sft_loss(
 class _Call(NamedTuple):
     """A call whose arguments are checked."""
 
-    hidden: Tensor  # [M, h]
+    hidden: Tensor  # as given: with sequence_parallel this rank's part
     weight: Tensor
     bias: Tensor | None
-    by_sequence: bool  # row (b, s) is row s * batch + b of hidden, not b * seq + s
+    layout: str
+    sequence_parallel: bool
     scoring: Scoring
     math: RowMath
     size: int  # logits of a tile
+    height: int  # rows of a chunk, the same on all ranks
+    chunk_rows: int | None
     rows: int | None
     multiple: int
     name: str
@@ -126,7 +129,7 @@ class _Call(NamedTuple):
         stored = declared_gradient.stored_for(declared.float())
         inputs = self._inputs(targets, rows)
         losses, *grads = declared_gradient.losses_and_gradients(
-            *inputs, stored, self.math, self.size, self._wanted, self.group_name, self.backend
+            *inputs, stored, self.math, self.height, self._wanted, self.group_name, self.backend
         )
         losses = declared_gradient.with_gradients(
             *inputs[:3], losses, inputs.positions, rows.weight, stored, *grads,
@@ -143,19 +146,37 @@ class _Call(NamedTuple):
             self.hidden,
             self.math,
             len(self.weight),
-            self.name,
+            self._described(),
             self.group_name,
             self.backend,
         )
         targets = Targets(*found)
         return targets, scored_rows(targets, self.rows, self.multiple)
 
+    def _described(self) -> str:
+        """What the ranks of a group must agree on, beside the row math and the labels: all that
+        decides which collectives they run, and on which shapes."""
+        if not self.group_name:
+            return self.name
+        return (
+            f"{self.name} with chunk_rows={self.chunk_rows}, rows={self.rows}, "
+            f"multiple={self.multiple}, sequence_parallel={self.sequence_parallel}, "
+            f"grad_in_forward={'yes' if self._in_forward else 'no'}, h={self.weight.shape[1]}, "
+            f"a gradient of hidden: {'yes' if self._wanted[0] else 'no'}"
+        )
+
     def _inputs(self, targets: Targets, rows: ScoredRows) -> function.Inputs:
+        """The tensors that go through the layer. Ranks gather their parts of the sequence here,
+        after they have agreed on the call."""
+        hidden = self.hidden
+        if self.sequence_parallel:
+            hidden = gathered(hidden, self.layout, groups.by_name(self.group_name))
+        hidden, by_sequence = flattened(hidden, self.layout)
         return function.Inputs(
-            self.hidden,
+            hidden,
             self.weight,
             self.bias,
-            self._positions(rows),
+            self._positions(rows, by_sequence),
             rows.target,
             rows.weight,
             targets.weight_sum,
@@ -174,9 +195,9 @@ class _Call(NamedTuple):
             self.into_main_grad,
         )
 
-    def _positions(self, rows: ScoredRows) -> Tensor:
-        """Of the rows, in hidden."""
-        if not self.by_sequence:
+    def _positions(self, rows: ScoredRows, by_sequence: bool) -> Tensor:
+        """Of the rows, in flattened hidden states."""
+        if not by_sequence:
             return rows.at
         batch, seq = self.scoring.labels.shape
         return rows.at % seq * batch + rows.at // seq
@@ -210,23 +231,19 @@ def _prepared(
     except Exception as error:
         agreement.tell(error, options.tp_group, hidden)
         raise
-    layout = options.layout
-    if sequence_parallel and group_name:
-        sequence = 1 if hidden.dim() == 3 and layout == "bsv" else 0
-        hidden = Gathered.apply(hidden, sequence, groups.by_name(group_name))
-    by_sequence = hidden.dim() == 3 and layout == "sbv"
-    if hidden.dim() == 3 and not hidden.is_contiguous():
-        swapped = hidden.transpose(0, 1)
-        if swapped.is_contiguous():  # flattened without a copy
-            hidden, by_sequence = swapped, not by_sequence
+    chunk_rows, ranks = sizes["chunk_rows"], groups.by_name(group_name).size() if group_name else 1
+    columns = tiles.columns_everywhere(len(weight), options, math, ranks)
     return _Call(
-        hidden.reshape(-1, hidden.shape[-1]),
+        hidden,
         weight,
         bias,
-        by_sequence,
+        options.layout,
+        sequence_parallel and ranks > 1,
         Scoring(labels, loss_mask, options.cu_seqlens, options.shift, int(options.ignore_index)),
         math,
-        tiles.size_of(sizes["chunk_rows"], len(weight), hidden),
+        tiles.size_of(chunk_rows, len(weight), hidden),
+        tiles.chunk_height(chunk_rows, columns, hidden),
+        chunk_rows,
         sizes["rows"],
         sizes["multiple"] or 1,
         name,

@@ -20,7 +20,7 @@ from . import products
 from .gradients import Gradients, WeightTile
 from .head import Head
 from .rows import ScoredRows
-from .tiles import Tiling
+from .tiles import CONVERTED_COLUMNS, Tiling
 
 
 def gathered_statistics(
@@ -107,4 +107,6 @@ def tiling_of(head: Head, math: RowMath, size: int) -> Tiling:
     A shard of padding alone has one column, whose statistics are those of no column.
     """
     columns = max(1, math.valid_columns(len(head.weight)))
-    return Tiling.of(size, len(head.positions), columns if len(head.positions) else 0)
+    rows = len(head.positions)
+    widest = CONVERTED_COLUMNS if head.converts else columns
+    return Tiling.of(size, rows, columns if rows else 0, widest)
