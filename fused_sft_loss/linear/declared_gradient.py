@@ -83,7 +83,8 @@ class WithGradients(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        *tensors, ctx.reduce_name, ctx.fused = inputs
+        *tensors, ctx.reduce_name, fused = inputs
+        ctx.fused = main_grad.kept(inputs[1], fused)
         hidden, weight, bias, _losses, *rest = tensors
         ctx.save_for_backward(hidden, weight, bias, *rest)
 
@@ -132,15 +133,15 @@ def _common(ratio: Tensor, row_weight: Tensor) -> Tensor:
     return torch.where(scored.any(), torch.where(low == high, low, torch.nan), 1.0)
 
 
-def _of_weight(weight: Tensor, held: Tensor, ratio: Tensor, fused: bool) -> Tensor | None:
-    if not fused:
+def _of_weight(weight: Tensor, held: Tensor, ratio: Tensor, fused: Tensor | None) -> Tensor | None:
+    if fused is None:
         return torch.mul(held, ratio, out=torch.empty_like(weight))
-    kept = main_grad.of(weight)
+    kept = main_grad.of(fused)
     if kept.add:
         kept.memory.addcmul_(held, ratio)
     else:
         torch.mul(held, ratio, out=kept.memory)
-    return main_grad.reported(weight)
+    return main_grad.reported(fused)
 
 
 with_gradients = differentiable(

@@ -4,7 +4,7 @@ from unittest import mock
 
 import pytest
 import torch
-from backends import ON_CPU, using
+from backends import ON_CPU, ON_SHIM, using
 from closeness import PRODUCT, assert_losses
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,6 +17,7 @@ from linear_cases import (
     gradients,
     linear_cases,
 )
+from tiers import sampled
 
 import fused_sft_loss as fsl
 from fused_sft_loss.linear import products
@@ -26,14 +27,27 @@ SCHEDULES = {"two passes": False, "one pass": DECLARED}
 #: Tiles of one row, of a few, and of all.
 CHUNKS = st.sampled_from([None, 1, 2, 3, 64])
 PADDING = st.sampled_from([{}, {"rows": 40}, {"multiple": 4}, {"multiple": 64}])
+PLAIN = [name for name in ON_CPU if name not in ON_SHIM]
 FEWER = settings(PRODUCT, max_examples=60)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("backend", ON_CPU)
+@pytest.mark.parametrize("backend", PLAIN)
 @FEWER
 @given(case=linear_cases(), chunk_rows=CHUNKS, padding=PADDING)
 def test_losses_and_gradients_over_the_option_product(backend, schedule, case, chunk_rows, padding):
+    check(backend, schedule, case, chunk_rows, padding)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("backend", sampled(ON_SHIM, ["hip-simt"]))
+@settings(PRODUCT, max_examples=10)
+@given(case=linear_cases(vocabularies=(33, 1100)), chunk_rows=CHUNKS, padding=PADDING)
+def test_the_same_with_gpu_kernels_on_the_shim(backend, schedule, case, chunk_rows, padding):
+    check(backend, schedule, case, chunk_rows, padding)
+
+
+def check(backend, schedule, case, chunk_rows, padding):
     upstream = torch.full((case.labels.numel(),), DECLARED)
     if schedule == "two passes":
         upstream = torch.rand(case.labels.numel()) * 3 - 1
