@@ -18,6 +18,7 @@ from ..operators import differentiable, first_order, operator
 from ..rowmath import RowMath
 from . import main_grad, one_pass, products
 from .function import COUNT, INPUTS, Inputs
+from .tiles import CONVERTED_COLUMNS, slices
 
 #: Gradients are stored for the declared upstream gradient if that lies between these numbers, else
 #: for 1: a ratio cannot correct zeros and infinities.
@@ -135,7 +136,11 @@ def _common(ratio: Tensor, row_weight: Tensor) -> Tensor:
 
 def _of_weight(weight: Tensor, held: Tensor, ratio: Tensor, fused: Tensor | None) -> Tensor | None:
     if fused is None:
-        return torch.mul(held, ratio, out=torch.empty_like(weight))
+        grad = torch.empty_like(weight)
+        for part in slices(len(held), CONVERTED_COLUMNS):
+            # A CPU multiplies into a temporary of `held`'s dtype first.
+            torch.mul(held[part], ratio, out=grad[part])
+        return grad
     kept = main_grad.of(fused)
     if kept.add:
         kept.memory.addcmul_(held, ratio)

@@ -40,8 +40,13 @@ def linear_sft_loss(
     and a loss take three for all rows. With ``grad_in_forward`` it is three for R rows. Under
     torch.autocast hidden, weight and bias are cast as torch.nn.functional.linear casts them.
 
-    Besides inputs and gradients, memory holds one tile, R x h in the dtype of hidden and in fp32,
-    and vectors of the N rows. The gradient of the weight is a sum in fp32, rounded once.
+    Besides inputs and gradients, memory holds one tile, the R x h scored rows and their gradient in
+    fp32, a tile's c columns of the weight's gradient in fp32 unless one tile has all rows, three or
+    four numbers for each row and tile, and vectors of the N rows. A CPU without 16-bit products
+    also converts c x h of a 16-bit weight at a time. With ``grad_in_forward`` the gradients of
+    weight and hidden are held from forward to backward, that of the weight, v x h, in fp32; under
+    tensor parallelism there are two tiles. The gradient of the weight is a sum in fp32, rounded
+    once.
 
     Args:
         hidden: `[b, s, h]`, `[s, b, h]` with ``layout="sbv"``, or `[n, h]`; bf16, fp16 or fp32, h

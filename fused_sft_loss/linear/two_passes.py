@@ -46,6 +46,7 @@ def gathered_statistics(
             part[some] = kernels.row_stats(
                 logits, rows.target[some], rows.weight[some], here, statistics
             )
+        del weight  # a converted copy, before the next one is made
     if not group_name or not len(inputs):
         return parts
     return shards.gather(shards.fold(parts, math.unit), group_name)
@@ -85,7 +86,9 @@ def gradients(
                 products.accumulate(grad_inputs[some], grad, weight)
             weight_tile.add(grad, inputs[some])
         weight_tile.finish()
+        del weight  # as above
     into.clear_from(tiling.all_columns)
+    del inputs  # their memory serves the next line
     if into.hidden is not None and grad_inputs is not None:
         grad_rows = grad_inputs.to(into.hidden.dtype)
         if group is not None and len(grad_rows):
