@@ -236,7 +236,8 @@ def _prepared(
     except Exception as error:
         agreement.tell(error, options.tp_group, hidden)
         raise
-    chunk_rows, ranks = sizes["chunk_rows"], groups.by_name(group_name).size() if group_name else 1
+    group = groups.process_group(options.tp_group)
+    chunk_rows, ranks = sizes["chunk_rows"], 1 if group is None else group.size()
     columns = tiles.columns_everywhere(len(weight), options, math, ranks)
     return _Call(
         hidden,
