@@ -16,7 +16,7 @@ from ..scoring import Scoring
 from ..targets import Targets, weighted_mean
 from . import declared_gradient, function, inputs, products, tiles
 from .rows import ScoredRows, poisoned, scored_rows
-from .sequence_parallel import Gathered
+from .sequence_parallel import flattened, gathered
 from .sharded_weight import whole
 
 
@@ -41,8 +41,13 @@ def linear_sft_loss(
     and a loss take three for all rows. With ``grad_in_forward`` it is three for R rows. Under
     torch.autocast hidden, weight and bias are cast as torch.nn.functional.linear casts them.
 
-    Besides inputs and gradients, memory holds one tile, R x h in the dtype of hidden and in fp32,
-    and vectors of the N rows. The gradient of the weight is a sum in fp32, rounded once.
+    Besides inputs and gradients, memory holds one tile, the R x h scored rows and their gradient in
+    fp32, a tile's c columns of the weight's gradient in fp32 unless one tile has all rows, three or
+    four numbers for each row and tile, and vectors of the N rows. A CPU without 16-bit products
+    also converts c x h of a 16-bit weight at a time. With ``grad_in_forward`` the gradients of
+    weight and hidden are held from forward to backward, that of the weight, v x h, in fp32; under
+    tensor parallelism there are two tiles. The gradient of the weight is a sum in fp32, rounded
+    once.
 
     Args:
         hidden: `[b, s, h]`, `[s, b, h]` with ``layout="sbv"``, or `[n, h]`; bf16, fp16 or fp32, h
@@ -109,13 +114,16 @@ def linear_terms(
 class _Call(NamedTuple):
     """A call whose arguments are checked."""
 
-    hidden: Tensor  # [M, h]
+    hidden: Tensor  # as given: with sequence_parallel this rank's part
     weight: Tensor
     bias: Tensor | None
-    by_sequence: bool  # row (b, s) is row s * batch + b of hidden, not b * seq + s
+    layout: str
+    sequence_parallel: bool
     scoring: Scoring
     math: RowMath
     size: int  # logits of a tile
+    height: int  # rows of a chunk, the same on all ranks
+    chunk_rows: int | None
     rows: int | None
     multiple: int
     name: str
@@ -172,7 +180,7 @@ class _Call(NamedTuple):
         stored = declared_gradient.stored_for(declared.float())
         inputs = self._inputs(targets, rows)
         losses, *grads = declared_gradient.losses_and_gradients(
-            *inputs, stored, self.math, self.size, self._wanted, self.group_name, self.backend
+            *inputs, stored, self.math, self.height, self._wanted, self.group_name, self.backend
         )
         losses = declared_gradient.with_gradients(
             *inputs[:3], losses, inputs.positions, rows.weight, stored, *grads,
@@ -189,19 +197,37 @@ class _Call(NamedTuple):
             self.hidden,
             self.math,
             len(self.weight),
-            self.name,
+            self._described(),
             self.group_name,
             self.backend,
         )
         targets = Targets(*found)
         return targets, scored_rows(targets, self.rows, self.multiple)
 
+    def _described(self) -> str:
+        """What the ranks of a group must agree on, beside the row math and the labels: all that
+        decides which collectives they run, and on which shapes."""
+        if not self.group_name:
+            return self.name
+        return (
+            f"{self.name} with chunk_rows={self.chunk_rows}, rows={self.rows}, "
+            f"multiple={self.multiple}, sequence_parallel={self.sequence_parallel}, "
+            f"grad_in_forward={'yes' if self._in_forward else 'no'}, h={self.weight.shape[1]}, "
+            f"a gradient of hidden: {'yes' if self._wanted[0] else 'no'}"
+        )
+
     def _inputs(self, targets: Targets, rows: ScoredRows) -> function.Inputs:
+        """The tensors that go through the layer. Ranks gather their parts of the sequence here,
+        after they have agreed on the call."""
+        hidden = self.hidden
+        if self.sequence_parallel:
+            hidden = gathered(hidden, self.layout, groups.by_name(self.group_name))
+        hidden, by_sequence = flattened(hidden, self.layout)
         return function.Inputs(
-            self.hidden,
+            hidden,
             self.weight,
             self.bias,
-            self._positions(rows),
+            self._positions(rows, by_sequence),
             rows.target,
             rows.weight,
             targets.weight_sum,
@@ -220,9 +246,9 @@ class _Call(NamedTuple):
             self.into_main_grad,
         )
 
-    def _positions(self, rows: ScoredRows) -> Tensor:
-        """Of the rows, in hidden."""
-        if not self.by_sequence:
+    def _positions(self, rows: ScoredRows, by_sequence: bool) -> Tensor:
+        """Of the rows, in flattened hidden states."""
+        if not by_sequence:
             return rows.at
         batch, seq = self.scoring.labels.shape
         return rows.at % seq * batch + rows.at // seq
@@ -256,23 +282,20 @@ def _prepared(
     except Exception as error:
         agreement.tell(error, options.tp_group, hidden)
         raise
-    layout = options.layout
-    if sequence_parallel and group_name:
-        sequence = 1 if hidden.dim() == 3 and layout == "bsv" else 0
-        hidden = Gathered.apply(hidden, sequence, groups.by_name(group_name))
-    by_sequence = hidden.dim() == 3 and layout == "sbv"
-    if hidden.dim() == 3 and not hidden.is_contiguous():
-        swapped = hidden.transpose(0, 1)
-        if swapped.is_contiguous():  # flattened without a copy
-            hidden, by_sequence = swapped, not by_sequence
+    group = groups.process_group(options.tp_group)
+    chunk_rows, ranks = sizes["chunk_rows"], 1 if group is None else group.size()
+    columns = tiles.columns_everywhere(len(weight), options, math, ranks)
     return _Call(
-        hidden.reshape(-1, hidden.shape[-1]),
+        hidden,
         weight,
         bias,
-        by_sequence,
+        options.layout,
+        sequence_parallel and ranks > 1,
         Scoring(labels, loss_mask, options.cu_seqlens, options.shift, int(options.ignore_index)),
         math,
-        tiles.size_of(sizes["chunk_rows"], len(weight), hidden),
+        tiles.size_of(chunk_rows, len(weight), hidden),
+        tiles.chunk_height(chunk_rows, columns, hidden),
+        chunk_rows,
         sizes["rows"],
         sizes["multiple"] or 1,
         name,
@@ -303,6 +326,7 @@ def _validated(
         raise ValueError(
             "expected no inplace_backward: there are no logits whose memory could be used"
         )
+    inputs.check_bool(sequence_parallel=sequence_parallel)
     group = groups.process_group(options.tp_group)
     if sequence_parallel and group is None:
         raise ValueError(

@@ -15,6 +15,7 @@ def dtype_of_products(tensor: Tensor) -> torch.dtype:
     return tensor.dtype
 
 
+@torch.compiler.assume_constant_result  # torch.compile cannot trace the functions below
 def _cpu_multiplies(dtype: torch.dtype) -> bool:
     """Whether this CPU has instructions for products of this dtype."""
     asked = {
@@ -61,13 +62,12 @@ def without_autocast(tensor: Tensor) -> torch.autocast:
 
 def as_autocast(*tensors: Tensor | None) -> list:
     """The tensors as torch.nn.functional.linear would take them under torch.autocast."""
-    device = next(tensor.device.type for tensor in tensors if isinstance(tensor, Tensor))
-    if not torch.is_autocast_enabled(device):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(device)
-    return [
-        tensor.to(dtype)
-        if isinstance(tensor, Tensor) and tensor.dtype.is_floating_point
-        else tensor
-        for tensor in tensors
-    ]
+    return [_cast(tensor) if isinstance(tensor, Tensor) else tensor for tensor in tensors]
+
+
+def _cast(tensor: Tensor) -> Tensor:
+    device = tensor.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensor
+    casts = tensor.is_floating_point() and tensor.dtype != torch.float64
+    return tensor.to(torch.get_autocast_dtype(device)) if casts else tensor

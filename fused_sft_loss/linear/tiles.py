@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..options import Options
+from ..rowmath import RowMath
 from .products import dtype_of_products
 
 #: Bytes of a tile by type of device, if the caller gives no chunk_rows. A GPU's tile is large
@@ -15,6 +17,8 @@ ACCELERATOR_BUDGET = 128 << 20
 #: A tile has at least so many columns, if the vocabulary has: narrower products are slower, and
 #: each tile adds a set of statistics.
 COLUMNS = 1024
+#: And at most so many if their part of the weight is converted before it is multiplied.
+CONVERTED_COLUMNS = 4 * COLUMNS
 #: Its columns are a multiple of this, so that rows of all dtypes start at multiples of 16 bytes.
 MULTIPLE = 64
 
@@ -29,14 +33,14 @@ class Tiling:
     all_columns: int
 
     @classmethod
-    def of(cls, size: int, rows: int, columns: int) -> "Tiling":
-        """Tiles of at most `size` logits, as many rows high as possible.
+    def of(cls, size: int, rows: int, columns: int, widest: int) -> "Tiling":
+        """Tiles of at most `size` logits and `widest` columns, as many rows high as possible.
 
         All rows of a tile share one read of its part of the weight, and a tile with all rows
         completes its part of the weight's gradient.
         """
         wide = max(COLUMNS, size // max(rows, 1) // MULTIPLE * MULTIPLE)
-        wide = max(1, min(wide, columns, size))
+        wide = max(1, min(wide, columns, size, widest))
         return cls(max(1, min(rows, size // wide)), wide, rows, columns)
 
     def columns_of_tiles(self) -> Iterator[slice]:
@@ -61,6 +65,20 @@ def size_of(chunk_rows: int | None, columns: int, hidden: Tensor) -> int:
         return chunk_rows * columns
     budget = BUDGET.get(hidden.device.type, ACCELERATOR_BUDGET)
     return budget // dtype_of_products(hidden).itemsize
+
+
+def chunk_height(chunk_rows: int | None, columns: int, hidden: Tensor) -> int:
+    """Rows of a chunk with all `columns`: `chunk_rows`, or what BUDGET allows."""
+    return chunk_rows or max(1, size_of(None, columns, hidden) // columns)
+
+
+def columns_everywhere(columns: int, options: Options, math: RowMath, ranks: int) -> int:
+    """Columns of a shard, the same number on every rank: that of equal shards if they are uneven.
+
+    The ranks exchange statistics chunk by chunk, so their chunks must have the same rows.
+    """
+    uneven = ranks > 1 and options.vocab_start is not None
+    return -(-math.vocab_size // ranks) if uneven else columns
 
 
 def slices(end: int, step: int) -> Iterator[slice]:
