@@ -10,6 +10,10 @@ from .errors import UserError
 COMMANDS = {
     "sft": ("bench.sft.command", "a real Megatron SFT run, with the reference loss and with ours"),
     "kernels": ("bench.kernels.command", "time and memory of the loss, beside every peer"),
+    "linear": (
+        "bench.linear.command",
+        "time and memory of the loss without logits, beside every peer and the bare products",
+    ),
     "host": ("bench.host", "what a call costs the host, on logits too small to cost anything"),
     "readme": ("bench.readme", "write the generated parts of README.md and docs/"),
     "codegen": (
