@@ -7,7 +7,14 @@ import textwrap
 NAMES = {  # heading -> (module, names)
     "PyTorch": (
         "fused_sft_loss",
-        ("sft_loss", "SFTLoss", "token_metrics", "TokenMetrics", "shift_targets"),
+        (
+            "sft_loss",
+            "linear_sft_loss",
+            "SFTLoss",
+            "token_metrics",
+            "TokenMetrics",
+            "shift_targets",
+        ),
     ),
     "Megatron": (
         "fused_sft_loss.megatron",
@@ -16,6 +23,7 @@ NAMES = {  # heading -> (module, names)
             "make_forward_step",
             "fused_cross_entropy",
             "ResponseOnlyHead",
+            "LinearHead",
             "shift_packed_targets",
         ),
     ),

@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from fused_sft_loss.backends.contract import RowFactor
+from fused_sft_loss.backends.contract import RowFactor, normalizer_like
 from fused_sft_loss.rowmath import RowMath
 from fused_sft_loss.scoring import Scoring
 from fused_sft_loss.targets import Targets
@@ -93,6 +93,10 @@ def _vectors(rows, *dtypes):
     return [torch.empty(rows, dtype=dtype, device="meta") for dtype in dtypes]
 
 
+def _normalizer(rows):
+    return normalizer_like(*_vectors(rows, torch.float32))
+
+
 def _number():
     return torch.empty((), dtype=torch.float32, device="meta")
 
@@ -133,7 +137,7 @@ def _grad(chip, shape, dtype, options) -> Iterator[Variant]:
             shape,
             RowMath(0, columns, softcap=softcap),
             logits,
-            torch.empty(rows, 2, dtype=torch.float32, device="meta"),
+            _normalizer(rows),
             *_vectors(rows, torch.int64),
             RowFactor(_number(), *_vectors(rows, torch.float32), _number()),
             logits,
@@ -152,7 +156,7 @@ def _merge(chip, options) -> Iterator[Variant]:
             RowMath(0, WIDEST, **numbers),
             torch.empty(8, rows, columns, dtype=torch.float32, device="meta"),
             *_vectors(rows, torch.int64, torch.float32, torch.float32),
-            torch.empty(rows, 2, dtype=torch.float32, device="meta"),
+            _normalizer(rows),
             *_vectors(rows, *extra),
         )
         yield Variant(chip, None, None, f"merge x{columns}", launch)

@@ -82,10 +82,10 @@ def loss(*args: Any) -> tuple[Tensor, ...]:
 
 @operator(
     f"linear_loss_and_metrics({INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, {_FIGURES}",
-    lambda *args: (*_loss_like(*args), *autograd.figures_like(args[5])[1:]),
+    lambda *args: (*_loss_like(*args), *autograd.figures_like(args[5])),
 )
 def loss_and_metrics(*args: Any) -> tuple[Tensor, ...]:
-    """:func:`loss`, and log_prob, lse, correct and entropy of the rows."""
+    """:func:`loss`, and the figures of `token_metrics` for the rows."""
     return _losses(Inputs(*args[:COUNT]), *args[COUNT:], metrics=True)
 
 
@@ -109,7 +109,7 @@ def _losses(
     result, normalizer = kernels.merge(*merging)
     if reduction != "none":
         result = kernels.reduce(result, inputs.weight_sum if reduction == "mean" else None)
-    figures = kernels.merge_metrics(*merging)[1:] if metrics else ()
+    figures = kernels.merge_metrics(*merging) if metrics else ()
     return result, normalizer, *figures
 
 

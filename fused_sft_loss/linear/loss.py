@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import agreement, checks, groups, shards
+from ..api import LossTerms, TokenMetrics
 from ..backends import selection
 from ..backends.contract import REDUCTIONS
 from ..one_read import expected_gradient
@@ -80,6 +81,31 @@ def linear_sft_loss(
     return call.loss(reduction)
 
 
+def linear_terms(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    loss_mask: Tensor | None,
+    options: Options,
+    sizes: dict[str, int | None],
+    *,
+    sequence_parallel: bool,
+    into_main_grad: bool,
+    metrics: bool,
+) -> tuple[LossTerms, TokenMetrics | None]:
+    """Unreduced losses with a graph, and with `metrics` the figures of `token_metrics`.
+
+    sizes: chunk_rows, rows and multiple. into_main_grad: the gradient of the weight goes into its
+    main_grad; see :mod:`.main_grad`.
+    """
+    call = _prepared(
+        hidden, weight, bias, labels, loss_mask, options, "linear loss and metrics", sizes,
+        sequence_parallel, into_main_grad,
+    )  # fmt: skip
+    return call.loss_and_metrics() if metrics else (call.terms(), None)
+
+
 class _Call(NamedTuple):
     """A call whose arguments are checked."""
 
@@ -100,13 +126,33 @@ class _Call(NamedTuple):
     into_main_grad: bool
 
     def loss(self, reduction: str) -> Tensor:
+        if reduction == "none":
+            return self.terms().losses
         targets, rows = self._rows()
         if self._in_forward:
             result = self._with_gradients(targets, rows, reduction)
         else:
             result = function.differentiable_loss(*self._arguments(targets, rows, reduction))[0]
-        result = poisoned(result, rows)
-        return result if reduction != "none" else self._everywhere(result, rows)
+        return poisoned(result, rows)
+
+    def terms(self) -> LossTerms:
+        """The losses in the labels' shape, with a graph."""
+        targets, rows = self._rows()
+        if self._in_forward:
+            losses = self._with_gradients(targets, rows, "none")
+        else:
+            losses = function.differentiable_loss(*self._arguments(targets, rows, "none"))[0]
+        losses = self._everywhere(poisoned(losses, rows), rows)
+        return LossTerms(losses, targets.weight_sum, targets.count)
+
+    def loss_and_metrics(self) -> tuple[LossTerms, TokenMetrics]:
+        """:meth:`terms`, and figures without a graph, from the same logits."""
+        targets, rows = self._rows()
+        found = function.differentiable_loss_and_metrics(*self._arguments(targets, rows, "none"))
+        losses, _normalizer, *figures = found
+        losses = self._everywhere(poisoned(losses, rows), rows)
+        metrics = (self._everywhere(figure.detach(), rows) for figure in figures)
+        return LossTerms(losses, targets.weight_sum, targets.count), TokenMetrics(*metrics)
 
     @property
     def _in_forward(self) -> bool:

@@ -10,10 +10,9 @@ from torch.nn import Module
 
 from ..options import Options
 from . import preconditions, versions, wrappers
-from .head import ResponseOnlyHead
 from .loss_func import sft_loss_func, shifted
 from .protocols import GetBatch
-from .replaced_loss import ReplacedLoss
+from .replaced_loss import Head, ReplacedLoss
 from .reports import Convention, LossTuple, Sums
 
 #: What `sft_loss_func` returns is decided by its keyword arguments, so the callable takes any.
@@ -28,7 +27,7 @@ def make_forward_step(
     get_batch: GetBatch,
     *,
     in_place: bool = False,
-    head: ResponseOnlyHead | None = None,
+    head: Head | None = None,
     **options: Any,
 ) -> ForwardStep:
     """Make a Megatron `forward_step(data_iterator, model)` that trains on this loss.
@@ -54,8 +53,9 @@ def make_forward_step(
             - `packed_seq_params`: Megatron's PackedSeqParams, for the model and the loss; optional
         in_place: needs a GPTModel or another LanguageModule of megatron-core, and no
             `collect_non_loss_data`. Multi-token prediction before 0.18 needs it.
-        head: a `ResponseOnlyHead` sends only scored positions through the output layer. It implies
-            in_place.
+        head: a `ResponseOnlyHead` sends only scored positions through the output layer; a
+            `LinearHead` also computes their losses there, without ever holding the logits. It
+            implies in_place.
         **options: those of `sft_loss_func` except `config`. `position_ids="restart"`: a document
             ends where the next position id is not one higher.
 

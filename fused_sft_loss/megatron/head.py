@@ -20,6 +20,15 @@ class Rows(NamedTuple):
     overflow: Tensor | None  # 0-d bool: more positions are scored than the head's fixed `rows`
 
 
+def refuse_deferred(config: Any, head: str) -> None:
+    """Raise NotImplementedError for a TransformerConfig that needs all positions' logits."""
+    if getattr(config, "defer_embedding_wgrad_compute", False):
+        raise NotImplementedError(
+            f"{head} with defer_embedding_wgrad_compute=True: the deferred products need all "
+            "positions of all micro-batches. Set it to False, or leave the head out"
+        )
+
+
 class ResponseOnlyHead:
     """Sends only the hidden states of scored positions through the output layer.
 
@@ -51,11 +60,7 @@ class ResponseOnlyHead:
     @staticmethod
     def check(config: Any) -> None:
         """Raise NotImplementedError for a TransformerConfig that needs all positions' logits."""
-        if getattr(config, "defer_embedding_wgrad_compute", False):
-            raise NotImplementedError(
-                "ResponseOnlyHead with defer_embedding_wgrad_compute=True: the deferred products "
-                "need all positions of all micro-batches. Set it to False, or leave the head out"
-            )
+        refuse_deferred(config, "ResponseOnlyHead")
 
     def select(self, labels: Tensor, loss_mask: Tensor | None, ignore_index: int) -> Rows:
         """Select the rows of shifted labels and mask [b, s]: at least one, so no shape is 0."""

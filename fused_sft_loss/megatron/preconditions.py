@@ -167,6 +167,29 @@ def not_wrapped(module: object, what: str) -> None:
         )
 
 
+def plain_output_layer(layer: Any) -> None:
+    """Raise NotImplementedError unless the output layer computes hidden @ weight.T + bias alone."""
+    from megatron.core.tensor_parallel import ColumnParallelLinear
+
+    kind = f"{type(layer).__module__}.{type(layer).__name__}"
+    if getattr(type(layer), "forward", None) is not ColumnParallelLinear.forward:
+        raise NotImplementedError(
+            f"LinearHead: expected Megatron's ColumnParallelLinear as output layer, got {kind}, "
+            "whose own forward (an adapter, 8-bit products) would be left out. Use "
+            "ResponseOnlyHead, which calls it"
+        )
+    for name, plain in (
+        ("explicit_expert_comm", False),
+        ("disable_grad_reduce", False),
+        ("gtp_remat_size", 1),
+    ):
+        if getattr(layer, name, plain) != plain:
+            raise NotImplementedError(
+                f"LinearHead: expected an output layer with {name}={plain}, got "
+                f"{getattr(layer, name)}; use ResponseOnlyHead"
+            )
+
+
 def agreed(
     check: Callable[[], Result],
     group: ProcessGroup | None,

@@ -14,16 +14,21 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple, NoReturn
 
+import torch
 from torch import Tensor
 from torch.nn import Module
 
 from ..options import Options
 from . import preconditions, versions, wrappers
 from .head import ResponseOnlyHead, Rows, selected
+from .linear_head import LinearHead, LinearTargets
+from .methods import replace_method
 from .protocols import LanguageModel, OutputLayer
 from .reports import Sums
 
 LOSS = "compute_language_model_loss"
+#: What decides which rows go through the output layer.
+Head = ResponseOnlyHead | LinearHead
 #: Options of `sft_loss` that follow from the model. fused_cross_entropy takes the others.
 OF_MODEL = ("shift", "layout", "cu_seqlens", "tp_group", "vocab_start")
 ALLOWED = tuple(name for name in vars(Options()) if name not in OF_MODEL)
@@ -34,7 +39,7 @@ def fused_cross_entropy(
     model: Module | list[Module],
     *,
     loss_mask: Tensor | None = None,
-    head: ResponseOnlyHead | None = None,
+    head: Head | None = None,
     **options: Any,
 ) -> Iterator[None]:
     """A context manager in which `model(..., labels=labels)` computes its losses with this package.
@@ -55,7 +60,7 @@ def fused_cross_entropy(
         loss_mask: [b, s]: positions with 0 are not read and have loss 0. None: the loss_mask that
             the model is called with, if any. The mask selects and does not weigh, because the
             trainer multiplies by it.
-        head: a `ResponseOnlyHead`, or None for all positions.
+        head: a `ResponseOnlyHead` or a `LinearHead`; None: logits of all positions.
         **options: those of `sft_loss` except `reduction`, and except `shift`, `layout`,
             `cu_seqlens`, `tp_group` and `vocab_start`, which follow from the model. Labels are not
             shifted: Megatron's datasets have shifted them already.
@@ -83,7 +88,7 @@ class _Call(NamedTuple):
 
     labels: Tensor
     mask: Tensor | None
-    rows: Rows | None  # that go through the output layer; None: all
+    rows: Rows | LinearTargets | None  # that go through the output layer; None: all
 
 
 class ReplacedLoss:
@@ -97,14 +102,16 @@ class ReplacedLoss:
         self,
         model: Module,
         loss_mask: Tensor | None,
-        head: ResponseOnlyHead | None,
+        head: Head | None,
         options: dict[str, Any],
         *,
         weigh: bool,
         report: tuple[str, ...] = (),
     ) -> None:
-        if head is not None and not isinstance(head, ResponseOnlyHead):
-            raise TypeError(f"head: expected a ResponseOnlyHead, got {type(head).__name__}")
+        if head is not None and not isinstance(head, Head):
+            raise TypeError(
+                f"head: expected a ResponseOnlyHead or a LinearHead, got {type(head).__name__}"
+            )
         self.model = _language_model(model)
         self._is_last = getattr(self.model, "post_process", True)  # pipeline stage
         if head is not None:
@@ -115,19 +122,22 @@ class ReplacedLoss:
         self.options = dict(options)
         self.sums: Sums | None = None  # of the last call with labels
         self._call: _Call | None = None  # that is running
-        self._heads_to_pass = 0  # output layer calls of multi-token prediction before the main one
+        # Output layer calls of multi-token prediction before the main one; None: all calls, until
+        # the output_processor makes the main one.
+        self._heads_to_pass: int | None = 0
+        self._logits_factor = 1.0  # of Megatron's _scale_logits
 
     @contextmanager
     def installed(self) -> Iterator["ReplacedLoss"]:
         with ExitStack() as stack:
-            replace = functools.partial(_replace_method, stack)
+            replace = functools.partial(replace_method, stack)
             replace(self.model, "forward", self._forward)
             if hasattr(self.model, "build_schedule_plan"):
                 replace(self.model, "build_schedule_plan", _no_schedule_plan)
+            if self.head is not None and self._is_last:
+                replace(self.model.output_layer, "forward", self._output_layer)
             if not versions.accepts(self.model, "output_processor"):
                 replace(self.model, LOSS, self._loss)
-                if self.head is not None and self._is_last:
-                    replace(self.model.output_layer, "forward", self._output_layer)
             yield self
 
     def _forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -142,7 +152,7 @@ class ReplacedLoss:
                 raise ValueError("expected no output_processor of your own inside this context")
             kwargs["output_processor"] = functools.partial(self._output_processor, call)
         self._call, self.sums = call, None
-        self._heads_to_pass = getattr(self.model.config, "mtp_num_layers", None) or 0
+        self._heads_to_pass = self._before_the_main_call()
         try:
             output = base(*args, **kwargs)
         finally:
@@ -154,30 +164,65 @@ class ReplacedLoss:
             )
         return output
 
+    def _before_the_main_call(self) -> int | None:
+        """What `_heads_to_pass` is when the model is called."""
+        if versions.accepts(self.model, "output_processor"):
+            return None
+        return getattr(self.model.config, "mtp_num_layers", None) or 0
+
     def _call_of(self, labels: Tensor, mask: Tensor | None) -> _Call:
         """The call with these labels; `mask` counts if the context was given none."""
         mask = mask if self.loss_mask is None else self.loss_mask
         if not self.weigh and mask is not None:
             mask = mask != 0
-        rows = None
-        if self.head is not None and self._is_last:
-            ignore_index = self.options.get("ignore_index", Options.ignore_index)
-            select = functools.partial(self.head.select, labels, mask, ignore_index)
-            group = preconditions.vocab_group(self.options)
-            rows = preconditions.agreed(select, group, _compared)
-        return _Call(labels, mask, rows)
+        return _Call(labels, mask, self._rows(labels, mask))
+
+    def _rows(self, labels: Tensor, mask: Tensor | None) -> Rows | LinearTargets | None:
+        """The rows that go through the output layer, the same on all ranks of the vocabulary."""
+        if (head := self.head) is None or not self._is_last:
+            return None
+        ignore_index = self.options.get("ignore_index", Options.ignore_index)
+
+        def select() -> Rows | LinearTargets:
+            return head.select(labels, mask, ignore_index)
+
+        return preconditions.agreed(select, preconditions.vocab_group(self.options), _compared)
 
     def _output_layer(
-        self, base: Callable[..., Any], hidden_states: Tensor, *args: Any, **kwargs: Any
+        self,
+        base: Callable[..., Any],
+        hidden_states: Tensor,
+        weight: Tensor | None = None,
+        runtime_gather_output: bool | None = None,
     ) -> Any:
-        """Before 0.18: the output layer; the main call computes the selected rows only."""
-        if self._call is None or self._call.rows is None:
-            return base(hidden_states, *args, **kwargs)
+        """The output layer's forward. The main call computes the rows of the head only: their
+        logits, or with a LinearHead the losses [b, s] of all positions."""
+        layer = functools.partial(base, weight=weight, runtime_gather_output=runtime_gather_output)
+        rows = None if self._call is None else self._call.rows
+        if rows is None or self._heads_to_pass is None:
+            return layer(hidden_states)
         if self._heads_to_pass > 0:
             self._heads_to_pass -= 1
-            return base(hidden_states, *args, **kwargs)
-        with selected(self.model.output_layer, hidden_states, self._call.rows) as hidden_states:
-            return base(hidden_states, *args, **kwargs)
+            return layer(hidden_states)
+        if isinstance(rows, LinearTargets):
+            return self._linear_losses(rows, hidden_states, weight), None
+        with selected(self.model.output_layer, hidden_states, rows) as hidden_states:
+            return layer(hidden_states)
+
+    def _linear_losses(
+        self, targets: LinearTargets, hidden_states: Tensor, weight: Tensor | None
+    ) -> Tensor:
+        """The losses [b, s] of a LinearHead."""
+        scale = self.options.get("logit_scale", Options.logit_scale) * self._logits_factor
+        self.sums = targets.sums(
+            self.model.output_layer,
+            hidden_states,
+            weight,
+            {**self.options, "logit_scale": scale},
+            getattr(self.model, "vocab_size", None),
+            self.report,
+        )
+        return self.sums.losses
 
     def _loss(self, base: Callable[..., Tensor], labels: Tensor, logits: Tensor) -> Tensor:
         """Before 0.18: compute_language_model_loss.
@@ -201,22 +246,25 @@ class ReplacedLoss:
         **_: Any,
     ) -> Tensor:
         """From 0.18 on: output layer and loss, in the order of GPTModel's forward."""
-        layer = functools.partial(
-            output_layer, weight=output_weight, runtime_gather_output=runtime_gather_output
+        self._heads_to_pass = 0
+        self._logits_factor = float(scale_logits(torch.ones(())))
+        logits, _bias = output_layer(
+            hidden_states, weight=output_weight, runtime_gather_output=runtime_gather_output
         )
-        if call.rows is None:
-            logits, _bias = layer(hidden_states)
-        else:
-            with selected(output_layer, hidden_states, call.rows) as hidden_states:
-                logits, _bias = layer(hidden_states)
         return self._losses(call, scale_logits(logits))
 
     def _losses(self, call: _Call, logits: Tensor) -> Tensor:
-        """Per-token losses [b, s] fp32 of logits [s, b, V/tp], or [r, 1, V/tp] of selected rows."""
+        """Per-token losses [b, s] fp32 of logits [s, b, V/tp], or [r, 1, V/tp] of selected rows.
+
+        With a LinearHead the output layer has computed them, and returned them as logits.
+        """
+        rows = call.rows
+        if isinstance(rows, LinearTargets):
+            assert self.sums is not None
+            return self.sums.losses
         vocabulary = getattr(self.model, "vocab_size", None)
         group = preconditions.vocab_group(self.options, logits.size(-1), vocabulary)
         options = Options(**{**self.options, "tp_group": group})
-        rows = call.rows
         if rows is None:
             options = dataclasses.replace(options, layout="sbv")
             self.sums = Sums.of(logits, call.labels, call.mask, options, self.report)
@@ -240,35 +288,11 @@ def _language_model(model: Module) -> LanguageModel:
     return parts[-1]
 
 
-def _compared(rows: Rows) -> dict[str, Tensor | None]:
+def _compared(rows: Rows | LinearTargets) -> dict[str, Tensor | None]:
     """The tensors that must be equal on all ranks that share the vocabulary."""
+    if isinstance(rows, LinearTargets):
+        return {"labels": rows.labels, "loss_mask": rows.mask}
     return {"scored positions": rows.positions, "labels": rows.labels, "loss_mask": rows.mask}
-
-
-def _replace_method(stack: ExitStack, owner: object, name: str, method: Callable[..., Any]) -> None:
-    """`owner.name(...)` calls method(base, ...) until the stack unwinds.
-
-    base is the owner's own method, also if an outer context has replaced it already.
-    """
-    current = getattr(owner, name)
-    base = getattr(current, "fused_sft_loss_base", current)
-
-    @functools.wraps(base)
-    def replacement(*args: Any, **kwargs: Any) -> Any:
-        return method(base, *args, **kwargs)
-
-    replacement.fused_sft_loss_base = base  # type: ignore[attr-defined]
-    own, missing = vars(owner), object()
-    before = own.get(name, missing)
-
-    def restore() -> None:
-        if before is missing:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, before)
-
-    stack.callback(restore)
-    setattr(owner, name, replacement)
 
 
 def _no_schedule_plan(base: Callable[..., Any], *args: Any, **kwargs: Any) -> NoReturn:

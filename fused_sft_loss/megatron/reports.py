@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ..api import TokenMetrics, loss_terms, loss_terms_and_metrics
+from ..api import LossTerms, TokenMetrics, loss_terms, loss_terms_and_metrics
 from ..options import Options
 from ..targets import weighted_mean
 from . import global_state
@@ -27,6 +27,11 @@ FIGURES: dict[str, Callable[[TokenMetrics, Tensor], Tensor]] = {
     "perplexity": lambda metrics, count: torch.expm1(-metrics.log_prob).sum() + count,
 }
 SPIKY_LOSS_FACTOR = 10  # as in Megatron-LM's pretrain_gpt.py
+
+
+def figures(report: Sequence[str]) -> list[str]:
+    """The names in a report that are in FIGURES."""
+    return [name for name in report if name != "lm loss"]
 
 
 @dataclass(frozen=True)
@@ -48,12 +53,18 @@ class Sums:
         report: Sequence[str],
     ) -> "Sums":
         """Compute them with `loss_terms`. Figures need no second read of the logits."""
-        figures = [name for name in report if name != "lm loss"]
-        if not figures:
-            terms = loss_terms(logits, labels, loss_mask, options)
-            return cls(terms.losses, terms.weight_sum, terms.count)
-        terms, metrics = loss_terms_and_metrics(logits, labels, loss_mask, options)
-        sums = {name: FIGURES[name](metrics, terms.count).float() for name in figures}
+        if not figures(report):
+            return cls.of_terms(loss_terms(logits, labels, loss_mask, options), None, report)
+        return cls.of_terms(*loss_terms_and_metrics(logits, labels, loss_mask, options), report)
+
+    @classmethod
+    def of_terms(
+        cls, terms: LossTerms, metrics: TokenMetrics | None, report: Sequence[str]
+    ) -> "Sums":
+        """The sums of known losses. `metrics` may be None if `report` has no figures."""
+        sums = {}
+        if metrics is not None:
+            sums = {n: FIGURES[n](metrics, terms.count).float() for n in figures(report)}
         return cls(terms.losses, terms.weight_sum, terms.count, sums)
 
 

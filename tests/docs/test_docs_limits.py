@@ -7,11 +7,14 @@ import pytest
 import torch
 from test_docs_options import table
 
+from fused_sft_loss import linear_sft_loss
 from fused_sft_loss.megatron import (
+    LinearHead,
     ResponseOnlyHead,
     forward_step,
     fused_cross_entropy,
     global_state,
+    preconditions,
     sft_loss_func,
     shift_packed_targets,
 )
@@ -85,6 +88,15 @@ LIMITS = {  # option -> (a call for each entry of the last column, the errors th
             lambda: fused_cross_entropy(torch.nn.Linear(2, 2)).__enter__(),
         ],
         (TypeError, ValueError, NotImplementedError),
+    ),
+    "LinearHead": (
+        [
+            partial(LinearHead, multiple=2, rows=4),
+            partial(LinearHead.check, SimpleNamespace(defer_embedding_wgrad_compute=True)),
+            partial(linear_sft_loss, LOGITS, torch.randn(9, 8), LABELS, inplace_backward=True),
+            partial(preconditions.plain_output_layer, torch.nn.Linear(2, 2)),
+        ],
+        (ValueError, NotImplementedError),
     ),
     "ResponseOnlyHead": (
         [

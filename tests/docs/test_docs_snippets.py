@@ -63,6 +63,22 @@ def check_other_calls(page, name):
     assert float(names["accuracy"]) == pytest.approx(float(right.sum() / mask.sum()))
 
 
+def check_without_logits(page, name):
+    """The loss and the three gradients of a layer and sft_loss."""
+    torch.manual_seed(0)
+    hidden = torch.randn(2, 9, 16, requires_grad=True)
+    layer = torch.nn.Linear(16, 64)
+    _, _, labels, mask = batch()
+    given = {"hidden": hidden, "labels": labels, "loss_mask": mask, "lm_head": layer, "fsl": fsl}
+    loss = SNIPPETS[page, name].run(given)["loss"]
+    want = fsl.sft_loss(layer(hidden), labels, mask)
+    torch.testing.assert_close(loss, want)
+    inputs = hidden, layer.weight, layer.bias
+    got = hidden.grad, layer.weight.grad, layer.bias.grad
+    for grad, wanted in zip(got, torch.autograd.grad(want, inputs), strict=True):
+        torch.testing.assert_close(grad, wanted, **CLOSE)
+
+
 def check_algorithm(page, name):
     """The PyTorch code of the design gives the package's loss and gradient, for one and two shards
     and two dtypes."""
@@ -84,6 +100,7 @@ PLAIN = {
     ("README.md", "equal"): check_readme,
     ("docs/index.md", "first call"): check_first_call,
     ("docs/index.md", "other calls"): check_other_calls,
+    ("docs/index.md", "without logits"): check_without_logits,
     ("docs/design.md", "algorithm"): check_algorithm,
 }
 
@@ -165,6 +182,7 @@ MEGATRON = {  # snippet -> (name of its forward step, context-parallel size)
     ("docs/megatron.md", "report"): ("forward_step", 1),
     ("docs/megatron.md", "context parallel"): ("forward_step", 2),
     ("docs/megatron.md", "head"): ("forward_step", 1),
+    ("docs/megatron.md", "linear head"): ("forward_step", 1),
 }
 
 

@@ -19,7 +19,7 @@ from wrong_calls import TABLE
 import fused_sft_loss as fsl
 from fused_sft_loss import scoring
 from fused_sft_loss.backends import triton as kernels
-from fused_sft_loss.backends.contract import RowFactor
+from fused_sft_loss.backends.contract import RowFactor, normalizer_like
 from fused_sft_loss.rowmath import RowMath
 from fused_sft_loss.scoring import Scoring
 from fused_sft_loss.targets import row_targets
@@ -162,7 +162,9 @@ def test_backward_begins_with_the_last_row(small_tiles):
     logits, target, weight = rows_of(torch.float32)
     grad = torch.empty_like(logits)
     with recorded_accesses() as (_, stores):
-        kernels.row_grad(logits, torch.ones(4, 2), target, RowFactor(weight), MATH, grad)
+        kernels.row_grad(
+            logits, normalizer_like(weight).fill_(1), target, RowFactor(weight), MATH, grad
+        )
     rows = [(int(store[0]) - grad.data_ptr()) // (4 * 3000) for store in stores]
     assert rows == sorted(rows, reverse=True) and set(rows) == set(range(4))
 
@@ -260,7 +262,9 @@ def test_search_leaves_logits_that_are_their_own_gradient_alone(small_tiles, mon
     """FUSED_SFT_LOSS_AUTOTUNE runs a kernel many times. An in-place kernel may only run once."""
     logits, target, weight = rows_of(torch.float32)
     want = torch.empty_like(logits)
-    kernels.row_grad(logits, torch.full((4, 2), 9.0), target, RowFactor(weight), MATH, want)
+    kernels.row_grad(
+        logits, normalizer_like(weight).fill_(9), target, RowFactor(weight), MATH, want
+    )
     monkeypatch.setenv(tune.VARIABLE, "1")
     monkeypatch.setattr(tune, "_found", {})
     ran = []
@@ -273,7 +277,9 @@ def test_search_leaves_logits_that_are_their_own_gradient_alone(small_tiles, mon
         return shape
 
     monkeypatch.setattr(tune, "search", search)
-    kernels.row_grad(logits, torch.full((4, 2), 9.0), target, RowFactor(weight), MATH, logits)
+    kernels.row_grad(
+        logits, normalizer_like(weight).fill_(9), target, RowFactor(weight), MATH, logits
+    )
     assert ran == ["row_grad"] and torch.equal(logits, want)
 
 
@@ -288,7 +294,9 @@ def test_nothing_to_do(empty):
     losses, _ = kernels.merge(stats.unsqueeze(0), target, weight, math)
     assert losses.shape == (rows,)
     grad = torch.full_like(logits, 7.0)
-    kernels.row_grad(logits, torch.ones(rows, 2), target, RowFactor(weight), math, grad)
+    kernels.row_grad(
+        logits, normalizer_like(weight).fill_(1), target, RowFactor(weight), math, grad
+    )
     assert (grad == 0).all()
     labels = torch.zeros(2, logits.shape[1], dtype=torch.int64)
     got = kernels.row_targets(Scoring(labels, None, None, True, -100), 9)

@@ -6,6 +6,7 @@ from backends import BUILT, using
 from cases import build
 
 import fused_sft_loss as fsl
+from fused_sft_loss.backends.contract import normalizer_like
 from fused_sft_loss.rowmath import RowMath
 
 
@@ -69,8 +70,8 @@ def operator_arguments(backend):
     logits = torch.randn(2, 3, 100, requires_grad=True)
     target, weight = torch.randint(0, 90, (6,)), torch.rand(6)
     weight[2] = 0
-    gradient = (target, weight, None, torch.rand(6, 2) + 1, *math.packed(), backend)
-    of_mean = (target, weight, weight.sum(), torch.rand(6, 2) + 1, *math.packed(), backend)
+    rest = (normalizer_like(weight).uniform_(1, 2), *math.packed(), backend)
+    gradient, of_mean = (target, weight, None, *rest), (target, weight, weight.sum(), *rest)
     labels, mask = torch.randint(0, 90, (2, 3)), torch.rand(2, 3)
     scoring = (labels, mask, torch.tensor([0, 4, 6]), True, -100)
     given, plain = (*scoring, *math.packed()), logits.detach()

@@ -25,18 +25,33 @@ FAMILIES = {  # column of the table -> cases of test_megatron_exactness: it show
     ),
     "3-tuple, per micro-batch": ("per_token per micro-batch",),
     "2-tuple": ("mean", "mean, 1 micro-batch", "own forward_step, mean"),
-    "one CP shard masked": ("one context shard masked", "head, one context shard masked"),
+    "one CP shard masked": (
+        "one context shard masked",
+        "head, one context shard masked",
+        "linear, one context shard masked",
+    ),
     "all masked": (
         "all masked, per_token",
         "all masked, per_token per micro-batch",
         "all masked, mean",
         "in_place, all masked",
         "head, all masked",
+        "linear, all masked",
     ),
     "`in_place`": ("in_place, per_token", "in_place, mean"),
     "`ResponseOnlyHead`": ("head, per_token", "head, mean"),
-    "`fused_cross_entropy`": ("trainer's loss_func", "trainer's loss_func, head"),
-    "bf16": ("per_token, bf16", "mean, bf16", "in_place, bf16"),
+    "`LinearHead`": (
+        "linear, per_token",
+        "linear, mean",
+        "linear, grad_in_forward",
+        "linear, gathered logits",
+    ),
+    "`fused_cross_entropy`": (
+        "trainer's loss_func",
+        "trainer's loss_func, head",
+        "trainer's loss_func, linear",
+    ),
+    "bf16": ("per_token, bf16", "mean, bf16", "in_place, bf16", "linear, bf16"),
 }
 
 

@@ -53,8 +53,20 @@ CASES = {
     "head, mean": Case("mean", False, step="head"),
     "head, all masked": Case("per_token", True, data=ALL_MASKED, each=2, step="head"),
     "head, one context shard masked": Case("per_token", True, data=(4,), each=1, step="head"),
+    "linear, per_token": Case("per_token", True, step="linear"),
+    "linear, mean": Case("mean", False, step="linear"),
+    "linear, bf16": Case("per_token", True, step="linear", dtype=torch.bfloat16),
+    "linear, all masked": Case("per_token", True, data=ALL_MASKED, each=2, step="linear"),
+    "linear, one context shard masked": Case("per_token", True, data=(4,), each=1, step="linear"),
+    "linear, grad_in_forward": Case(
+        "per_token", True, step="linear", options={"grad_in_forward": True}
+    ),
+    "linear, gathered logits": Case("per_token", True, step="linear", gathered=True),
     "trainer's loss_func": Case("per_token", True, data=UNIT_WEIGHTS, step="trainer"),
     "trainer's loss_func, head": Case("per_token", True, data=UNIT_WEIGHTS, step="trainer_head"),
+    "trainer's loss_func, linear": Case(
+        "per_token", True, data=UNIT_WEIGHTS, step="trainer_linear"
+    ),
 }
 #: Largest error: of an entry, in units of the parameter's largest (fp32); of a whole parameter's
 #: gradient, relative to its norm, bf16 weights and activations included (bf16).

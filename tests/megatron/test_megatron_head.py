@@ -11,6 +11,7 @@ from fused_sft_loss.megatron import ResponseOnlyHead, head, make_forward_step, r
 
 TIED = {"tied": Case("per_token", True, tied=True, step="head")}
 TIED["tied, mean"] = Case("mean", False, tied=True, step="head")
+TIED["tied, linear"] = Case("per_token", True, tied=True, step="linear")
 LAYOUTS = {"TP1": (1, {}), "TP2": (2, {"tp": 2}), "TP2+SP": (2, {"tp": 2, "sp": True})}
 LAYOUTS["PP2"] = (2, {"pp": 2})  # two copies of the tied weight, whose gradients are added up
 

@@ -77,7 +77,7 @@ def test_nothing_scored_reports_zero(returns):
     assert all((value == 0).all() for value in report.values())
 
 
-@pytest.mark.parametrize("step", ["make", "in_place", "head"])
+@pytest.mark.parametrize("step", ["make", "in_place", "head", "linear"])
 def test_figures_through_the_schedule_on_shards(step):
     """Two tensor-parallel ranks report the figures of the unsharded model's logits."""
     unsharded = run_ranks(1, runs.reference)[0]

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from bench.megatron_cpu import build_model, config, init, zigzag_positions
 from fused_sft_loss import shift_targets
 from fused_sft_loss.megatron import (
+    LinearHead,
     ResponseOnlyHead,
     fused_cross_entropy,
     make_forward_step,
@@ -221,8 +222,10 @@ STEPS = {
     "own": own_forward_step,
     "in_place": partial(make_forward_step, in_place=True),
     "head": partial(make_forward_step, head=ResponseOnlyHead()),
+    "linear": partial(make_forward_step, head=LinearHead(chunk_rows=3)),
     "trainer": trainers_forward_step,
     "trainer_head": partial(trainers_forward_step, head=ResponseOnlyHead(multiple=8)),
+    "trainer_linear": partial(trainers_forward_step, head=LinearHead(multiple=8)),
 }
 TIED = {False: {}, True: {"share_embeddings_and_output_weights": True}}
 

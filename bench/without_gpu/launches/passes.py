@@ -5,6 +5,8 @@ import ctypes
 import numpy as np
 import torch
 
+from fused_sft_loss.backends.contract import normalizer_like
+
 from ..ptx import Machine
 
 
@@ -30,7 +32,7 @@ class Passes:
 
     def unwritten_losses(self):
         self.loss = torch.full((self.labels.numel(),), float("nan"))
-        self.normalizer = torch.full((self.labels.numel(), 2), float("nan"))
+        self.normalizer = normalizer_like(self.loss).fill_(float("nan"))
 
     def unwritten_gradient(self) -> torch.Tensor:
         """A separate tensor with the strides of the logits."""
