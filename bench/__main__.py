@@ -8,7 +8,10 @@ from . import interrupts
 from .errors import UserError
 
 COMMANDS = {
-    "sft": ("bench.sft.command", "a real Megatron SFT run, with the reference loss and with ours"),
+    "sft": (
+        "bench.sft.command",
+        "a real Megatron SFT run: the reference loss, ours, ours without logits",
+    ),
     "kernels": ("bench.kernels.command", "time and memory of the loss, beside every peer"),
     "linear": (
         "bench.linear.command",
