@@ -33,9 +33,16 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None) -> N
         torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
     elif bias is None and _widens(a, out):
         torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
+    elif bias is None and out.dtype == torch.float32:
+        torch.mm(a.float(), b.float(), out=out)
     else:
         product = torch.mm(a.float(), b.float())
         out.copy_(product if bias is None else product + bias)
+
+
+def multiply_into(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out = a @ b, with the arguments of :func:`accumulate`."""
+    multiply(a, b, out)
 
 
 def accumulate(out: Tensor, a: Tensor, b: Tensor) -> None:
