@@ -34,13 +34,15 @@ class Sums(NamedTuple):
 
     @classmethod
     def new(cls, head: Head, wanted: list[bool]) -> "Sums":
-        """Losses and gradients of no row, as `wanted` for hidden, weight and bias."""
+        """Memory as `wanted` for hidden, weight and bias. The first chunk writes the sum of weight;
+        without rows it is 0."""
         rows, (columns, width) = len(head.positions), head.weight.shape
         fp32 = head.weight.new_empty(0, dtype=torch.float32)
+        new = fp32.new_empty if rows else fp32.new_zeros
         return cls(
             fp32.new_empty(rows),
             fp32.new_empty(rows, width, dtype=held_dtype(head.hidden)) if wanted[0] else None,
-            fp32.new_zeros(columns, width) if wanted[1] else None,
+            new(columns, width) if wanted[1] else None,
             fp32.new_zeros(columns) if wanted[2] else None,
         )
 
@@ -130,11 +132,12 @@ def _finish(
     kernels.row_grad(chunk.logits, normalizer, target, factor.of_rows(some), math, chunk.logits)
     grad = chunk.logits[0]
     grad_inputs = torch.zeros_like(chunk.inputs, dtype=torch.float32)
+    add_weight = products.accumulate if some.start else products.multiply_into
     for part in _columns(head):
         if sums.hidden is not None:
             products.accumulate(grad_inputs, grad[:, part], head.weight_of(part))
         if sums.weight is not None:
-            products.accumulate(sums.weight[part], grad[:, part].t(), chunk.inputs)
+            add_weight(sums.weight[part], grad[:, part].t(), chunk.inputs)
     if sums.hidden is not None:
         sums.hidden[some] = grad_inputs
     if sums.bias is not None:

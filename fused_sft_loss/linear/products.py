@@ -1,5 +1,7 @@
 """Matrix products that add up in fp32 and round at most once."""
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -34,9 +36,16 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None) -> N
         torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
     elif bias is None and _widens(a, out):
         torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
+    elif bias is None and out.dtype == torch.float32:
+        torch.mm(a.float(), b.float(), out=out)
     else:
         product = torch.mm(a.float(), b.float())
         out.copy_(product if bias is None else product + bias)
+
+
+def multiply_into(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out = a @ b, with the arguments of :func:`accumulate`."""
+    multiply(a, b, out)
 
 
 def accumulate(out: Tensor, a: Tensor, b: Tensor) -> None:
@@ -50,9 +59,24 @@ def accumulate(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _widens(a: Tensor, out: Tensor) -> bool:
-    """Whether PyTorch has a product of 16-bit matrices that writes fp32: on GPUs, from 2.8 on."""
-    known = "dtype_out" in torch.ops.aten.addmm.overloads()
-    return known and a.is_cuda and out.dtype == torch.float32
+    """Whether PyTorch has a product of such 16-bit matrices that writes fp32."""
+    return a.is_cuda and out.dtype == torch.float32 and _device_widens(a.dtype)
+
+
+@torch.compiler.assume_constant_result
+@cache
+def _device_widens(dtype: torch.dtype) -> bool:
+    """Whether a product of two 16-bit matrices can write fp32: on GPUs, from torch 2.8 on.
+
+    It is tried once, because a build for another GPU may have the operator without a kernel.
+    """
+    ones = torch.ones(16, 16, dtype=dtype, device="cuda")
+    out = torch.ones(16, 16, dtype=torch.float32, device="cuda")
+    try:
+        torch.ops.aten.addmm.dtype_out(out, ones, ones, torch.float32, out=out)
+    except (AttributeError, NotImplementedError, RuntimeError):
+        return False
+    return True
 
 
 def without_autocast(tensor: Tensor) -> torch.autocast:

@@ -51,7 +51,7 @@ class LinearHead:
     and waits for it when the output layer runs.
 
     Args:
-        chunk_rows: a tile has as many logits as this many rows; see `linear_sft_loss`.
+        chunk_rows: a tile has at most as many logits as this many rows; see `linear_sft_loss`.
         multiple: round the number of rows up to a multiple of this.
         rows: take exactly this many rows; the host does not wait. If more positions are scored, the
             loss is NaN; on a CPU, and with FUSED_SFT_LOSS_CHECK=1, a ValueError is raised.
