@@ -96,7 +96,7 @@ class WithGradients(torch.autograd.Function):
         ratio = upstream / stored
         grad_hidden = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_hidden = _of_hidden(hidden, positions, row_weight, sums[0], ratio, ctx.reduce_name)
+            grad_hidden = of_hidden(hidden, positions, row_weight, sums[0], ratio, ctx.reduce_name)
         common = _common(ratio, row_weight)
         if ctx.needs_input_grad[1]:
             grad_weight = _of_weight(weight, sums[1], common, ctx.fused)
@@ -105,7 +105,12 @@ class WithGradients(torch.autograd.Function):
         return (grad_hidden, grad_weight, grad_bias, *[None] * 9)
 
 
-def _of_hidden(
+@operator(
+    "linear_grad_of_hidden(Tensor hidden, Tensor positions, Tensor row_weight, Tensor held, "
+    "Tensor ratio, str reduce_name) -> Tensor",
+    lambda hidden, *rest: torch.empty_like(hidden),
+)
+def of_hidden(
     hidden: Tensor,
     positions: Tensor,
     row_weight: Tensor,
