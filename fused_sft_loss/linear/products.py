@@ -15,6 +15,7 @@ def dtype_of_products(tensor: Tensor) -> torch.dtype:
     return tensor.dtype
 
 
+@torch.compiler.assume_constant_result  # torch.compile cannot trace the functions below
 def _cpu_multiplies(dtype: torch.dtype) -> bool:
     """Whether this CPU has instructions for products of this dtype."""
     asked = {
