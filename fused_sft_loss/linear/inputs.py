@@ -23,6 +23,12 @@ def check(
     if bias is not None:
         checks.are_tensors(bias=bias)
     checks.targets(labels, loss_mask, cu_seqlens)
+    for name, value in (("weight", weight), ("bias", bias), ("labels", labels)):
+        if value is not None and value.device != hidden.device:
+            raise ValueError(
+                f"expected {name} on the device of hidden, {hidden.device}, got {value.device}; "
+                "move it there"
+            )
     _products(hidden, weight, bias)
     rows = _rows(hidden, layout, ranks)
     if list(labels.shape) != rows:
@@ -35,12 +41,6 @@ def check(
             f"expected labels {rows} for hidden states {list(hidden.shape)} (layout {layout!r})"
             f"{parts}, got {list(labels.shape)}{hint}"
         )
-    for name, value in (("weight", weight), ("bias", bias), ("labels", labels)):
-        if value is not None and value.device != hidden.device:
-            raise ValueError(
-                f"expected {name} on the device of hidden, {hidden.device}, got {value.device}; "
-                "move it there"
-            )
 
 
 def check_numbers(**numbers: int | None) -> None:
