@@ -52,6 +52,13 @@ def check_numbers(**numbers: int | None) -> None:
             raise ValueError(f"expected {name} to be an integer >= 1, got {value!r}")
 
 
+def check_bool(**flags: bool) -> None:
+    """Raise TypeError unless each is a bool."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"expected {name} to be a bool, got {type(value).__name__} {value!r}")
+
+
 def _products(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Raise unless hidden @ weight.T + bias can be computed."""
     if hidden.dtype not in checks.DTYPES:

@@ -280,11 +280,7 @@ def _validated(
         raise ValueError(
             "expected no inplace_backward: there are no logits whose memory could be used"
         )
-    if not isinstance(sequence_parallel, bool):
-        raise TypeError(
-            "expected sequence_parallel to be a bool, got "
-            f"{type(sequence_parallel).__name__} {sequence_parallel!r}"
-        )
+    inputs.check_bool(sequence_parallel=sequence_parallel)
     group = groups.process_group(options.tp_group)
     if sequence_parallel and group is None:
         raise ValueError(

@@ -23,8 +23,8 @@ def scored_rows(targets: Targets, rows: int | None, multiple: int) -> ScoredRows
     """Select the scored rows. Without `rows` the host waits for their number.
 
     Raises:
-        ValueError: more than `rows` are scored, and :func:`.may_synchronise`. While the call is traced, their
-            values are unknown.
+        ValueError: more than `rows` are scored, and :func:`.may_synchronise`. A traced call does
+            not know how many are.
     """
     scored, every = targets.weight != 0, targets.weight.numel()
     overflow = None

@@ -28,7 +28,7 @@ SCHEDULES = {"two passes": False, "one pass": DECLARED}
 CHUNKS = st.sampled_from([None, 1, 2, 3, 64])
 PADDING = st.sampled_from([{}, {"rows": 40}, {"multiple": 4}, {"multiple": 64}])
 PLAIN = [name for name in ON_CPU if name not in ON_SHIM]
-FEWER = settings(PRODUCT, max_examples=60)
+FEWER = settings(PRODUCT, max_examples=40)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

@@ -66,7 +66,7 @@ def gradients(kind, options):
 
 
 @pytest.mark.parametrize("kind", ["inside", "outside"])
-@pytest.mark.parametrize("options", [{}, {"grad_in_forward": True}, {"chunk_rows": 2}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"grad_in_forward": True}], ids=str)
 def test_fully_shard(kind, options):
     reference = run_ranks(2, gradients, "of layer", {}, timeout=60)
     for got, want in zip(
@@ -80,8 +80,7 @@ def test_fully_shard(kind, options):
 def refusals():
     """The messages for DTensors that are not an FSDP shard, by name."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
-    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
     mesh, two = init_device_mesh("cpu", (2,)), init_device_mesh("cpu", (1, 2))
     whole = torch.randn(V, H)

@@ -18,7 +18,7 @@ BATCH, SEQ, H, V = 2, 6, 8, 50
 
 
 def arguments(parts=False):
-    """The arguments that all ranks pass. With `parts` hidden is this rank's part of the sequence."""
+    """The arguments that all ranks pass. With `parts` hidden is a part of the sequence."""
     generator = torch.Generator().manual_seed(3)
     labels = torch.randint(0, 100, (BATCH, SEQ), generator=generator)
     ranks = dist.get_world_size() if parts else 1

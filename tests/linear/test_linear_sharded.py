@@ -1,4 +1,4 @@
-"""Promise: a layer split over ranks gives the unsharded loss and gradients, with few collectives."""
+"""Promise: a layer split over ranks gives the unsharded loss and gradients."""
 
 from typing import NamedTuple
 
