@@ -1,7 +1,7 @@
 """Checks that raise on every rank, before any rank waits for another in a collective."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -144,6 +144,14 @@ def _is_megatrons(group: ProcessGroup, parallel: ParallelState) -> None:
             f"tp_group: expected Megatron's tensor-parallel group of ranks {tensor}, got ranks "
             f"{mine}. Leave tp_group out; for shards of another group pass vocab_start"
         )
+
+
+def no_schedule_plan(what: str) -> NoReturn:
+    """Raise NotImplementedError: a schedule plan computes the loss when `what` has ended."""
+    raise NotImplementedError(
+        f"{what}: expected no schedule plan (build_schedule_plan), which computes the loss later, "
+        f"when {what} has ended. Set overlap_moe_expert_parallel_comm=False, or leave {what} out"
+    )
 
 
 def not_wrapped(module: object, what: str) -> None:

@@ -296,8 +296,4 @@ def _compared(rows: Rows | LinearTargets) -> dict[str, Tensor | None]:
 
 
 def _no_schedule_plan(base: Callable[..., Any], *args: Any, **kwargs: Any) -> NoReturn:
-    raise NotImplementedError(
-        "build_schedule_plan inside fused_cross_entropy: the plan computes the loss later, when "
-        "this context has ended. Set overlap_moe_expert_parallel_comm=False, or leave "
-        "fused_cross_entropy out"
-    )
+    preconditions.no_schedule_plan("fused_cross_entropy")

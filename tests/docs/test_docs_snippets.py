@@ -2,6 +2,7 @@
 
 import sys
 import types
+from functools import partial
 
 import pytest
 import snippets
@@ -147,7 +148,10 @@ def bridge():
 
 
 def in_megatron(snippet, step, cp):
-    """Train with a snippet's forward step: (loss, tokens, gradients, reports)."""
+    """Train with a snippet's forward step: (loss, tokens, gradients, reports).
+
+    It is called as Megatron's schedules call it, with return_schedule_plan (of 0.14 on).
+    """
     names = {"get_batch": next, "forward_step": trainers_step, "config": None}
     names["create_sft_forward_step"] = lambda: trainers_step
     called = bridge()
@@ -155,10 +159,10 @@ def in_megatron(snippet, step, cp):
     step, reported = names[step], set()
     if called:
         (bridged,) = called
-        step = lambda *arguments: bridged(None, *arguments)  # noqa: E731
+        step = partial(bridged, None)  # Bridge binds its state in this way
 
     def watched(data_iterator, model):
-        output, loss_func = step(data_iterator, model)
+        output, loss_func = step(data_iterator, model, return_schedule_plan=False)
 
         def watching(output_tensor):
             *result, report = loss_func(output_tensor)
