@@ -52,7 +52,7 @@ def make_forward_step(
             - `loss_mask`: [b, s], which label tokens count; absent or None: all
             - `labels`: [b, s]; absent: `tokens`. Shifted labels need `shift=False` and a mask that
               is shifted in the same way
-            - `cu_seqlens`: [k+1], document boundaries for the loss; optional
+            - `cu_seqlens`: [k+1] or [1, k+1], document boundaries for the loss; optional
             - `packed_seq_params`: Megatron's PackedSeqParams, for the model and the loss; optional
         in_place: needs a GPTModel or another LanguageModule of megatron-core, and no
             `collect_non_loss_data`. Multi-token prediction before 0.18 needs it.
