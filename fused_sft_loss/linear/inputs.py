@@ -43,15 +43,6 @@ def check(
         )
 
 
-def check_numbers(**numbers: int | None) -> None:
-    """Raise ValueError unless each is None or an integer from 1 on."""
-    for name, value in numbers.items():
-        if value is not None and (
-            isinstance(value, bool) or not isinstance(value, int) or value < 1
-        ):
-            raise ValueError(f"expected {name} to be an integer >= 1, got {value!r}")
-
-
 def check_bool(**flags: bool) -> None:
     """Raise TypeError unless each is a bool."""
     for name, value in flags.items():

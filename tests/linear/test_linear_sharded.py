@@ -123,7 +123,7 @@ def test_sharded_equals_unsharded(ranks):
 
 
 def runs_with_small_tiles(jobs):
-    tiles.BUDGET["cpu"] = 4 * 2000
+    tiles.CPU_CHUNK = 4 * 2000
     return runs(jobs)
 
 

@@ -7,7 +7,7 @@ import torch
 from linear_cases import build
 
 from fused_sft_loss.linear import products
-from fused_sft_loss.linear.loss import _prepared
+from fused_sft_loss.linear.call import Sizes, prepared
 from fused_sft_loss.options import Options
 
 schedules = pytest.mark.parametrize("one_pass", [False, True])
@@ -22,13 +22,10 @@ def case_of(dtype):
 
 def fused(case, weight, one_pass=False, hidden=None, bias=None, **sizes):
     """The call as a Megatron layer makes it, with the gradient of weight into its main_grad."""
-    sizes = {"chunk_rows": None, "rows": None, "multiple": 1, **sizes}
     hidden = case.storage if hidden is None else hidden
     options = Options(grad_in_forward=one_pass, shift=False)
-    call = _prepared(
-        hidden, weight, bias, case.labels, None, options, "loss", sizes, False, into_main_grad=True
-    )
-    return call.loss("sum")
+    given = (hidden, weight, bias, case.labels, None, options, "loss", Sizes(**sizes), False)
+    return prepared(*given, into_main_grad=True).loss("sum")
 
 
 def exact(case, upstream=1.0):
@@ -128,10 +125,9 @@ def test_padding_of_the_vocabulary_in_main_grad(one_pass):
         weight = case.weight.clone().requires_grad_()
         weight.main_grad = torch.full(weight.shape, 7.0)
         weight.overwrite_main_grad = overwrite
-        sizes = {"chunk_rows": None, "rows": None, "multiple": 1}
         options = Options(grad_in_forward=one_pass, shift=False, vocab_size=1000)
-        given = (case.storage, weight, None, case.labels, None, options, "loss", sizes, False)
-        _prepared(*given, into_main_grad=True).loss("sum").backward()
+        given = (case.storage, weight, None, case.labels, None, options, "loss", Sizes(), False)
+        prepared(*given, into_main_grad=True).loss("sum").backward()
         assert (weight.main_grad[1000:] == (0.0 if overwrite else 7.0)).all()
 
 
