@@ -48,8 +48,9 @@ def linear_sft_loss(
         labels, loss_mask: as in :func:`sft_loss`, of the whole sequence on every rank.
         bias: `[v]`, or None.
         reduction: as in :func:`sft_loss`.
-        chunk_rows: a tile has at most as many logits as this many rows. None: 128 MiB; on a CPU
-            4 MiB, which is also the most, or 128 MiB with `grad_in_forward`.
+        chunk_rows: a tile has at most as many logits as this many rows. None: a tile of 128 MiB,
+            on a CPU 4 MiB, which is also the most there. With `grad_in_forward` 512 MiB, on a CPU
+            128 MiB: it gets slower with smaller tiles.
         rows: at least the number of scored rows. The host does not wait for that number then, and
             shapes are fixed, as torch.compile and CUDA graphs need. If more are scored, the loss is
             NaN; on a CPU, and with FUSED_SFT_LOSS_CHECK=1, a ValueError is raised.

@@ -9,9 +9,14 @@ from ..options import Options
 from ..rowmath import RowMath
 from .products import dtype_of_products
 
-#: Bytes of a tile if the caller gives no chunk_rows. On a GPU it is large enough for matrix
-#: products at full speed, in both schedules.
-ACCELERATOR_BUDGET = 128 << 20
+#: Bytes of a tile of columns on a GPU, if the caller gives no chunk_rows: large enough for matrix
+#: products at full speed.
+ACCELERATOR_TILE = 128 << 20
+#: A chunk of grad_in_forward has all columns, and reads and writes the whole sum of the weight's
+#: gradient: 8 bytes for each of its elements, beside 2 products of it for each row. A GPU with 700
+#: TFLOP/s and 3.3 TB/s is bound by the products from 850 rows on (a prediction, not measured). This
+#: is 1024 rows of 262144 columns.
+ACCELERATOR_CHUNK = 512 << 20
 #: On a CPU, tiles of columns stay in the cache between the product and the kernels that read them.
 #: Measured on AVX2: 1 to 16 MiB take the same time, 64 MiB take 1.1 to 1.2 times as long. So more
 #: is never used, even where chunk_rows allows it.
@@ -68,7 +73,10 @@ class Tiling:
 def size_of(chunk_rows: int | None, columns: int, hidden: Tensor, one_pass: bool = False) -> int:
     """Logits of a tile: at most as many as `chunk_rows` rows of `columns` have."""
     on_cpu = hidden.device.type == "cpu"
-    budget = (CPU_CHUNK if one_pass else CPU_TILE) if on_cpu else ACCELERATOR_BUDGET
+    if one_pass:
+        budget = CPU_CHUNK if on_cpu else ACCELERATOR_CHUNK
+    else:
+        budget = CPU_TILE if on_cpu else ACCELERATOR_TILE
     size = budget // dtype_of_products(hidden).itemsize
     if chunk_rows is None:
         return size
