@@ -1,8 +1,11 @@
 """Every Python snippet of the README and docs/ runs as printed and does what the page says."""
 
+import copy
 import sys
+import tempfile
 import types
 
+import hugging_face
 import pytest
 import snippets
 import torch
@@ -95,6 +98,24 @@ def check_algorithm(page, name):
             torch.testing.assert_close(torch.cat(grads, -1), logits.grad, **close)
 
 
+def check_hugging_face(page, name):
+    """The weights after training are those of the Trainer without the function."""
+    if hugging_face.ABSENT:
+        pytest.skip(hugging_face.ABSENT)
+    from transformers import Trainer
+
+    model, data = hugging_face.causal(), hugging_face.examples()
+    folder = tempfile.TemporaryDirectory()
+    args = hugging_face.training_arguments(folder.name)
+    plain = copy.deepcopy(model)
+    SNIPPETS[page, name].run({"model": model, "args": args, "dataset": data})
+    before = copy.deepcopy(plain.state_dict())
+    Trainer(plain, args, train_dataset=data).train()
+    for key, weight in plain.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[key], weight, **CLOSE)
+        assert not torch.equal(weight, before[key])
+
+
 PLAIN = {
     ("README.md", "use"): check_readme,
     ("README.md", "equal"): check_readme,
@@ -102,6 +123,7 @@ PLAIN = {
     ("docs/index.md", "other calls"): check_other_calls,
     ("docs/index.md", "without logits"): check_without_logits,
     ("docs/design.md", "algorithm"): check_algorithm,
+    ("docs/trainers.md", "hugging face"): check_hugging_face,
 }
 
 
