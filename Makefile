@@ -1,7 +1,7 @@
 # Everything a fresh machine needs is installed into .venv by the first target that wants it.
 #
 #   make help              these lines
-#   make demo              a real Megatron SFT run on this CPU: the reference loss against ours, step by step
+#   make demo              a real Megatron SFT run on this CPU: the reference loss, ours, and ours without logits
 #   make test              the test suite: every promise on every backend
 #   make check             what takes longer: the whole products of options, every Megatron, audits, wheels, sanitizers
 #   make lint              ruff, mypy and clang-format

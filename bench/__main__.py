@@ -8,8 +8,15 @@ from . import interrupts
 from .errors import UserError
 
 COMMANDS = {
-    "sft": ("bench.sft.command", "a real Megatron SFT run, with the reference loss and with ours"),
+    "sft": (
+        "bench.sft.command",
+        "a real Megatron SFT run: the reference loss, ours, ours without logits",
+    ),
     "kernels": ("bench.kernels.command", "time and memory of the loss, beside every peer"),
+    "linear": (
+        "bench.linear.command",
+        "time and memory of the loss without logits, beside every peer and the bare products",
+    ),
     "host": ("bench.host", "what a call costs the host, on logits too small to cost anything"),
     "readme": ("bench.readme", "write the generated parts of README.md and docs/"),
     "codegen": (

@@ -120,15 +120,22 @@ def _not_soft(labels: Tensor) -> None:
 
 
 def _not_losses(logits: Tensor, labels: Tensor) -> None:
-    """Raise ValueError for per-token losses in place of logits."""
+    """Raise ValueError for per-token losses, or for their mean, in place of logits."""
     transposed = logits.dim() == 2 and logits.shape == labels.shape[::-1]
-    if logits.shape == labels.shape or (labels.dim() == 2 and transposed) or logits.dim() == 0:
-        raise ValueError(
-            f"expected logits [b, s, v], got {list(logits.shape)}, which is the shape of "
-            f"per-token losses for labels {list(labels.shape)}. The model was called with labels "
-            "and computed its own loss: call it without (model(tokens, position_ids, "
-            "attention_mask)) so that it returns logits"
+    if logits.dim() == 0:
+        got = "a scalar, which is a loss already"
+    elif logits.shape == labels.shape or (labels.dim() == 2 and transposed):
+        got = (
+            f"{list(logits.shape)}, which is the shape of per-token losses for labels "
+            f"{list(labels.shape)}"
         )
+    else:
+        return
+    raise ValueError(
+        f"expected logits [b, s, v], got {got}. The model was called with labels and computed its "
+        "own loss: call it without (model(tokens, position_ids, attention_mask)) so that it "
+        "returns logits"
+    )
 
 
 def _columns(logits: Tensor) -> None:

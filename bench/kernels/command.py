@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from .. import interrupts, machine
+from .. import machine
 from ..clock import LEAD_BYTES
 from ..errors import UserError, need, writable_file, writable_folder
 from .cases import (
@@ -64,12 +64,12 @@ def run(args):
     device = _device(args)
     left_out = provider_table.select(args.without) if args.without else []
     chosen = [p for p in provider_table.select(args.provider) if p not in left_out]
-    _expect(chosen, "--without", "to leave a provider", " ".join(args.without))
+    expect(chosen, "--without", "to leave a provider", " ".join(args.without))
     cases = _cases(args, device, chosen)
     if args.list:
         return table.show_list(MODELS, chosen, cases[0], device)
     if args.dry_run:
-        needed, free = partial(needed_bytes, device=device, providers=chosen), _free(device)
+        needed, free = partial(needed_bytes, device=device, providers=chosen), free_memory(device)
         return table.show_predictions(cases, chosen, device, needed, free)
     old = record.read(args.compare) if args.compare else None
     outputs = _outputs(args, device)
@@ -89,16 +89,21 @@ def run(args):
     return table.verdict(done)
 
 
-def _device(args):
-    if args.device == "cuda" and not torch.cuda.is_available():
+def device_type(asked):
+    """The device type to measure: the one that is asked for, or None for the default."""
+    if asked == "cuda" and not torch.cuda.is_available():
         raise UserError(
             "--device cuda: expected a GPU that torch can use, got none; see torch.cuda"
         )
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    _expect(args.nproc >= 0, "--nproc", "a number of processes, or 0", args.nproc)
+    return asked or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _device(args):
+    device = device_type(args.device)
+    expect(args.nproc >= 0, "--nproc", "a number of processes, or 0", args.nproc)
     if device == "cuda":
         there = torch.cuda.device_count()
-        _expect(args.nproc <= there, "--nproc", f"at most {there}, the GPUs here", args.nproc)
+        expect(args.nproc <= there, "--nproc", f"at most {there}, the GPUs here", args.nproc)
     else:
         there = machine.usable_cores()
     args.nproc = args.nproc or there
@@ -127,10 +132,10 @@ def device_slug(device):
 def _cases(args, device, chosen):
     """All requested combinations, sized to the free memory."""
     for value in args.tp:
-        _expect(value in DEGREES, "--tp", f"some of {DEGREES}", value)
+        expect(value in DEGREES, "--tp", f"some of {DEGREES}", value)
     for value in args.scored:
-        _expect(0 < value <= 1, "--scored", "parts above 0, up to 1", value)
-    needed, free = partial(needed_bytes, device=device, providers=chosen), _free(device)
+        expect(0 < value <= 1, "--scored", "parts above 0, up to 1", value)
+    needed, free = partial(needed_bytes, device=device, providers=chosen), free_memory(device)
     cores, cases = machine.usable_cores(), []
     for model, shape in _models(args):
         for tp in args.tp:
@@ -158,7 +163,7 @@ def _models(args):
     names = args.model if args.model or args.shape else ["llama3-8b"]
     names = list(MODELS) if names == ["all"] else names or []
     for name in names:
-        _expect(name in MODELS, "--model", f"some of {', '.join(MODELS)}, or all", name)
+        expect(name in MODELS, "--model", f"some of {', '.join(MODELS)}, or all", name)
     found = [(MODELS[name], None) for name in names]
     for shape in args.shape or ():
         try:
@@ -166,7 +171,7 @@ def _models(args):
         except ValueError:
             batch = seq = vocab = 0
         fine = batch > 0 and seq > 1 and vocab > 0
-        _expect(fine, "--shape", "three positive numbers b,s,v with s > 1", shape)
+        expect(fine, "--shape", "three positive numbers b,s,v with s > 1", shape)
         found.append((Model("custom", vocab, vocab), (batch, seq)))
     return found
 
@@ -186,40 +191,25 @@ def needed_bytes(case, device, providers):
     return (logits + answer + peak + SCRATCH) * case.nproc
 
 
-def _free(device):
+def free_memory(device):
     free = torch.cuda.mem_get_info()[0] if device == "cuda" else machine.free_memory()
     return None if free is None else int(free * (1 - KEPT_FREE))
 
 
 def _measure(args, cases, chosen, device, outputs):
     """Measure, and return the record. An interrupt first writes the JSON of the finished rows."""
-    from . import record, table
-    from .measuring import Measuring, Saver
+    from . import record
+    from .measuring import measure
 
     rows = record.Rows(cases, args.mode)
     rows.add_all(chosen, device)
     described = machine.describe("kernels", machine.arguments(), device)
     settings = {key: value for key, value in vars(args).items() if key != "command"}
-    finished = False
-
-    def write():
-        if outputs["json"]:
-            record.write(record.build(rows, described, settings, finished), outputs["json"])
-
-    save = Saver(write)
-    runnable = sum(row["status"] == "pending" for row in rows.rows.values())
-    with interrupts.raised(), table.Progress(2 * runnable) as progress:
-        threads = described["threads"]
-        run = Measuring(cases, chosen, rows, device, threads, save, progress.update)
-        try:
-            run.times(args.mode, args.seconds)
-            run.memory()
-            finished = True
-        finally:
-            save(now=True)
-    return record.build(rows, described, settings, finished)
+    build = partial(record.build, rows, described, settings)
+    threads = described["threads"]
+    return measure(rows, chosen, device, threads, args.seconds, build, outputs["json"])
 
 
-def _expect(holds, name, expected, got):
+def expect(holds, name, expected, got):
     if not holds:
         raise UserError(f"{name}: expected {expected}, got {got}")

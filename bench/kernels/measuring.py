@@ -2,10 +2,10 @@
 
 import time
 
+from .. import interrupts
 from ..errors import UserError
 from ..ranks import RankError, run_ranks
-from . import worker
-from .timing import ROOF
+from . import worker as kernels_worker
 
 TIMEOUT_S = 24 * 3600.0
 KILLED = "died with exit code -9"  # the kernel kills it if memory runs out
@@ -16,25 +16,30 @@ class Measuring:
     """Times all cases in one process (or one set of `nproc`), and memory in one for each provider.
 
     rows      record.Rows; the rows to measure are pending
+    worker    a module with measure_times(work, device_type, mode, budget) and
+              measure_memory(work, device_type); see kernels/worker.py
     save      called when rows change
     progress  called with (text, rows finished since the last call)
     """
 
-    def __init__(self, cases, providers, rows, device_type, threads, save, progress):
-        self.cases, self.rows, self.device_type = cases, rows, device_type
+    def __init__(
+        self, providers, rows, device_type, threads, save, progress, worker=kernels_worker
+    ):
+        self.cases, self.rows, self.device_type = rows.cases, rows, device_type
         self.providers, self.threads = {p.name: p for p in providers}, threads
-        self.save, self.progress = save, progress
+        self.save, self.progress, self.worker = save, progress, worker
         self._at = None  # (index, name) that a worker is working on
         self._done = set()
 
-    def times(self, mode, budget):
+    def times(self, budget):
         for nproc in sorted({case.nproc for case in self.cases}):
-            self._drive("times", nproc, list(self.providers), worker.measure_times, mode, budget)
+            job = self.worker.measure_times, self.rows.mode, budget
+            self._drive("times", nproc, list(self.providers), *job)
 
     def memory(self):
         for name in self.providers:
             for nproc in sorted({case.nproc for case in self.cases}):
-                self._drive("memory", nproc, [name], worker.measure_memory)
+                self._drive("memory", nproc, [name], self.worker.measure_memory)
 
     def _drive(self, what, nproc, names, fn, *args):
         """Run `fn` on all rows that need it. If a row ends the process, go on without that row."""
@@ -83,7 +88,7 @@ class Measuring:
             self._done.add((what, index, name))
             self.progress(f"{self.cases[index].name}: {name}, {what}", 1)
             self.save()
-        elif name in ROOF:
+        elif name not in self.providers:  # a roof
             self.progress(f"{self.cases[index].name}: {name}", 0)
 
     def _blame(self, what, names, error):
@@ -92,7 +97,7 @@ class Measuring:
             return
         index, name = self._at
         text = str(error)
-        if KILLED in text or any(sign in text for sign in worker.OOM):
+        if KILLED in text or any(sign in text for sign in kernels_worker.OOM):
             status, reason = "OOM", "its process ran out of memory"
         else:
             last = text.strip().splitlines()[-1]
@@ -105,6 +110,35 @@ class Measuring:
                 self._done.add((what, index, blamed))
                 self.progress(f"{self.cases[index].name}: {blamed}", 1)
         self.save()
+
+
+def measure(rows, providers, device_type, threads, budget, build, path, worker=kernels_worker):
+    """Measure the pending rows, and return the record.
+
+    An interrupt first writes the JSON of the finished rows.
+
+    build  build(finished) -> the record
+    path   where it is written while rows finish, or None
+    """
+    from . import record, table
+
+    finished = False
+
+    def write():
+        if path:
+            record.write(build(finished), path)
+
+    save = Saver(write)
+    runnable = sum(row["status"] == "pending" for row in rows.rows.values())
+    with interrupts.raised(), table.Progress(2 * runnable) as progress:
+        run = Measuring(providers, rows, device_type, threads, save, progress.update, worker)
+        try:
+            run.times(budget)
+            run.memory()
+            finished = True
+        finally:
+            save(now=True)
+    return build(finished)
 
 
 class Saver:

@@ -50,10 +50,8 @@ class Provider:
 
     def reason_against(self, case, device_type):
         """Why it cannot run this case on this device type, or None."""
-        if device_type not in self.devices:
-            return f"runs on {' and '.join(_DEVICES[name] for name in self.devices)}"
-        if self.module is not None and not _found(self.module):
-            return f"not installed: pip install {self.install or self.module}"
+        if reason := reason_against_peer(self, device_type):
+            return reason
         if case.tp > 1 and not self.sharded:  # with nproc 1 too: no TP run can use it
             return "needs the whole vocabulary on one process"
         return self.reason(case, device_type) if self.reason else None
@@ -82,6 +80,15 @@ class Provider:
 
 _DEVICES = {"cpu": "CPUs", "cuda": "GPUs"}
 _CAPPED = 8
+
+
+def reason_against_peer(peer, device_type):
+    """Why something with `devices`, `module` and `install` cannot run on a device type, or None."""
+    if device_type not in peer.devices:
+        return f"runs on {' and '.join(_DEVICES[name] for name in peer.devices)}"
+    if peer.module is not None and not _found(peer.module):
+        return f"not installed: pip install {peer.install or peer.module}"
+    return None
 
 
 def _found(module):

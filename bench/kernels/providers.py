@@ -151,21 +151,23 @@ PROVIDERS = {
 }
 
 
-def select(names):
+def select(names, among=PROVIDERS):
     """Providers by name, or by the beginning of a name; for an empty list all providers.
+
+    among  {name: provider}
 
     Raises UserError for an unknown name. The message lists the valid names.
     """
     chosen = {}
     for name in names:
-        found = [p for p in PROVIDERS.values() if p.name == name or p.name.startswith(f"{name}-")]
+        found = [p for p in among.values() if p.name == name or p.name.startswith(f"{name}-")]
         if not found:
-            close = difflib.get_close_matches(name, PROVIDERS, 1)
+            close = difflib.get_close_matches(name, among, 1)
             hint = f" (did you mean {close[0]}?)" if close else ""
             raise UserError(
-                f"--provider: expected one of {', '.join(PROVIDERS)}, or how some of these begin, "
+                f"--provider: expected one of {', '.join(among)}, or how some of these begin, "
                 f"got {name}{hint}"
             )
         exact = [p for p in found if p.name == name]
         chosen.update({p.name: p for p in exact or found})
-    return list(chosen.values()) if names else list(PROVIDERS.values())
+    return list(chosen.values()) if names else list(among.values())

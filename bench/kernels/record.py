@@ -18,7 +18,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ..errors import UserError
-from .timing import ROOF
 
 SCHEMA = 1
 STATUSES = ("ok", "wrong", "unavailable", "OOM", "failed", "pending")
@@ -70,7 +69,7 @@ class Rows:
 
     def tell(self, index, name, what):
         """Store a message. Returns False if it does not finish a row: a roof, or a check."""
-        if name in ROOF:
+        if (index, name) not in self.rows:
             self.roofs[index][name] = what["seconds"]
             return False
         row = self.rows[index, name]
@@ -134,10 +133,7 @@ def _row(row, rows):
     samples = total(row["seconds"]) if row["mode"] == "full" else _part(row)
     p50 = statistics.median(samples)
     out |= {
-        "ms": {"p20": _quantile(samples, 0.2), "p50": p50 * 1e3, "p80": _quantile(samples, 0.8)},
-        "forward_ms": statistics.median(forward for forward, _ in row["seconds"]) * 1e3,
-        "backward_ms": statistics.median(backward for _, backward in row["seconds"]) * 1e3,
-        "samples_ms": [round(seconds * 1e3, 4) for seconds in samples],
+        **spread(row["seconds"], samples),
         "tokens_per_s": case.rows / p50,
         "gb_per_s": sum(case.minimum_bytes(row["mode"])) / p50 / 1e9,
     }
@@ -153,6 +149,20 @@ def _row(row, rows):
 
 TIMED = ("ms", "forward_ms", "backward_ms", "samples_ms", "tokens_per_s", "gb_per_s")
 TIMED += ("of_roof", "speedup")
+
+
+def spread(seconds, samples):
+    """Times of a row: `seconds` [(forward, backward)], and `samples` of what its mode measures."""
+    return {
+        "ms": {
+            "p20": _quantile(samples, 0.2),
+            "p50": statistics.median(samples) * 1e3,
+            "p80": _quantile(samples, 0.8),
+        },
+        "forward_ms": statistics.median(forward for forward, _ in seconds) * 1e3,
+        "backward_ms": statistics.median(backward for _, backward in seconds) * 1e3,
+        "samples_ms": [round(one * 1e3, 4) for one in samples],
+    }
 
 
 def _part(row):

@@ -49,7 +49,7 @@ def console():
     return out if out.is_terminal else Console(width=WIDTH, highlight=False)
 
 
-def _table(out, title, names, left=2, wraps=0):
+def new_table(out, title, names, left=2, wraps=0):
     table = Table(title=title, box=box.SIMPLE_HEAD if out.is_terminal else box.ASCII2)
     for number, name in enumerate(names):
         side = "left" if number < left else "right"
@@ -66,7 +66,7 @@ def show(record, old=None):
     out = console()
     mode = {"fwd": "forward", "bwd": "backward", "full": "forward + backward"}
     title = f"{mode[record['settings']['mode']]}, {record['machine']['device']}"
-    table = _table(out, title, COLUMNS + (("change",) if old else ()))
+    table = new_table(out, title, COLUMNS + (("change",) if old else ()))
     for index, case in enumerate(record["cases"]):
         rows = [row for row in record["rows"] if row["case"] == index]
         for number, row in enumerate(rows):
@@ -105,11 +105,11 @@ def _case(case):
 def _cells(row, changed):
     name = row["title"]
     if not row["ms"]:
-        return [name, _check(row), row["status"]]
+        return [name, check_cell(row), row["status"]]
     ms = row["ms"]
     cells = [
         name,
-        _check(row),
+        check_cell(row),
         f"{ms['p50']:.2f} ({ms['p20']:.2f}-{ms['p80']:.2f})",
         f"{row['tokens_per_s']:,.0f}",
         *_memory(row),
@@ -122,7 +122,7 @@ def _cells(row, changed):
     return cells
 
 
-def _check(row):
+def check_cell(row):
     if not row["check"]:
         return ""
     return f"{'✓' if row['check']['ok'] else '✗'} {row['check']['gradient_error']:.0e}"
@@ -138,11 +138,11 @@ def _memory(row):
 
 def show_list(models, providers, case, device):
     out = console()
-    table = _table(out, "models: --model", ("name", "vocabulary", "columns", "softcap"), 1)
+    table = new_table(out, "models: --model", ("name", "vocabulary", "columns", "softcap"), 1)
     for model in models.values():
         table.add_row(model.name, str(model.vocab), str(model.padded), str(model.softcap or ""))
     out.print(table)
-    table = _table(out, f"providers: --provider, for {case.name}", ("name", "", "here"), 3, 2)
+    table = new_table(out, f"providers: --provider, for {case.name}", ("name", "", "here"), 3, 2)
     for provider in providers:
         table.add_row(provider.name, provider.title, _here(provider, case, device))
     out.print(table)
@@ -156,7 +156,7 @@ def show_predictions(cases, providers, device, needed, free):
     """Print what --dry-run predicts. Nothing is measured."""
     out = console()
     names = ("case", "provider", "logits MiB", "predicted peak MiB fwd", "fwd+bwd", "whole run MiB")
-    table = _table(
+    table = new_table(
         out, "PREDICTED, not measured: peak memory of one process beyond the logits", names
     )
     for case in cases:

@@ -7,6 +7,7 @@ out of memory or dies. Before each piece of work it says what it is going to do.
 import ctypes
 import warnings
 from dataclasses import asdict
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -31,11 +32,12 @@ def measure_times(work, device_type, mode, budget):
     with the results of a row: a check, a status and reason, seconds [n][2].
     """
     for index, problem, providers in _problems(work, device_type):
+        time_case(problem, providers, mode, budget, partial(tell_of, index))
 
-        def tell(name, index=index, **what):
-            _tell({"at" if not what else "of": (index, name), **what})
 
-        time_case(problem, providers, mode, budget, tell)
+def tell_of(index, name, **what):
+    """Send the results `what` of a row; without them, that the work on it begins."""
+    tell_parent({"of" if what else "at": (index, name), **what})
 
 
 def measure_memory(work, device_type):
@@ -43,22 +45,34 @@ def measure_memory(work, device_type):
     warm = set()
     for index, problem, providers in _problems(work, device_type, copies=1):
         for provider in providers:
-            _tell({"at": (index, provider.name)})
+            tell_of(index, provider.name)
             key = provider.name, problem.case.source
-            usage, failure = _tried(
+            usage, failure = tried(
                 lambda p=provider, q=problem, w=key in warm: largest(footprint(p, q, w)), problem
             )
             warm.add(key)
-            _tell({"of": (index, provider.name), **(failure or {"memory": usage})})
+            tell_of(index, provider.name, **(failure or {"memory": usage}))
 
 
 def time_case(problem, providers, mode, budget, tell):
     """Check every provider against float64. Then time the roof and the providers that pass."""
-    sharded = problem.case.nproc > 1
+    oracle = Oracle(problem)
+
+    def contender(provider, function):
+        timed = (provider.name, function, problem, mode, provider.writes)
+        return timing.provider_contender(*timed)
+
     contenders = timing.roof_contenders(problem.source)
-    contenders += _right_ones(problem, providers, mode, tell)
+    check = partial(_checked, problem=problem, oracle=oracle)
+    contenders += right_ones(problem, providers, check, contender, tell)
+    time_in_turn(contenders, problem, problem.source.device, budget, tell)
+
+
+def time_in_turn(contenders, problem, device, budget, tell):
+    """Time the contenders, interleaved, and send their seconds."""
+    sharded = problem.group is not None
     tell("timing")
-    for name, failure in timing.rounds(contenders, problem.source.device, sharded, budget, failed):
+    for name, failure in timing.rounds(contenders, device, sharded, budget, failed):
         tell(name, **failure)
     for contender in contenders:
         seconds = timing.slowest(contender.seconds) if sharded else contender.seconds
@@ -66,22 +80,25 @@ def time_case(problem, providers, mode, budget, tell):
             tell(contender.name, seconds=seconds)
 
 
-def _right_ones(problem, providers, mode, tell):
-    """The contenders that pass the check. For the others the reason is sent."""
-    oracle, contenders = Oracle(problem), []
+def right_ones(problem, providers, check, contender, tell):
+    """The contenders that pass the check. For the others the reason is sent.
+
+    check      check(provider) -> (its function, Check)
+    contender  contender(provider, its function) -> Contender
+    """
+    contenders = []
     for provider in providers:
         tell(provider.name)
-        made, failure = _tried(lambda p=provider: _checked(p, problem, oracle), problem)
+        made, failure = tried(partial(check, provider), problem)
         if failure:
             tell(provider.name, **failure)
             continue
-        function, check = made
-        tell(provider.name, check={**asdict(check), "ok": check.ok})
-        if check.ok:
-            timed = (provider.name, function, problem, mode, provider.writes)
-            contenders.append(timing.provider_contender(*timed))
+        function, found = made
+        tell(provider.name, check={**asdict(found), "ok": found.ok})
+        if found.ok:
+            contenders.append(contender(provider, function))
         else:
-            tell(provider.name, status="wrong", reason=check.reason)
+            tell(provider.name, status="wrong", reason=found.reason)
     return contenders
 
 
@@ -90,16 +107,21 @@ def _problems(work, device_type, copies=None):
 
     copies  buffers to use in turn; None: more than the last-level cache holds
     """
-    warnings.filterwarnings("ignore")  # peers warn about modules that they cannot import
-    _always_fresh_pages()
-    device = _device(device_type)
+    device = prepare(device_type)
     source = None
     for index, case, providers in work:
         if source is None or source.case != case.source:
             source = None  # free it before the next is drawn
-            _tell({"at": (index, "logits")})
+            tell_of(index, "logits")
             source = Source(case.source, device, copies or ring(case, machine.cache(device)))
         yield index, Problem(case, source), providers
+
+
+def prepare(device_type):
+    """Prepare this process to measure. Returns its device."""
+    warnings.filterwarnings("ignore")  # peers warn about modules that they cannot import
+    _always_fresh_pages()
+    return _device(device_type)
 
 
 def _always_fresh_pages():
@@ -135,7 +157,7 @@ def _checked(provider, problem, oracle):
     return function, check
 
 
-def _tried(work, problem):
+def tried(work, problem):
     """(result, None), or (None, failure). With peers it raises: they would wait for ever."""
     try:
         return work(), None
@@ -154,6 +176,7 @@ def failed(error):
     return {"status": "failed", "reason": f"{type(error).__name__}: {first}"}
 
 
-def _tell(message):
+def tell_parent(message):
+    """Send a message, on the first rank."""
     if not dist.is_initialized() or dist.get_rank() == 0:
         send_to_parent(message)

@@ -23,6 +23,7 @@ NAMES = {  # heading -> (module, names)
             "sft_loss_func",
             "make_forward_step",
             "fused_cross_entropy",
+            "vocab_parallel_cross_entropy",
             "ResponseOnlyHead",
             "LinearHead",
             "shift_packed_targets",

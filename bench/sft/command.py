@@ -1,4 +1,4 @@
-"""The `sft` command: arguments, data, the runs of both losses, the report.
+"""The `sft` command: arguments, data, the runs of all losses, the report.
 
 Without torchrun it starts the processes itself. Under torchrun it is one of them:
 
@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from .. import interrupts, machine
 from ..errors import UserError, need, need_installed, writable_folder
+from .losses import TITLES
 from .shapes import SHAPES, Shape, columns
 
 
@@ -24,7 +25,7 @@ def add_arguments(parser):
     add(
         "--dp", type=_positive, help="data-parallel copies; default: 1, under torchrun what is left"
     )
-    add("--loss", choices=("both", "reference", "ours"), default="both", help=LOSS_HELP)
+    add("--loss", nargs="+", choices=TITLES, default=list(TITLES), help=LOSS_HELP)
     add("--steps", type=_positive, default=12, help="optimizer steps of each run")
     add("--data", metavar="FILE.jsonl", help=DATA_HELP)
     add("--out", default="bench-out/sft", metavar="DIR", help="for JSON and PNG")
@@ -43,7 +44,7 @@ def add_arguments(parser):
     )
 
 
-LOSS_HELP = "what trains; both: two models at once, compared step by step"
+LOSS_HELP = "what trains, a model each, compared step by step; linear: ours without logits"
 DATA_HELP = (
     'lines of {"prompt": ..., "response": ...} or {"messages": [{"role": ..., "content": ...}]}; '
     "without it: functions of Python's standard library"
@@ -117,7 +118,7 @@ def _settings(args, dp, vocabulary, world):
     if device == "cuda" and gpus < here:
         raise UserError(f"--device cuda: expected a GPU for each of {here} processes, got {gpus}")
     return Settings(
-        losses=("reference", "ours") if args.loss == "both" else (args.loss,),
+        losses=tuple(name for name in TITLES if name in args.loss),
         device=device,
         tp=args.tp,
         dp=dp,

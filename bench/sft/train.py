@@ -11,6 +11,7 @@ from .. import megatron_cpu
 from ..clock import Clock
 from ..ranks import send_to_parent
 from ..reference import make_reference_forward_step
+from .losses import LINEAR
 from .matmul import compute_in_fp32_if_faster
 from .shapes import Shape
 from .stage import LossStage
@@ -18,7 +19,7 @@ from .stage import LossStage
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(Shape):
-    losses: tuple  # of "reference" and "ours"
+    losses: tuple  # names, see losses.py
     device: str  # device type
     tp: int
     dp: int
@@ -47,7 +48,10 @@ def run(settings, batches, tell=send_to_parent):
     parallel = megatron_cpu.init(tp=settings.tp)
     mine = [step[parallel.get_data_parallel_rank()] for step in batches]
     steps = _forward_steps(settings, device)
-    runs = {name: _Run(steps[name], settings, device) for name in settings.losses}
+    runs = {
+        name: _Run(steps[name], settings, device, has_logits=name != LINEAR)
+        for name in settings.losses
+    }
     first = dist.get_rank() == 0
     for name, this in runs.items():
         this.rehearse(mine[0])
@@ -62,7 +66,7 @@ def run(settings, batches, tell=send_to_parent):
 
 
 def _forward_steps(settings, device):
-    from fused_sft_loss.megatron import make_forward_step
+    from fused_sft_loss.megatron import LinearHead, make_forward_step
 
     def get_batch(data_iterator):
         return next(data_iterator).for_megatron(device)
@@ -70,17 +74,18 @@ def _forward_steps(settings, device):
     return {
         "reference": make_reference_forward_step(get_batch),
         "ours": make_forward_step(get_batch, inplace_backward=settings.inplace),
+        LINEAR: make_forward_step(get_batch, head=LinearHead()),
     }
 
 
 class _Run:
     """A model, its optimizer and its loss. Megatron's own schedule runs the steps."""
 
-    def __init__(self, forward_step, settings, device):
+    def __init__(self, forward_step, settings, device, has_logits):
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
         self.model = _model(settings).to(device)
-        self.stage, self.clock = LossStage(device), Clock(device)
+        self.stage, self.clock = LossStage(device, has_logits), Clock(device)
         self.forward_step = self.stage.watch(forward_step)
         self.schedule = get_forward_backward_func()
         self.optimizer = _MasterAdamW(self.model.parameters(), settings)
@@ -118,6 +123,7 @@ class _Run:
         return {
             "losses": self.losses,
             "stage_seconds": self.stage.seconds,
+            "head_seconds": self.stage.head_seconds,
             "step_seconds": self.step_seconds,
             "memory": self.stage.memory,
             "logits": self.stage.logits,

@@ -1,8 +1,8 @@
 """grad_in_forward of `linear_sft_loss`: its operator and autograd.Function.
 
 Forward computes the gradients for the declared upstream gradient. Backward multiplies them, still
-in fp32, by the ratio of the real one to the declared one: 1 if they are equal. The gradient of
-hidden is held in its own dtype, so another ratio than a power of two rounds it a second time.
+in fp32, by the ratio of the real one to the declared one: 1 if they are equal. A bf16 gradient of
+hidden is held in bf16, so another ratio than a power of two rounds it a second time.
 """
 
 from typing import Any
@@ -18,6 +18,7 @@ from ..operators import differentiable, first_order, operator
 from ..rowmath import RowMath
 from . import main_grad, one_pass, products
 from .function import COUNT, INPUTS, Inputs
+from .tiles import CONVERTED_COLUMNS, slices
 
 #: Gradients are stored for the declared upstream gradient if that lies between these numbers, else
 #: for 1: a ratio cannot correct zeros and infinities.
@@ -39,7 +40,7 @@ def _like(*args: Any) -> tuple[Tensor, ...]:
 
 
 @operator(
-    f"linear_losses_and_gradients({INPUTS}, Tensor stored, RowMath math, SymInt size, "
+    f"linear_losses_and_gradients({INPUTS}, Tensor stored, RowMath math, SymInt height, "
     "bool[] wanted, str group_name, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _like,
 )
@@ -53,7 +54,7 @@ def _computed(
     inputs: Inputs,
     stored: Tensor,
     math: RowMath,
-    size: int,
+    height: int,
     wanted: list[bool],
     group_name: str,
     backend: str,
@@ -65,7 +66,7 @@ def _computed(
             inputs.rows,
             RowFactor(stored, inputs.row_weight),
             math.read(),
-            size,
+            height,
             group_name,
             wanted,
         )
@@ -83,7 +84,8 @@ class WithGradients(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        *tensors, ctx.reduce_name, ctx.fused = inputs
+        *tensors, ctx.reduce_name, fused = inputs
+        ctx.fused = main_grad.kept(inputs[1], fused)
         hidden, weight, bias, _losses, *rest = tensors
         ctx.save_for_backward(hidden, weight, bias, *rest)
 
@@ -94,7 +96,7 @@ class WithGradients(torch.autograd.Function):
         ratio = upstream / stored
         grad_hidden = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_hidden = _of_hidden(hidden, positions, row_weight, sums[0], ratio, ctx.reduce_name)
+            grad_hidden = of_hidden(hidden, positions, row_weight, sums[0], ratio, ctx.reduce_name)
         common = _common(ratio, row_weight)
         if ctx.needs_input_grad[1]:
             grad_weight = _of_weight(weight, sums[1], common, ctx.fused)
@@ -103,7 +105,12 @@ class WithGradients(torch.autograd.Function):
         return (grad_hidden, grad_weight, grad_bias, *[None] * 9)
 
 
-def _of_hidden(
+@operator(
+    "linear_grad_of_hidden(Tensor hidden, Tensor positions, Tensor row_weight, Tensor held, "
+    "Tensor ratio, str reduce_name) -> Tensor",
+    lambda hidden, *rest: torch.empty_like(hidden),
+)
+def of_hidden(
     hidden: Tensor,
     positions: Tensor,
     row_weight: Tensor,
@@ -113,7 +120,7 @@ def _of_hidden(
 ) -> Tensor:
     """The gradient of hidden `[M, h]` from the one held for its rows `[R, h]`."""
     ratio = torch.where(row_weight != 0, ratio, 0.0).unsqueeze(-1)
-    rows = torch.mul(held, ratio, out=torch.empty_like(held))
+    rows = torch.mul(held, ratio, out=torch.empty_like(held, dtype=hidden.dtype))
     if reduce_name and len(rows):
         dist.all_reduce(rows, group=groups.by_name(reduce_name))
     return torch.zeros_like(hidden).index_copy_(0, positions, rows)
@@ -132,15 +139,19 @@ def _common(ratio: Tensor, row_weight: Tensor) -> Tensor:
     return torch.where(scored.any(), torch.where(low == high, low, torch.nan), 1.0)
 
 
-def _of_weight(weight: Tensor, held: Tensor, ratio: Tensor, fused: bool) -> Tensor | None:
-    if not fused:
-        return torch.mul(held, ratio, out=torch.empty_like(weight))
-    kept = main_grad.of(weight)
+def _of_weight(weight: Tensor, held: Tensor, ratio: Tensor, fused: Tensor | None) -> Tensor | None:
+    if fused is None:
+        grad = torch.empty_like(weight)
+        for part in slices(len(held), CONVERTED_COLUMNS):
+            # A CPU multiplies into a temporary of `held`'s dtype first.
+            torch.mul(held[part], ratio, out=grad[part])
+        return grad
+    kept = main_grad.of(fused)
     if kept.add:
         kept.memory.addcmul_(held, ratio)
     else:
         torch.mul(held, ratio, out=kept.memory)
-    return main_grad.reported(weight)
+    return main_grad.reported(fused)
 
 
 with_gradients = differentiable(

@@ -33,7 +33,8 @@ class Inputs(NamedTuple):
     @property
     def head(self) -> Head:
         bias = None if self.bias is None else self.bias.detach()
-        return Head(self.hidden.detach(), self.positions, self.weight.detach(), bias)
+        hidden, weight = self.hidden.detach(), self.weight.detach()
+        return Head(hidden, self.positions, weight, bias, self.row_weight)
 
     @property
     def rows(self) -> ScoredRows:
@@ -186,7 +187,7 @@ class _Differentiable(torch.autograd.Function):
         math, size, reduction, _group_name, backend, reduce_name, fused = inputs[COUNT:]
         ctx.save_for_backward(*inputs[:COUNT], normalizer)
         ctx.before, ctx.after = (math, size, reduction), (reduce_name, backend)
-        ctx.fused = fused
+        ctx.fused = main_grad.kept(inputs[1], fused)
         ctx.mark_non_differentiable(normalizer, *figures)
         ctx.set_materialize_grads(False)
 
@@ -196,17 +197,17 @@ class _Differentiable(torch.autograd.Function):
         *saved, normalizer = ctx.saved_tensors
         inputs, wanted = Inputs(*saved), list(ctx.needs_input_grad[:3])
         rest = (grad, normalizer, *ctx.before, wanted, *ctx.after)
-        if ctx.fused and wanted[1]:
-            found = _into_main_grad(inputs, *rest)
+        if ctx.fused is not None and wanted[1]:
+            found = _into_main_grad(ctx.fused, inputs, *rest)
         else:
             found = gradients(*inputs, *rest)
         needed = (grad if want else None for grad, want in zip(found, wanted, strict=True))
         return *needed, *[None] * (COUNT + 4)
 
 
-def _into_main_grad(inputs: Inputs, *rest: Any) -> tuple[Tensor | None, ...]:
+def _into_main_grad(weight: Tensor, inputs: Inputs, *rest: Any) -> tuple[Tensor | None, ...]:
     """:func:`gradients`, with that of weight in its main_grad."""
-    kept = main_grad.of(inputs.weight)
+    kept = main_grad.of(weight)
     wants_hidden, _, wants_bias = rest[5]
     hidden, _, bias = _new_gradients(inputs, [wants_hidden, False, wants_bias])
     into = Gradients(
@@ -216,7 +217,7 @@ def _into_main_grad(inputs: Inputs, *rest: Any) -> tuple[Tensor | None, ...]:
         add=kept.add,
     )
     _write_gradients(inputs, *rest, into=into)
-    return hidden, main_grad.reported(inputs.weight), bias
+    return hidden, main_grad.reported(weight), bias
 
 
 class Loss(_Differentiable):

@@ -14,11 +14,22 @@ class Head(NamedTuple):
     positions: Tensor  # [R] int64
     weight: Tensor  # [V_local, h], the dtype of hidden
     bias: Tensor | None  # [V_local]
+    row_weight: Tensor  # [R]
 
     def inputs(self, rows: slice = slice(None)) -> Tensor:
-        """Rows that are multiplied, `[r, h]`, in :func:`.dtype_of_products`."""
+        """Rows that are multiplied, `[r, h]`, in :func:`.dtype_of_products`.
+
+        Rows with weight 0, which only fill up the number, are zeros: NaN in a masked row would
+        reach the gradient of the weight as 0 * NaN.
+        """
         chosen = self.hidden.index_select(0, self.positions[rows])
+        chosen.masked_fill_((self.row_weight[rows] == 0).unsqueeze(1), 0.0)
         return chosen.to(products.dtype_of_products(self.hidden))
+
+    @property
+    def converts(self) -> bool:
+        """Whether the weight is converted before it is multiplied."""
+        return products.dtype_of_products(self.hidden) != self.weight.dtype
 
     def weight_of(self, columns: slice) -> Tensor:
         """The weight of some columns, `[c, h]`, in :func:`.dtype_of_products`."""

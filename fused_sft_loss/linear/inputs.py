@@ -23,6 +23,12 @@ def check(
     if bias is not None:
         checks.are_tensors(bias=bias)
     checks.targets(labels, loss_mask, cu_seqlens)
+    for name, value in (("weight", weight), ("bias", bias), ("labels", labels)):
+        if value is not None and value.device != hidden.device:
+            raise ValueError(
+                f"expected {name} on the device of hidden, {hidden.device}, got {value.device}; "
+                "move it there"
+            )
     _products(hidden, weight, bias)
     rows = _rows(hidden, layout, ranks)
     if list(labels.shape) != rows:
@@ -35,21 +41,13 @@ def check(
             f"expected labels {rows} for hidden states {list(hidden.shape)} (layout {layout!r})"
             f"{parts}, got {list(labels.shape)}{hint}"
         )
-    for name, value in (("weight", weight), ("bias", bias), ("labels", labels)):
-        if value is not None and value.device != hidden.device:
-            raise ValueError(
-                f"expected {name} on the device of hidden, {hidden.device}, got {value.device}; "
-                "move it there"
-            )
 
 
-def check_numbers(**numbers: int | None) -> None:
-    """Raise ValueError unless each is None or an integer from 1 on."""
-    for name, value in numbers.items():
-        if value is not None and (
-            isinstance(value, bool) or not isinstance(value, int) or value < 1
-        ):
-            raise ValueError(f"expected {name} to be an integer >= 1, got {value!r}")
+def check_bool(**flags: bool) -> None:
+    """Raise TypeError unless each is a bool."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"expected {name} to be a bool, got {type(value).__name__} {value!r}")
 
 
 def _products(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:

@@ -18,6 +18,15 @@ class MainGrad(NamedTuple):
     add: bool
 
 
+def kept(weight: Tensor, fused: bool) -> Tensor | None:
+    """What a Function's context keeps to find main_grad: the parameter itself, or None.
+
+    Under saved_tensors_hooks (offloading, checkpointing) a saved tensor comes back as a copy,
+    without its attributes.
+    """
+    return weight if fused else None
+
+
 def of(weight: Any) -> MainGrad:
     """The main_grad of a weight.
 

@@ -21,31 +21,38 @@ from ..rowmath import RowMath
 from . import products
 from .head import Head
 from .rows import ScoredRows
-from .tiles import COLUMNS, slices
-
-#: Columns that are multiplied at once where the weight is converted first, to fp32 on a CPU.
-CONVERTED_COLUMNS = 4 * COLUMNS
+from .tiles import CONVERTED_COLUMNS, slices
 
 
 class Sums(NamedTuple):
     """Losses, and gradients as sums in fp32; None: not wanted."""
 
     losses: Tensor  # [R] fp32
-    hidden: Tensor | None  # [R, h], the dtype of hidden
+    hidden: Tensor | None  # [R, h], see `held_dtype`
     weight: Tensor | None  # [V_local, h]
     bias: Tensor | None  # [V_local]
 
     @classmethod
     def new(cls, head: Head, wanted: list[bool]) -> "Sums":
-        """Losses and gradients of no row, as `wanted` for hidden, weight and bias."""
+        """Memory as `wanted` for hidden, weight and bias. The first chunk writes the sum of weight;
+        without rows it is 0."""
         rows, (columns, width) = len(head.positions), head.weight.shape
         fp32 = head.weight.new_empty(0, dtype=torch.float32)
+        new = fp32.new_empty if rows else fp32.new_zeros
         return cls(
             fp32.new_empty(rows),
-            head.hidden.new_empty(rows, width) if wanted[0] else None,
-            fp32.new_zeros(columns, width) if wanted[1] else None,
+            fp32.new_empty(rows, width, dtype=held_dtype(head.hidden)) if wanted[0] else None,
+            new(columns, width) if wanted[1] else None,
             fp32.new_zeros(columns) if wanted[2] else None,
         )
+
+
+def held_dtype(hidden: Tensor) -> torch.dtype:
+    """The dtype in which the gradient of hidden is held until backward.
+
+    fp16 would be too small for a gradient that a loss scale has not lifted yet.
+    """
+    return torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
 
 
 class _Chunk(NamedTuple):
@@ -63,17 +70,17 @@ def losses_and_gradients(
     rows: ScoredRows,
     factor: RowFactor,
     math: RowMath,
-    size: int,
+    height: int,
     group_name: str,
     wanted: list[bool],
 ) -> Sums:
     """The losses of the rows, and the gradients of the sum of factor * loss.
 
-    size: logits of a chunk.
+    height: rows of a chunk, the same on all ranks.
     """
     sums = Sums.new(head, wanted)
     under_way: deque[_Chunk] = deque()
-    for chunk in _chunks(kernels, head, rows, math, size, group_name):
+    for chunk in _chunks(kernels, head, rows, math, height, group_name):
         under_way.append(chunk)
         if len(under_way) == _buffers(group_name):
             _finish(kernels, head, rows, factor, math, under_way.popleft(), sums)
@@ -83,11 +90,11 @@ def losses_and_gradients(
 
 
 def _chunks(
-    kernels: Backend, head: Head, rows: ScoredRows, math: RowMath, size: int, group_name: str
+    kernels: Backend, head: Head, rows: ScoredRows, math: RowMath, height: int, group_name: str
 ) -> Iterator[_Chunk]:
     """Compute the logits and statistics of each chunk, in the memory of the oldest one."""
     columns = len(head.weight)
-    height = max(1, min(size // columns, len(head.positions)))
+    height = max(1, min(height, len(head.positions)))
     dtype = products.dtype_of_products(head.hidden)
     buffers = head.weight.new_empty(_buffers(group_name), height * columns, dtype=dtype)
     for number, some in enumerate(slices(len(head.positions), height)):
@@ -125,11 +132,12 @@ def _finish(
     kernels.row_grad(chunk.logits, normalizer, target, factor.of_rows(some), math, chunk.logits)
     grad = chunk.logits[0]
     grad_inputs = torch.zeros_like(chunk.inputs, dtype=torch.float32)
+    add_weight = products.accumulate if some.start else products.multiply_into
     for part in _columns(head):
         if sums.hidden is not None:
             products.accumulate(grad_inputs, grad[:, part], head.weight_of(part))
         if sums.weight is not None:
-            products.accumulate(sums.weight[part], grad[:, part].t(), chunk.inputs)
+            add_weight(sums.weight[part], grad[:, part].t(), chunk.inputs)
     if sums.hidden is not None:
         sums.hidden[some] = grad_inputs
     if sums.bias is not None:
@@ -138,5 +146,5 @@ def _finish(
 
 def _columns(head: Head) -> Iterator[slice]:
     """All columns; in parts if each part of the weight is converted before it is multiplied."""
-    converted = products.dtype_of_products(head.hidden) != head.weight.dtype
-    return slices(len(head.weight), CONVERTED_COLUMNS if converted else len(head.weight))
+    columns = len(head.weight)
+    return slices(columns, CONVERTED_COLUMNS if head.converts else columns)

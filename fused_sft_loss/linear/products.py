@@ -1,5 +1,7 @@
 """Matrix products that add up in fp32 and round at most once."""
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,7 @@ def dtype_of_products(tensor: Tensor) -> torch.dtype:
     return tensor.dtype
 
 
+@torch.compiler.assume_constant_result  # torch.compile cannot trace the functions below
 def _cpu_multiplies(dtype: torch.dtype) -> bool:
     """Whether this CPU has instructions for products of this dtype."""
     asked = {
@@ -33,9 +36,16 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None) -> N
         torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
     elif bias is None and _widens(a, out):
         torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
+    elif bias is None and out.dtype == torch.float32:
+        torch.mm(a.float(), b.float(), out=out)
     else:
         product = torch.mm(a.float(), b.float())
         out.copy_(product if bias is None else product + bias)
+
+
+def multiply_into(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out = a @ b, with the arguments of :func:`accumulate`."""
+    multiply(a, b, out)
 
 
 def accumulate(out: Tensor, a: Tensor, b: Tensor) -> None:
@@ -49,9 +59,24 @@ def accumulate(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _widens(a: Tensor, out: Tensor) -> bool:
-    """Whether PyTorch has a product of 16-bit matrices that writes fp32: on GPUs, from 2.8 on."""
-    known = "dtype_out" in torch.ops.aten.addmm.overloads()
-    return known and a.is_cuda and out.dtype == torch.float32
+    """Whether PyTorch has a product of such 16-bit matrices that writes fp32."""
+    return a.is_cuda and out.dtype == torch.float32 and _device_widens(a.dtype)
+
+
+@torch.compiler.assume_constant_result
+@cache
+def _device_widens(dtype: torch.dtype) -> bool:
+    """Whether a product of two 16-bit matrices can write fp32: on GPUs, from torch 2.8 on.
+
+    It is tried once, because a build for another GPU may have the operator without a kernel.
+    """
+    ones = torch.ones(16, 16, dtype=dtype, device="cuda")
+    out = torch.ones(16, 16, dtype=torch.float32, device="cuda")
+    try:
+        torch.ops.aten.addmm.dtype_out(out, ones, ones, torch.float32, out=out)
+    except (AttributeError, NotImplementedError, RuntimeError):
+        return False
+    return True
 
 
 def without_autocast(tensor: Tensor) -> torch.autocast:
@@ -61,13 +86,12 @@ def without_autocast(tensor: Tensor) -> torch.autocast:
 
 def as_autocast(*tensors: Tensor | None) -> list:
     """The tensors as torch.nn.functional.linear would take them under torch.autocast."""
-    device = next(tensor.device.type for tensor in tensors if isinstance(tensor, Tensor))
-    if not torch.is_autocast_enabled(device):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(device)
-    return [
-        tensor.to(dtype)
-        if isinstance(tensor, Tensor) and tensor.dtype.is_floating_point
-        else tensor
-        for tensor in tensors
-    ]
+    return [_cast(tensor) if isinstance(tensor, Tensor) else tensor for tensor in tensors]
+
+
+def _cast(tensor: Tensor) -> Tensor:
+    device = tensor.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensor
+    casts = tensor.is_floating_point() and tensor.dtype != torch.float64
+    return tensor.to(torch.get_autocast_dtype(device)) if casts else tensor

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..operators import watched
 from ..scoring import may_synchronise
 from ..targets import Targets
 
@@ -22,7 +23,8 @@ def scored_rows(targets: Targets, rows: int | None, multiple: int) -> ScoredRows
     """Select the scored rows. Without `rows` the host waits for their number.
 
     Raises:
-        ValueError: more than `rows` are scored, and :func:`.may_synchronise`.
+        ValueError: more than `rows` are scored, and :func:`.may_synchronise`. A traced call does
+            not know how many are.
     """
     scored, every = targets.weight != 0, targets.weight.numel()
     overflow = None
@@ -31,7 +33,7 @@ def scored_rows(targets: Targets, rows: int | None, multiple: int) -> ScoredRows
         count = min(-(-wanted // multiple) * multiple, every)
     else:
         count, overflow = min(rows, every), targets.count > rows
-        if not torch.compiler.is_compiling() and may_synchronise(scored) and overflow:
+        if not watched(scored) and may_synchronise(scored) and overflow:
             raise ValueError(
                 f"expected at most rows={rows} scored tokens, got {int(targets.count)}; pass a "
                 "larger rows=, or none, and the host waits for the number"

@@ -8,7 +8,26 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 
-class Gathered(torch.autograd.Function):
+def gathered(part: Tensor, layout: str, group: ProcessGroup) -> Tensor:
+    """The hidden states of the whole sequence, from those of all ranks."""
+    sequence = 1 if part.dim() == 3 and layout == "bsv" else 0
+    return _Gathered.apply(part, sequence, group)
+
+
+def flattened(hidden: Tensor, layout: str) -> tuple[Tensor, bool]:
+    """(`[M, h]`, by_sequence): row (b, s) is row s * batch + b if by_sequence, else b * seq + s.
+
+    Without a copy if the memory of one of the two is contiguous.
+    """
+    by_sequence = hidden.dim() == 3 and layout == "sbv"
+    if hidden.dim() == 3 and not hidden.is_contiguous():
+        swapped = hidden.transpose(0, 1)
+        if swapped.is_contiguous():
+            hidden, by_sequence = swapped, not by_sequence
+    return hidden.reshape(-1, hidden.shape[-1]), by_sequence
+
+
+class _Gathered(torch.autograd.Function):
     """The parts of all ranks along a dimension. Backward sums the gradient over the ranks and
     scatters it, in its own dtype."""
 

@@ -20,7 +20,7 @@ from . import products
 from .gradients import Gradients, WeightTile
 from .head import Head
 from .rows import ScoredRows
-from .tiles import Tiling
+from .tiles import CONVERTED_COLUMNS, Tiling
 
 
 def gathered_statistics(
@@ -46,6 +46,7 @@ def gathered_statistics(
             part[some] = kernels.row_stats(
                 logits, rows.target[some], rows.weight[some], here, statistics
             )
+        del weight  # a converted copy, before the next one is made
     if not group_name or not len(inputs):
         return parts
     return shards.gather(shards.fold(parts, math.unit), group_name)
@@ -85,7 +86,9 @@ def gradients(
                 products.accumulate(grad_inputs[some], grad, weight)
             weight_tile.add(grad, inputs[some])
         weight_tile.finish()
+        del weight  # as above
     into.clear_from(tiling.all_columns)
+    del inputs  # their memory serves the next line
     if into.hidden is not None and grad_inputs is not None:
         grad_rows = grad_inputs.to(into.hidden.dtype)
         if group is not None and len(grad_rows):
@@ -107,4 +110,6 @@ def tiling_of(head: Head, math: RowMath, size: int) -> Tiling:
     A shard of padding alone has one column, whose statistics are those of no column.
     """
     columns = max(1, math.valid_columns(len(head.weight)))
-    return Tiling.of(size, len(head.positions), columns if len(head.positions) else 0)
+    rows = len(head.positions)
+    widest = CONVERTED_COLUMNS if head.converts else columns
+    return Tiling.of(size, rows, columns if rows else 0, widest)

@@ -32,6 +32,7 @@ For megatron-core >= 0.14; docs/megatron.md has the versions tested and a guide 
 This package never imports Megatron when it is imported itself.
 """
 
+from .cross_entropy import vocab_parallel_cross_entropy
 from .forward_step import make_forward_step
 from .head import ResponseOnlyHead
 from .linear_head import LinearHead
@@ -40,4 +41,4 @@ from .packing import shift_packed_targets
 from .replaced_loss import fused_cross_entropy
 
 __all__ = ["LinearHead", "ResponseOnlyHead", "fused_cross_entropy", "make_forward_step"]
-__all__ += ["sft_loss_func", "shift_packed_targets"]
+__all__ += ["sft_loss_func", "shift_packed_targets", "vocab_parallel_cross_entropy"]

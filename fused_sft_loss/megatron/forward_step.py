@@ -15,8 +15,8 @@ from .protocols import GetBatch
 from .replaced_loss import Head, ReplacedLoss
 from .reports import Convention, LossTuple, Sums
 
-#: What `sft_loss_func` returns is decided by its keyword arguments, so the callable takes any.
-ForwardStep = Callable[[Any, Module], tuple[Tensor, Callable[..., Any]]]
+#: `([state,] data_iterator, model, return_schedule_plan=False) -> (output_tensor, loss_func)`.
+ForwardStep = Callable[..., tuple[Tensor, Callable[..., LossTuple | dict[str, Tensor]]]]
 #: Labels and mask of a batch, None where this stage has none, and the options left for the loss.
 Targets = tuple[Tensor | None, Tensor | None, dict[str, Any]]
 
@@ -31,6 +31,9 @@ def make_forward_step(
     **options: Any,
 ) -> ForwardStep:
     """Make a Megatron `forward_step(data_iterator, model)` that trains on this loss.
+
+    The step also takes `return_schedule_plan=False` as its last argument, and Megatron-Bridge's
+    `state` as its first, which it does not need.
 
     By default the model is called without labels. Float16Module does not cast the logits to fp32
     (megatron-core >= 0.15); the model still copies them to transpose them if b > 1. With
@@ -49,7 +52,7 @@ def make_forward_step(
             - `loss_mask`: [b, s], which label tokens count; absent or None: all
             - `labels`: [b, s]; absent: `tokens`. Shifted labels need `shift=False` and a mask that
               is shifted in the same way
-            - `cu_seqlens`: [k+1], document boundaries for the loss; optional
+            - `cu_seqlens`: [k+1] or [1, k+1], document boundaries for the loss; optional
             - `packed_seq_params`: Megatron's PackedSeqParams, for the model and the loss; optional
         in_place: needs a GPTModel or another LanguageModule of megatron-core, and no
             `collect_non_loss_data`. Multi-token prediction before 0.18 needs it.
@@ -63,6 +66,8 @@ def make_forward_step(
         ValueError, TypeError: when a step runs, on every stage and before the model runs: what
             `sft_loss_func` raises about the configuration; a batch without the required keys or
             with unknown ones; labels None on the last stage.
+        NotImplementedError: when a step is asked for a schedule plan
+            (`overlap_moe_expert_parallel_comm`).
     """
     given = {key: options.pop(key) for key in CONVENTION if key in options}
     convention = Convention(**given)
@@ -72,8 +77,9 @@ def make_forward_step(
     in_place = in_place or head is not None
 
     def forward_step(
-        data_iterator: Any, model: Module
+        *arguments: Any, return_schedule_plan: bool = False
     ) -> tuple[Tensor, Callable[..., LossTuple | dict[str, Tensor]]]:
+        data_iterator, model = _iterator_and_model(arguments, return_schedule_plan)
         config = wrappers.attribute(model, "config")
         preconditions.run(convention, config, options)
         last = wrappers.attribute(model, "post_process") in (None, True)
@@ -98,6 +104,26 @@ def make_forward_step(
         return output, partial(sft_loss_func, labels, mask, config=config, **given, **left)
 
     return forward_step
+
+
+def _iterator_and_model(arguments: tuple[Any, ...], plan: bool) -> tuple[Any, Module]:
+    """(data_iterator, model) out of ([state,] data_iterator, model[, return_schedule_plan]).
+
+    A trainer decides by a step's signature what it passes, or passes always the same. A bool at the
+    end is return_schedule_plan; what is left are the last two.
+    """
+    left = arguments
+    if left and isinstance(left[-1], bool):
+        left, plan = left[:-1], plan or left[-1]
+    if len(left) not in (2, 3):
+        kinds = ", ".join(type(argument).__name__ for argument in arguments)
+        raise TypeError(
+            "forward_step: expected (data_iterator, model), with an optional state before them and "
+            f"return_schedule_plan after them, got ({kinds})"
+        )
+    if plan:
+        preconditions.no_schedule_plan("make_forward_step")
+    return left[-2], left[-1]
 
 
 def _compared(checked: tuple[Mapping[str, Any], Targets]) -> dict[str, Tensor | None]:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..linear.inputs import check_numbers
+from ..linear.call import Sizes
 from ..linear.loss import linear_terms
 from ..options import Options
 from . import preconditions
@@ -51,7 +51,7 @@ class LinearHead:
     and waits for it when the output layer runs.
 
     Args:
-        chunk_rows: a tile has as many logits as this many rows; see `linear_sft_loss`.
+        chunk_rows: a tile has at most as many logits as this many rows; see `linear_sft_loss`.
         multiple: round the number of rows up to a multiple of this.
         rows: take exactly this many rows; the host does not wait. If more positions are scored, the
             loss is NaN; on a CPU, and with FUSED_SFT_LOSS_CHECK=1, a ValueError is raised.
@@ -60,10 +60,8 @@ class LinearHead:
     def __init__(
         self, *, chunk_rows: int | None = None, multiple: int = 1, rows: int | None = None
     ) -> None:
-        check_numbers(chunk_rows=chunk_rows, multiple=multiple, rows=rows)
-        if rows is not None and multiple != 1:
-            raise ValueError("expected multiple or rows, got both: rows is a fixed number")
-        self.chunk_rows, self.multiple, self.rows = chunk_rows, multiple, rows
+        self.sizes = Sizes(chunk_rows, rows, multiple)
+        self.sizes.check()
 
     @staticmethod
     def check(config: Any) -> None:
@@ -74,7 +72,7 @@ class LinearHead:
         self, labels: Tensor, loss_mask: Tensor | None, ignore_index: int
     ) -> "LinearTargets":
         """Start to count the scored positions of shifted labels and mask [b, s]."""
-        if self.rows is not None:
+        if self.sizes.rows is not None:
             return LinearTargets(self, labels, loss_mask, None)
         scored = labels != ignore_index
         if loss_mask is not None:
@@ -93,8 +91,8 @@ class LinearTargets(NamedTuple):
     def rows(self) -> int:
         """How many rows to take: at least one, so that no shape is 0."""
         if self.scored is None:
-            return self.head.rows or 1
-        multiple = self.head.multiple
+            return self.head.sizes.rows or 1
+        multiple = self.head.sizes.multiple
         return max(1, -(-self.scored.value() // multiple) * multiple)
 
     def sums(
@@ -128,7 +126,7 @@ class LinearTargets(NamedTuple):
             self.labels,
             self.mask,
             given,
-            {"chunk_rows": self.head.chunk_rows, "rows": self.rows(), "multiple": None},
+            Sizes(self.head.sizes.chunk_rows, rows=self.rows()),
             sequence_parallel=layer.sequence_parallel,
             into_main_grad=layer.gradient_accumulation_fusion and weight.requires_grad,
             metrics=bool(names),

@@ -10,7 +10,7 @@ from .. import agreement
 from ..api import token_metrics
 from ..options import Options
 from . import preconditions
-from .packing import shift_packed_targets
+from .packing import one_row, shift_packed_targets
 from .protocols import PackedSeqParams
 from .reports import Convention, LossTuple, Sums
 
@@ -64,7 +64,7 @@ def sft_loss_func(
             machine, which read the loss on the host. None: Megatron-LM's arguments
             `check_for_nan_in_loss_and_grad` and `check_for_spiky_loss` decide; without Megatron-LM
             both are off.
-        **options: those of `sft_loss` except `reduction`.
+        **options: those of `sft_loss` except `reduction`. `cu_seqlens` may be [1, k+1].
 
     Returns:
         - "per_token": `(loss_sum, num_tokens, {"lm loss": report})`. loss_sum is fp32 0-d, sum(w *
@@ -102,6 +102,8 @@ def sft_loss_func(
                 packed_seq_params=packed_seq_params,
                 position_ids=position_ids,
             )
+        if isinstance(options.get("cu_seqlens"), Tensor):
+            options["cu_seqlens"] = one_row("cu_seqlens", options["cu_seqlens"])
         loss_options = Options(**options)
     except Exception as error:
         agreement.tell(error, group, output_tensor)

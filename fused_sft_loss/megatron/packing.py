@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..scoring import may_synchronise
-from ..targets import IGNORE_INDEX, check_values, shift_targets
+from ..targets import IGNORE_INDEX, boundaries, check_values, shift_targets
 from .protocols import PackedSeqParams
 
 
@@ -30,9 +30,10 @@ def shift_packed_targets(
         loss_mask: [b, s], which label tokens count. None: all.
         packed_seq_params: Megatron's PackedSeqParams over the b*s positions. Document i has
             `cu_seqlens_q[i+1] - cu_seqlens_q[i]` positions and starts at `cu_seqlens_q_padded[i]`,
-            or at `cu_seqlens_q[i]` if cu_seqlens_q_padded is None. (pretrain_gpt.py passes the
-            padded boundaries as both; then only loss_mask can exclude the padding.)
-        cu_seqlens: [k+1] or [1, k+1] int32 or int64 boundaries, in place of packed_seq_params.
+            or at `cu_seqlens_q[i]` if cu_seqlens_q_padded is None. (From 0.19 on pretrain_gpt.py
+            passes the padded boundaries as both; then only loss_mask can exclude the padding.)
+        cu_seqlens: [k+1] or [1, k+1] int32 or int64 boundaries, in place of packed_seq_params. They
+            end before a tail of -1 or 0; so do those of packed_seq_params.
         position_ids: [b, s] integers. A document continues where the next position is one higher.
             Padding inside a sequence must restart the positions or be masked.
         ignore_index: the label of positions where nothing is predicted.
@@ -57,9 +58,7 @@ def shift_packed_targets(
         if inside is not None:
             loss_mask = inside if loss_mask is None else loss_mask.masked_fill(~inside, 0)
     if cu_seqlens is not None:
-        cu_seqlens = cu_seqlens.reshape(-1)
-        if may_synchronise(labels):
-            check_values(None, cu_seqlens, labels.numel())
+        cu_seqlens = _checked("cu_seqlens", cu_seqlens, labels)
     labels, loss_mask = shift_targets(labels, loss_mask, cu_seqlens, ignore_index=ignore_index)
     if position_ids is not None:
         has_next = torch.zeros_like(labels, dtype=torch.bool)
@@ -67,6 +66,26 @@ def shift_packed_targets(
         labels = torch.where(has_next, labels, ignore_index)
         loss_mask = torch.where(has_next, loss_mask, torch.zeros_like(loss_mask))
     return labels, loss_mask
+
+
+def one_row(name: str, bounds: Tensor) -> Tensor:
+    """Boundaries [k+1] of [k+1] or [1, k+1], as Megatron's datasets hold them."""
+    if bounds.dim() == 2 and bounds.shape[0] == 1:
+        return bounds[0]
+    if bounds.dim() != 1:
+        raise ValueError(
+            f"expected {name} [k+1] or [1, k+1], got {list(bounds.shape)}; pass one list of "
+            "boundaries over all b*s positions"
+        )
+    return bounds
+
+
+def _checked(name: str, bounds: Tensor, labels: Tensor) -> Tensor:
+    """Boundaries [k+1]. Values that are none raise ValueError where the host may read them."""
+    bounds = one_row(name, bounds)
+    if may_synchronise(labels):
+        check_values(None, bounds, labels.numel())
+    return bounds
 
 
 def _documents(packed_seq_params: PackedSeqParams, labels: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -83,12 +102,14 @@ def _documents(packed_seq_params: PackedSeqParams, labels: Tensor) -> tuple[Tens
         )
     if padded is None:
         return bounds, None
-    bounds, padded = bounds.reshape(-1), padded.reshape(-1)
+    bounds = _checked("cu_seqlens_q", bounds, labels)
+    padded = _checked("cu_seqlens_q_padded", padded, labels)
     if bounds.shape != padded.shape:
         raise ValueError(
             "packed_seq_params: expected cu_seqlens_q and cu_seqlens_q_padded of one length, got "
             f"{list(bounds.shape)} and {list(padded.shape)}"
         )
+    bounds, padded = boundaries(bounds), boundaries(padded)  # a tail of -1 would be a document
     ends = padded[:-1] + (bounds[1:] - bounds[:-1])
     both = torch.stack([padded[:-1], ends], -1).flatten()  # document, padding, document, ...
     position = torch.arange(labels.numel(), dtype=torch.int64, device=both.device)

@@ -1,7 +1,7 @@
 """Checks that raise on every rank, before any rank waits for another in a collective."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -10,6 +10,7 @@ from torch.distributed import ProcessGroup
 
 from .. import agreement, groups
 from ..options import Options
+from ..scoring import may_synchronise
 from . import global_state, wrappers
 from .protocols import ParallelState
 from .reports import FIGURES, Convention
@@ -89,9 +90,27 @@ def batch(given: object, shift: bool, last_stage: bool) -> Mapping[str, Any]:
                 "shift=True"
             )
         given = {**given, "labels": given["tokens"]}
+    elif shift:
+        _not_shifted(given["tokens"], given["labels"])
     if last_stage:
         labels_here(given["labels"])
     return given
+
+
+def _not_shifted(tokens: Tensor | None, labels: Tensor | None) -> None:
+    """Raise ValueError if the host may read values, and every label is the next token already."""
+    if tokens is None or labels is None or not may_synchronise(labels):
+        return
+    if labels.shape != tokens.shape or labels.dim() != 2:
+        return
+    label, own, following = labels[:, :-1], tokens[:, :-1], tokens[:, 1:]
+    ignored = label < 0
+    if ((label == following) | ignored).all() and not ((label == own) | ignored).all():
+        raise ValueError(
+            "get_batch: expected labels that are not shifted, got labels[:, t] == tokens[:, t + 1]."
+            " Pass shift=False, and a loss_mask that is shifted in the same way; or leave 'labels' "
+            "out, so that the tokens are the labels"
+        )
 
 
 def labels_here(labels: Tensor | None) -> Tensor:
@@ -144,6 +163,14 @@ def _is_megatrons(group: ProcessGroup, parallel: ParallelState) -> None:
             f"tp_group: expected Megatron's tensor-parallel group of ranks {tensor}, got ranks "
             f"{mine}. Leave tp_group out; for shards of another group pass vocab_start"
         )
+
+
+def no_schedule_plan(what: str) -> NoReturn:
+    """Raise NotImplementedError: a schedule plan computes the loss when `what` has ended."""
+    raise NotImplementedError(
+        f"{what}: expected no schedule plan (build_schedule_plan), which computes the loss later, "
+        f"when {what} has ended. Set overlap_moe_expert_parallel_comm=False, or leave {what} out"
+    )
 
 
 def not_wrapped(module: object, what: str) -> None:

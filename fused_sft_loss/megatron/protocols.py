@@ -8,6 +8,8 @@ from torch.distributed import ProcessGroup
 
 #: Takes the data iterator of a pipeline stage, returns a batch by name; see `make_forward_step`.
 GetBatch = Callable[[Any], Mapping[str, Any]]
+#: A mask [b, s], or a function that returns it when the model runs; see `fused_cross_entropy`.
+LossMask = Tensor | Callable[[], Tensor | None] | None
 
 
 class ParallelState(Protocol):

@@ -19,14 +19,15 @@ from torch import Tensor
 from torch.nn import Module
 
 from ..options import Options
-from . import preconditions, versions, wrappers
+from . import preconditions, versions
 from .head import ResponseOnlyHead, Rows, selected
+from .language_model import LOSS, language_model, nothing_replaced
+from .lazy_mask import mask_now
 from .linear_head import LinearHead, LinearTargets
 from .methods import replace_method
-from .protocols import LanguageModel, OutputLayer
+from .protocols import LossMask, OutputLayer
 from .reports import Sums
 
-LOSS = "compute_language_model_loss"
 #: What decides which rows go through the output layer.
 Head = ResponseOnlyHead | LinearHead
 #: Options of `sft_loss` that follow from the model. fused_cross_entropy takes the others.
@@ -38,7 +39,7 @@ ALLOWED = tuple(name for name in vars(Options()) if name not in OF_MODEL)
 def fused_cross_entropy(
     model: Module | list[Module],
     *,
-    loss_mask: Tensor | None = None,
+    loss_mask: LossMask = None,
     head: Head | None = None,
     **options: Any,
 ) -> Iterator[None]:
@@ -55,18 +56,21 @@ def fused_cross_entropy(
     call without labels returns logits as before. Contexts may be nested; the innermost one counts.
 
     Args:
-        model: a GPTModel or another LanguageModule, wrapped (Float16Module, DDP) or not, or a list
-            of such model chunks.
+        model: a GPTModel or another LanguageModule, wrapped (Float16Module, DDP) or not, or a
+            vision-language model that holds one as `language_model`; or a list of model chunks.
         loss_mask: [b, s]: positions with 0 are not read and have loss 0. None: the loss_mask that
             the model is called with, if any. The mask selects and does not weigh, because the
-            trainer multiplies by it.
+            trainer multiplies by it. A function without arguments that returns one of these is
+            called in each forward of the model with labels: for a trainer that loads its batch in
+            its forward step.
         head: a `ResponseOnlyHead` or a `LinearHead`; None: logits of all positions.
         **options: those of `sft_loss` except `reduction`, and except `shift`, `layout`,
             `cu_seqlens`, `tp_group` and `vocab_start`, which follow from the model. Labels are not
             shifted: Megatron's datasets have shifted them already.
 
     Raises:
-        TypeError: the model has no compute_language_model_loss; an unknown option.
+        TypeError: the model has no compute_language_model_loss; an unknown option; a loss_mask()
+            that is no tensor.
         ValueError: in the model's forward: what `sft_loss` raises.
         NotImplementedError: the whole model is under torch.compile or checkpoint_wrapper (its
             layers may be); `model.build_schedule_plan` is called in the context, because that plan
@@ -101,7 +105,7 @@ class ReplacedLoss:
     def __init__(
         self,
         model: Module,
-        loss_mask: Tensor | None,
+        loss_mask: LossMask,
         head: Head | None,
         options: dict[str, Any],
         *,
@@ -112,7 +116,7 @@ class ReplacedLoss:
             raise TypeError(
                 f"head: expected a ResponseOnlyHead or a LinearHead, got {type(head).__name__}"
             )
-        self.model = _language_model(model)
+        self.model = language_model(model)
         self._is_last = getattr(self.model, "post_process", True)  # pipeline stage
         if head is not None:
             head.check(self.model.config)
@@ -158,10 +162,7 @@ class ReplacedLoss:
         finally:
             self._call = None
         if self._is_last and self.sums is None:
-            raise RuntimeError(
-                f"{type(self.model).__name__} was called with labels and did not compute its loss "
-                f"by {LOSS}(labels, logits): fused_cross_entropy has nothing to replace"
-            )
+            raise nothing_replaced(self.model)
         return output
 
     def _before_the_main_call(self) -> int | None:
@@ -172,7 +173,8 @@ class ReplacedLoss:
 
     def _call_of(self, labels: Tensor, mask: Tensor | None) -> _Call:
         """The call with these labels; `mask` counts if the context was given none."""
-        mask = mask if self.loss_mask is None else self.loss_mask
+        own = mask_now(self.loss_mask, labels, preconditions.vocab_group(self.options))
+        mask = mask if own is None else own
         if not self.weigh and mask is not None:
             mask = mask != 0
         return _Call(labels, mask, self._rows(labels, mask))
@@ -247,7 +249,7 @@ class ReplacedLoss:
     ) -> Tensor:
         """From 0.18 on: output layer and loss, in the order of GPTModel's forward."""
         self._heads_to_pass = 0
-        self._logits_factor = float(scale_logits(torch.ones(())))
+        self._logits_factor = float(scale_logits(torch.ones((), dtype=torch.float32, device="cpu")))
         logits, _bias = output_layer(
             hidden_states, weight=output_weight, runtime_gather_output=runtime_gather_output
         )
@@ -275,19 +277,6 @@ class ReplacedLoss:
         return losses
 
 
-def _language_model(model: Module) -> LanguageModel:
-    """The innermost model, which computes the loss."""
-    parts = list(wrappers.wrapped(model))
-    if not hasattr(parts[-1], LOSS):
-        raise TypeError(
-            f"expected a model with {LOSS}, such as megatron-core's GPTModel, wrapped or not; "
-            f"got {type(model).__name__}"
-        )
-    for part in parts:
-        preconditions.not_wrapped(part, "the model")
-    return parts[-1]
-
-
 def _compared(rows: Rows | LinearTargets) -> dict[str, Tensor | None]:
     """The tensors that must be equal on all ranks that share the vocabulary."""
     if isinstance(rows, LinearTargets):
@@ -296,8 +285,4 @@ def _compared(rows: Rows | LinearTargets) -> dict[str, Tensor | None]:
 
 
 def _no_schedule_plan(base: Callable[..., Any], *args: Any, **kwargs: Any) -> NoReturn:
-    raise NotImplementedError(
-        "build_schedule_plan inside fused_cross_entropy: the plan computes the loss later, when "
-        "this context has ended. Set overlap_moe_expert_parallel_comm=False, or leave "
-        "fused_cross_entropy out"
-    )
+    preconditions.no_schedule_plan("fused_cross_entropy")

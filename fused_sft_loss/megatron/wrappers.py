@@ -5,6 +5,8 @@ from typing import Any
 
 #: The names under which torch.compile and checkpoint_wrapper keep the module that they wrap.
 COMPILED, CHECKPOINTED = "_orig_mod", "_checkpoint_wrapped_module"
+#: The name under which LLaVAModel and Megatron-Bridge's Qwen-VL models hold their GPTModel.
+LANGUAGE_MODEL = "language_model"
 
 
 def submodules(module: object) -> dict[str, Any]:
@@ -17,12 +19,17 @@ def submodules(module: object) -> dict[str, Any]:
 
 
 def wrapped(model: Any) -> Iterator[Any]:
-    """The model, then each model inside it: DistributedDataParallel, Float16Module, GPTModel."""
+    """The model, then each model inside it: DistributedDataParallel, Float16Module, GPTModel.
+
+    Inside a vision-language model the next one is its language model.
+    """
     while model is not None:
         yield model
         own = submodules(model)
         inner = own.get(COMPILED, own.get(CHECKPOINTED))
-        model = getattr(model, "module", None) if inner is None else inner
+        if inner is None:
+            inner = getattr(model, "module", None)
+        model = own.get(LANGUAGE_MODEL) if inner is None else inner
 
 
 def attribute(model: object, name: str) -> Any:

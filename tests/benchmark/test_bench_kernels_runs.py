@@ -26,8 +26,8 @@ def measured(providers, cases_, **options):
     for index in range(len(cases_)):
         for provider in providers:
             rows.add(index, provider, None)
-    run = Measuring(cases_, providers, rows, "cpu", 1, lambda now=False: None, lambda *a: None)
-    run.times("full", 0.0)
+    run = Measuring(providers, rows, "cpu", 1, lambda now=False: None, lambda *a: None)
+    run.times(0.0)
     run.memory()
     return rows.rows
 

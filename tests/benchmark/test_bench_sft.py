@@ -44,13 +44,15 @@ def multiples(record, name):
     return {kind: used[kind] / logits for kind in ("forward_peak", "held", "backward_peak")}
 
 
-def test_both_losses_train_alike(tmp_path):
+def test_all_losses_train_alike(tmp_path):
     record, output = finished(tmp_path / "made" / "out")
-    reference, ours = record["losses"]["reference"], record["losses"]["ours"]
+    reference, ours, linear = (record["losses"][name] for name in ("reference", "ours", "linear"))
     assert "loss per step" in output and f"{ours[2]:.5f}" in output
-    assert len(reference) == len(ours) == 3
+    assert len(reference) == len(ours) == len(linear) == 3
     assert ours[0] == pytest.approx(reference[0], rel=1e-6)
-    assert ours == pytest.approx(reference, rel=1e-3)
+    assert linear[0] == pytest.approx(reference[0], rel=1e-5)  # its logits may not be rounded
+    for others in (ours, linear):
+        assert others == pytest.approx(reference, rel=1e-3)
     assert record["data"]["vocabulary"] == 131072
     assert 0 < record["tokens_scored"] < record["tokens"] <= 3 * 64
     logits = record["logits_of_a_rank"]
@@ -60,7 +62,26 @@ def test_both_losses_train_alike(tmp_path):
     assert used["forward_peak"] == pytest.approx((1 + 2 + 2) * part, rel=0.01)  # shift, fp32, log
     assert used["held"] == pytest.approx(2 * part, rel=0.01)
     assert max(multiples(record, "ours").values()) < 0.01
-    assert all(run["stage_ms"] > 0 for run in record["runs"].values())
+    assert all(run["head_ms"] > 0 for run in record["runs"].values())
+    assert record["runs"]["ours"]["stage_ms"] > 0 and record["runs"]["linear"]["stage_ms"] is None
+
+
+def test_a_run_without_logits_holds_none(tmp_path):
+    record, _ = finished(tmp_path, "--loss", "ours", "linear")
+    size, memory = record["logits_of_a_rank"]["bytes"], {}
+    for name in ("ours", "linear"):
+        memory[name] = record["runs"][name]["memory_bytes"]
+    weight = 2 * 131072 * 64  # its gradient, bf16
+    assert memory["ours"]["head_held"] >= size
+    assert memory["linear"]["head_held"] < 2**16
+    assert memory["ours"]["head_peak"] >= size + weight
+    assert weight <= memory["linear"]["head_peak"] < memory["ours"]["head_peak"]
+
+
+def test_only_the_run_without_logits(tmp_path):
+    record, output = finished(tmp_path, "--loss", "linear")
+    assert record["logits_of_a_rank"] is None and list(record["losses"]) == ["linear"]
+    assert "loss stage" not in output and "output layer and loss" in output
 
 
 @pytest.mark.long

@@ -14,9 +14,11 @@ from fused_sft_loss.megatron import (
     forward_step,
     fused_cross_entropy,
     global_state,
+    make_forward_step,
     preconditions,
     sft_loss_func,
     shift_packed_targets,
+    vocab_parallel_cross_entropy,
 )
 
 LOGITS, LABELS = torch.randn(2, 5, 8), torch.randint(0, 8, (2, 5))
@@ -43,6 +45,9 @@ class Model(torch.nn.Module):
 
 def loss(**options):
     return sft_loss_func(LABELS, None, LOGITS, **{"tp_group": None, **options})
+
+
+operator = partial(vocab_parallel_cross_entropy, LOGITS, LABELS)  # [s, b, v] and [s, b]
 
 
 def inside(what, **options):
@@ -88,6 +93,20 @@ LIMITS = {  # option -> (a call for each entry of the last column, the errors th
             lambda: fused_cross_entropy(torch.nn.Linear(2, 2)).__enter__(),
         ],
         (TypeError, ValueError, NotImplementedError),
+    ),
+    "return_schedule_plan": (
+        [partial(make_forward_step(next), None, None, return_schedule_plan=True)],
+        NotImplementedError,
+    ),
+    "vocab_parallel_cross_entropy": (
+        [
+            partial(operator, shift=True),
+            partial(operator, layout="bsv"),
+            partial(operator, cu_seqlens=BOUNDS),
+            partial(operator, reduction="sum"),
+            partial(vocab_parallel_cross_entropy, LOGITS, LABELS.t()),
+        ],
+        (TypeError, ValueError),
     ),
     "LinearHead": (
         [

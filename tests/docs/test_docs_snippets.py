@@ -1,9 +1,11 @@
 """Every Python snippet of the README and docs/ runs as printed and does what the page says."""
 
 import copy
+import runpy
 import sys
 import tempfile
 import types
+from functools import partial
 
 import hugging_face
 import pytest
@@ -158,52 +160,124 @@ def test_snippet(page, name):
 # --- Megatron -------------------------------------------------------------------------------------
 
 
-def trainers_step(data_iterator, model, return_schedule_plan=False):
-    """A forward step like Megatron-LM's and Primus': it calls the model with labels."""
+def shifted(data_iterator):
+    """A batch as Megatron's datasets hold it: labels and mask are shifted already."""
     batch = next(data_iterator)
     labels, mask = batch["tokens"].roll(-1, 1), batch["loss_mask"].roll(-1, 1)
     mask[:, -1] = 0
-    inputs = batch["tokens"], batch["position_ids"], batch["attention_mask"]
-    losses = model(*inputs, labels=labels, loss_mask=mask)
+    return {**batch, "labels": labels, "loss_mask": mask}
 
+
+def loss_func_of(mask):
     def loss_func(output_tensor):
         loss, count = (output_tensor * mask).sum(), mask.sum().to(torch.int)
         report = torch.stack([loss.detach().clone(), count.float()])
         return loss, count, {"lm loss": report}
 
-    return losses, loss_func
+    return loss_func
+
+
+def trainers_step(data_iterator, model, return_schedule_plan=False):
+    """A forward step like Megatron-LM's and Primus': it calls the model with labels."""
+    batch = shifted(data_iterator)
+    inputs = batch["tokens"], batch["position_ids"], batch["attention_mask"]
+    mask = batch["loss_mask"]
+    return model(*inputs, labels=batch["labels"], loss_mask=mask), loss_func_of(mask)
+
+
+# pretrain_gpt.py's get_batch returns the values of these keys.
+TUPLE = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
+TUPLE_OF_TEN = ("attention_mask", "cu_seqlens", "cu_seqlens_padded", "hybrid_cp_group", "labels")
+TUPLE_OF_TEN += ("local_cp_size", "loss_mask", "max_seqlen", "position_ids", "tokens")
+GET_BATCH = {
+    "tuple": lambda iterator: map(shifted(iterator).get, TUPLE),
+    "tuple of ten": lambda iterator: map(shifted(iterator).get, TUPLE_OF_TEN),
+}
+
+
+def fake_modules(contents):
+    """Install fakes of these modules and of their packages, with these attributes."""
+    for name, attributes in contents.items():
+        parts = name.split(".")
+        for length in range(1, len(parts) + 1):
+            path = ".".join(parts[:length])
+            if path not in sys.modules:
+                sys.modules[path] = types.ModuleType(path)
+                if length > 1:
+                    setattr(
+                        sys.modules[".".join(parts[: length - 1])],
+                        parts[length - 1],
+                        sys.modules[path],
+                    )
+        vars(sys.modules[name]).update(attributes)
 
 
 def bridge():
-    """Fakes of the three Megatron-Bridge modules that the snippet imports."""
-    called = []
-    parts = {
-        "finetune": {"finetune": lambda config, step: called.append(step)},
-        "gpt_step": {"forward_step": lambda state, *arguments: trainers_step(*arguments)},
-        "state": {"GlobalState": type("GlobalState", (), {})},
-    }
-    package = "megatron.bridge.training"
-    for name in ("megatron.bridge", package):
-        sys.modules[name] = types.ModuleType(name)
-    for name, contents in parts.items():
-        module = sys.modules[f"{package}.{name}"] = types.ModuleType(name)
-        vars(module).update(contents)
+    """Fakes of the Megatron-Bridge modules that the snippet imports. Its step loads the batch by a
+    function of its module and keeps the mask from the model."""
+    called, package = [], "megatron.bridge.training"
+
+    def get_batch(data_iterator):
+        batch = shifted(data_iterator)
+        return *(batch[key] for key in TUPLE), None
+
+    def forward_step(state, data_iterator, model, return_schedule_plan=False):
+        gpt_step = sys.modules[f"{package}.gpt_step"]
+        tokens, labels, mask, attention_mask, positions, _ = gpt_step.get_batch(data_iterator)
+        return model(tokens, positions, attention_mask, labels=labels), loss_func_of(mask)
+
+    finetune = {"finetune": lambda config, step: called.append(step)}
+    fake_modules(
+        {
+            f"{package}.finetune": finetune,
+            f"{package}.gpt_step": {"get_batch": get_batch, "forward_step": forward_step},
+            f"{package}.state": {"GlobalState": type("GlobalState", (), {})},
+        }
+    )
     return called
 
 
+class PrimusPatches:
+    """examples/primus_patches.py in a fake of Primus, which applies it and then trains."""
+
+    def run(self, names):
+        patches = []
+
+        def register_patch(name, *, backend, phase, description):
+            assert (backend, phase) == ("megatron", "before_train")
+            return lambda patch: patches.append(patch) or patch
+
+        package = "primus.backends.megatron.sft.forward_step"
+        fake_modules(
+            {
+                "primus.core.patches": {"register_patch": register_patch},
+                package: {"create_sft_forward_step": lambda: trainers_step},
+            }
+        )
+        runpy.run_path(str(snippets.ROOT / "examples/primus_patches.py"))
+        for patch in patches:
+            patch(None)
+        return {"forward_step": sys.modules[package].create_sft_forward_step()}
+
+
 def in_megatron(snippet, step, cp):
-    """Train with a snippet's forward step: (loss, tokens, gradients, reports)."""
-    names = {"get_batch": next, "forward_step": trainers_step, "config": None}
-    names["create_sft_forward_step"] = lambda: trainers_step
+    """Train with a snippet's forward step: (loss, tokens, gradients, reports, losses that are
+    not 0, or None where the model returns logits).
+
+    It is called as Megatron's schedules call it, with return_schedule_plan (of 0.14 on).
+    """
+    get_batch = GET_BATCH.get(getattr(snippet, "name", None), next)
+    names = {"get_batch": get_batch, "forward_step": trainers_step, "config": None}
     called = bridge()
     names = snippet.run(names) if snippet else names
-    step, reported = names[step], set()
+    step, reported, computed = names[step], set(), []
     if called:
         (bridged,) = called
-        step = lambda *arguments: bridged(None, *arguments)  # noqa: E731
+        step = partial(bridged, None)  # Bridge binds its state in this way
 
     def watched(data_iterator, model):
-        output, loss_func = step(data_iterator, model)
+        output, loss_func = step(data_iterator, model, return_schedule_plan=False)
+        computed.append(int((output != 0).sum()) if output.dim() == 2 else None)
 
         def watching(output_tensor):
             *result, report = loss_func(output_tensor)
@@ -214,15 +288,16 @@ def in_megatron(snippet, step, cp):
 
     model, loss, tokens = run_schedule(watched, make_batches(), cp=cp)
     grads = {name: parameter.main_grad for name, parameter in model.module.named_parameters()}
-    return loss, tokens, grads, reported
+    return loss, tokens, grads, reported, None if None in computed else sum(computed)
 
 
 MEGATRON = {  # snippet -> (name of its forward step, context-parallel size)
     ("README.md", "trainer"): ("fused_forward_step", 1),
     ("docs/megatron.md", "pretrain"): ("fused_forward_step", 1),
-    ("docs/megatron.md", "primus"): ("forward_step", 1),
     ("docs/megatron.md", "bridge"): ("fused_forward_step", 1),
     ("docs/megatron.md", "own step"): ("forward_step", 1),
+    ("docs/megatron.md", "tuple"): ("forward_step", 1),
+    ("docs/megatron.md", "tuple of ten"): ("forward_step", 1),
     ("docs/megatron.md", "loss func"): ("forward_step", 1),
     ("docs/megatron.md", "report"): ("forward_step", 1),
     ("docs/megatron.md", "context parallel"): ("forward_step", 2),
@@ -237,14 +312,24 @@ def megatrons_own():
     return run_ranks(1, in_megatron, None, "forward_step", 1)[0]
 
 
-@pytest.mark.parametrize("page, name", MEGATRON)
-def test_megatron_snippet(page, name, megatrons_own):
-    step, cp = MEGATRON[page, name]
-    ranks = run_ranks(cp, in_megatron, SNIPPETS[page, name], step, cp)
-    loss, tokens, grads, _ = megatrons_own
+def check_megatron(snippet, step, cp, own, reported=("lm loss",)):
+    """Loss, gradients and reports are those of Megatron's own loss; masked rows are not computed"""
+    ranks = run_ranks(cp, in_megatron, snippet, step, cp)
+    loss, tokens, grads, *_ = own
     assert sum(rank[1] for rank in ranks) == tokens
     assert sum(rank[0] for rank in ranks) == pytest.approx(loss, rel=1e-5)
     for key, grad in ranks[0][2].items():
         torch.testing.assert_close(grad, grads[key], **CLOSE)
-    reported = {"lm loss", "accuracy", "entropy"} if name == "report" else {"lm loss"}
-    assert ranks[0][3] == reported
+    assert ranks[0][3] == set(reported)
+    assert ranks[0][4] in (None, tokens)
+
+
+@pytest.mark.parametrize("page, name", MEGATRON)
+def test_megatron_snippet(page, name, megatrons_own):
+    step, cp = MEGATRON[page, name]
+    reported = ("lm loss", "accuracy", "entropy") if name == "report" else ("lm loss",)
+    check_megatron(SNIPPETS[page, name], step, cp, megatrons_own, reported)
+
+
+def test_primus_patches(megatrons_own):
+    check_megatron(PrimusPatches(), "forward_step", 1, megatrons_own)

@@ -6,6 +6,7 @@ import torch.distributed as dist
 from backends import ON_CPU, using
 from cases import build, expected
 from closeness import assert_losses
+from collectives import count_collectives
 from tiers import sampled
 
 import fused_sft_loss as fsl
@@ -35,28 +36,6 @@ def shard(full, starts, rank, options):
     placed = {} if len(widths) == 1 else {"vocab_start": starts[rank]}
     size = options.get("vocab_size", full.shape[-1])
     return part, {**options, **placed, "vocab_size": size, "tp_group": dist.group.WORLD}
-
-
-def count_collectives():
-    """Wrap torch.distributed's collectives; returns the list that records their calls."""
-    calls = []
-    for name in (
-        "all_gather_into_tensor",
-        "all_gather",
-        "all_gather_object",
-        "all_to_all",
-        "all_reduce",
-        "broadcast",
-        "barrier",
-    ):
-        original = getattr(dist, name)
-
-        def noted(*args, _name=name, _original=original, **kwargs):
-            calls.append(_name)
-            return _original(*args, **kwargs)
-
-        setattr(dist, name, noted)
-    return calls
 
 
 def sharded_runs(jobs):

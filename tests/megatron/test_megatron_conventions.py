@@ -1,5 +1,6 @@
 """Megatron's schedules divide, add and check a loss_func's tuple; ours must survive that."""
 
+import inspect
 import subprocess
 import sys
 
@@ -190,6 +191,32 @@ def test_forward_step_hands_the_whole_batch_to_the_loss():
     wanted = sft_loss_func(labels, mask * first_of_a_document, logits)
     assert loss_func(output)[1] == wanted[1] == 3
     assert torch.equal(loss_func(output)[0], wanted[0])
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "keywords"),
+    [
+        ((), (False,), {}),
+        ((), (), {"return_schedule_plan": False}),
+        (("state",), (), {}),
+        (("state",), (False,), {}),
+        (("state",), (), {"return_schedule_plan": False}),
+    ],
+)
+def test_trap_a_trainer_passes_more_than_iterator_and_model(before, after, keywords):
+    """Megatron-LM and Primus pass return_schedule_plan, Megatron-Bridge a state before the rest."""
+    logits, labels, mask = micro_batch()
+    batch = {"tokens": labels, "position_ids": None, "attention_mask": None, "loss_mask": mask}
+    arguments = (*before, iter([batch]), Returning(logits), *after)
+    output, loss_func = make_forward_step(next)(*arguments, **keywords)
+    assert torch.equal(loss_func(output)[0], sft_loss_func(labels, mask, logits)[0])
+
+
+def test_a_trainer_that_reads_signatures_passes_no_state():
+    """Megatron-Bridge passes it to a step with a parameter `state` or of type GlobalState, and once
+    counted parameters: two are (data_iterator, model)."""
+    parameters = inspect.signature(make_forward_step(next)).parameters
+    assert list(parameters) == ["arguments", "return_schedule_plan"]
 
 
 @pytest.mark.parametrize("returns", RETURNS)

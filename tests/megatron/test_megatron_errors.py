@@ -290,3 +290,18 @@ def test_errors_of_the_forward_step(batch, options, kind, says):
 
     with pytest.raises(kind, match=says):
         make_forward_step(lambda _: batch, **options)(None, model)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "keywords", "kind", "says"),
+    [
+        ((None, None, True), {}, NotImplementedError, "overlap_moe_expert_parallel_comm=False"),
+        ((None, None), {"return_schedule_plan": True}, NotImplementedError, "make_forward_step"),
+        ((None, None, None, True), {}, NotImplementedError, "computes the loss later"),
+        ((None,), {}, TypeError, r"expected \(data_iterator, model\).*got \(NoneType\)"),
+        ((1, 2, 3, 4), {}, TypeError, r"got \(int, int, int, int\)"),
+    ],
+)
+def test_arguments_that_a_forward_step_does_not_take(arguments, keywords, kind, says):
+    with pytest.raises(kind, match=says):
+        make_forward_step(next)(*arguments, **keywords)

@@ -207,6 +207,8 @@ def test_a_document_that_begins_at_a_cut_is_not_predicted_from_before_it():
         ({"loss_mask": torch.zeros(1, 3)}, "expected loss_mask of the labels' shape"),
         ({"cu_seqlens": torch.tensor([0, 9, 4])}, "increasing"),
         ({"cu_seqlens": torch.tensor([0, 99])}, "increasing within"),
+        ({"cu_seqlens": torch.tensor([[0, 4], [0, 9]])}, r"\[k\+1\] or \[1, k\+1\], got \[2, 2\]"),
+        ({"packed_seq_params": params((4, -1, 3), (0, 4, 12))}, "increasing"),
         ({"packed_seq_params": params(), "cu_seqlens": torch.tensor([0, 4])}, "got both"),
         ({"packed_seq_params": params((4, 7, 3), (0, 4))}, "of one length"),
         ({"packed_seq_params": params((4, 7, 3), (0, 2, 12))}, "increasing"),
@@ -228,3 +230,43 @@ def test_documents_with_labels_shifted_already(name):
     logits = torch.zeros(1, runs.SEQ, runs.VOCAB)
     with pytest.raises(ValueError, match="pass them to shift_packed_targets"):
         sft_loss_func(tokens, mask, logits, shift=False, **{name: given})
+
+
+def test_trap_boundaries_of_shape_1_k():
+    """Megatron's datasets and pretrain_gpt.py of 0.16.1 hold cu_seqlens with a batch dimension."""
+    tokens, mask, *_ = packed()
+    logits = torch.randn(1, runs.SEQ, runs.VOCAB)
+    bounds = torch.tensor([0, 4, 11, 12, 15])
+    wanted = sft_loss_func(tokens, mask, logits, cu_seqlens=bounds)
+    whole = SimpleNamespace(cu_seqlens_q=bounds[None], cu_seqlens_q_padded=bounds[None])
+    for how in ({"cu_seqlens": bounds[None]}, {"packed_seq_params": whole}):
+        loss, count, _ = sft_loss_func(tokens, mask, logits, **how)
+        assert torch.equal(loss, wanted[0]) and torch.equal(count, wanted[1])
+    with pytest.raises(
+        ValueError, match=r"expected cu_seqlens \[k\+1\] or \[1, k\+1\], got \[2, 5\]"
+    ):
+        sft_loss_func(tokens, mask, logits, cu_seqlens=bounds.expand(2, 5))
+
+
+@pytest.mark.parametrize("fill", [-1, 0])
+@pytest.mark.parametrize("padded", [None, (0, 8)])
+def test_trap_a_tail_of_sentinels_is_no_document(padded, fill):
+    """Megatron-Bridge fills cu_seqlens to a fixed length with -1: [0, 6, 16, -1, -1]."""
+    labels = torch.arange(runs.SEQ)[None]
+    lengths = (6, 10) if padded is None else (6, 7)
+    plain = params(lengths, padded or (0, 6))
+    wanted = shift_packed_targets(labels, packed_seq_params=plain)
+    tail = torch.tensor([fill, fill]).int()
+    filled = SimpleNamespace(cu_seqlens_q=torch.cat([plain.cu_seqlens_q, tail]))
+    filled.cu_seqlens_q_padded = None
+    if padded is not None:
+        filled.cu_seqlens_q_padded = torch.cat([plain.cu_seqlens_q_padded, tail])
+    for got, want in zip(
+        shift_packed_targets(labels, packed_seq_params=filled), wanted, strict=True
+    ):
+        assert torch.equal(got, want)
+    second = 6 if padded is None else 8
+    assert wanted[1].sum() == sum(lengths) - 2 and not wanted[1][0, second - 1]
+    if padded is None:
+        got = sft_loss_func(labels, None, torch.randn(1, 16, 16), cu_seqlens=filled.cu_seqlens_q)
+        assert got[1] == 14

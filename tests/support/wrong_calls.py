@@ -31,7 +31,14 @@ TABLE = {
         ValueError,
         ["called with labels"],
     ),
-    "a scalar loss": (LOGITS.sum(), LABELS, MASK, {}, ValueError, ["called with labels"]),
+    "a scalar loss": (
+        LOGITS.sum(),
+        LABELS,
+        MASK,
+        {},
+        ValueError,
+        ["expected logits [b, s, v], got a scalar, which is a loss already", "called with labels"],
+    ),
     "not tensors": (
         LOGITS.tolist(),
         LABELS,
