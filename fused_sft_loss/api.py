@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import agreement, autograd, checks, groups, inplace, one_read, shards
+from . import agreement, autograd, checks, dtensor, groups, inplace, one_read, shards
 from .backends import selection
 from .backends.contract import REDUCTIONS, Losses
 from .options import Options, expect
@@ -76,7 +76,8 @@ def sft_loss(
     Args:
         logits: `[b, s, v]`, `[s, b, v]` with ``layout="sbv"``, or `[n, v]`; bf16, fp16 or fp32. The
             vocabulary stride must be 1; all other strides are free. `v` is this rank's shard of the
-            vocabulary.
+            vocabulary. A DTensor sharded on the vocabulary, also unevenly, or replicated needs no
+            `tp_group`, `vocab_start` and `vocab_size`, and its gradient is such a DTensor.
         labels: `[b, s]` (or `[n]`) integer token ids of the whole vocabulary, batch first for every
             layout.
         loss_mask: bool, integer or float, not negative, in the labels' shape. It says which label
@@ -305,6 +306,9 @@ def _prepared(
 ) -> _Call:
     """Check the arguments. Wrong ones raise, and ranks that share the vocabulary are told."""
     try:
+        if dtensor.is_dtensor(logits):
+            options = dtensor.placed(logits, options)
+            logits, labels, loss_mask, options = dtensor.local(logits, labels, loss_mask, options)
         math, group_name, backend = _validated(logits, labels, loss_mask, options, name)
     except Exception as error:
         agreement.tell(error, options.tp_group, logits)

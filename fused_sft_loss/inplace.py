@@ -17,6 +17,7 @@ logits.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,7 +107,14 @@ def _saved(maker: Node) -> Iterator[Tensor]:
 
 
 def _shares_memory(a: Tensor, b: Tensor) -> bool:
-    return a.device == b.device and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+    return a.device == b.device and _address(a) == _address(b)
+
+
+def _address(tensor: Any) -> int:
+    """Of the tensor's memory; for a DTensor that of its local part."""
+    if hasattr(tensor, "to_local"):
+        tensor = tensor.detach().to_local()
+    return tensor.untyped_storage().data_ptr()
 
 
 def _keep_place_in_graph(logits: Tensor) -> None:

@@ -16,6 +16,7 @@ NAMES = {  # heading -> (module, names)
             "shift_targets",
         ),
     ),
+    "Hugging Face": ("fused_sft_loss.hf", ("compute_loss_func",)),
     "Megatron": (
         "fused_sft_loss.megatron",
         (

@@ -21,6 +21,7 @@ TOOLS = {
     "clang": "clang or hipcc, which compile for AMD",
     "liger": "Liger in build/peers",
     "megatrons": "further versions of megatron-core in build/megatron",
+    "transformers": "Hugging Face's transformers and accelerate",
     "triton": "Triton; the Makefile puts tests/support/without_triton into PYTHONPATH for it",
 }
 

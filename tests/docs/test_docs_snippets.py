@@ -1,14 +1,19 @@
 """Every Python snippet of the README and docs/ runs as printed and does what the page says."""
 
+import copy
 import runpy
 import sys
+import tempfile
 import types
 from functools import partial
 
+import hugging_face
 import pytest
 import snippets
 import torch
 import torch.nn.functional as F
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import fused_sft_loss as fsl
 from bench.megatron_cpu import run_ranks
@@ -97,6 +102,44 @@ def check_algorithm(page, name):
             torch.testing.assert_close(torch.cat(grads, -1), logits.grad, **close)
 
 
+def check_hugging_face(page, name):
+    """The weights after training are those of the Trainer without the function."""
+    if hugging_face.ABSENT:
+        pytest.skip(hugging_face.ABSENT)
+    from transformers import Trainer
+
+    model, data = hugging_face.causal(), hugging_face.examples()
+    folder = tempfile.TemporaryDirectory()
+    args = hugging_face.training_arguments(folder.name)
+    plain = copy.deepcopy(model)
+    SNIPPETS[page, name].run({"model": model, "args": args, "dataset": data})
+    before = copy.deepcopy(plain.state_dict())
+    Trainer(plain, args, train_dataset=data).train()
+    for key, weight in plain.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[key], weight, **CLOSE)
+        assert not torch.equal(weight, before[key])
+
+
+def sharded_step(snippet):
+    """(loss, gradient, loss written by hand, its gradient) on two ranks, of a snippet."""
+    mesh = init_device_mesh("cpu", (2,))
+    torch.manual_seed(0)  # the same labels on both ranks
+    logits, _, labels, mask = batch()
+    leaf = distribute_tensor(logits.detach()[..., :63], mesh, [Shard(2)]).requires_grad_()
+    labels = labels.clamp(max=62)
+    loss = snippet.run({"fsl": fsl, "logits": leaf * 1, "labels": labels})["loss"]
+    plain = logits.detach()[..., :63].double().requires_grad_()
+    want = F.cross_entropy(plain.mT, labels)
+    want.backward()
+    return loss.detach().double(), leaf.grad.full_tensor().double(), want.detach(), plain.grad
+
+
+def check_dtensor(page, name):
+    for loss, grad, want, right in run_ranks(2, sharded_step, SNIPPETS[page, name]):
+        torch.testing.assert_close(loss, want, rtol=1e-5, atol=0)
+        torch.testing.assert_close(grad, right, **CLOSE)
+
+
 PLAIN = {
     ("README.md", "use"): check_readme,
     ("README.md", "equal"): check_readme,
@@ -104,6 +147,8 @@ PLAIN = {
     ("docs/index.md", "other calls"): check_other_calls,
     ("docs/index.md", "without logits"): check_without_logits,
     ("docs/design.md", "algorithm"): check_algorithm,
+    ("docs/trainers.md", "hugging face"): check_hugging_face,
+    ("docs/trainers.md", "dtensor"): check_dtensor,
 }
 
 

@@ -107,3 +107,12 @@ def test_import_does_not_need_the_extras():
     blocked = "import sys\nfor name in ('triton', 'megatron', 'rich', 'matplotlib'):\n"
     blocked += "    sys.modules.setdefault(name, None)\n"
     subprocess.run([sys.executable, "-c", blocked + USE], check=True, cwd=ROOT)
+
+
+def test_every_package_of_the_sources_is_installed():
+    """A folder that pyproject.toml does not list is there in a checkout and absent from a wheel."""
+    tomllib = pytest.importorskip("tomllib")  # part of Python from 3.11 on
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    inside = {p.parent for p in (ROOT / "fused_sft_loss").rglob("*.py")}
+    names = {".".join(folder.relative_to(ROOT).parts) for folder in inside}
+    assert set(project["packages"]) == {*names, "fused_sft_loss.triton_kernels"}
