@@ -10,6 +10,7 @@ from backends import BUILT, using
 from cases import build, expected
 from closeness import assert_losses
 from test_sharded import count_collectives
+from tiers import sampled
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -86,7 +87,7 @@ def assert_right(by_rank, jobs):
         assert torch.equal(first[2][3].flatten(), want.correct)
 
 
-@pytest.mark.parametrize("columns", COLUMNS)
+@pytest.mark.parametrize("columns", sampled(COLUMNS, [9]))
 def test_shards_as_torch_cuts_them_and_empty_ones(columns):
     jobs = jobs_of(columns)
     by_rank = run_ranks(4, runs, jobs, (4,), [Shard(2)], columns == 9, timeout=300)
@@ -98,7 +99,7 @@ def test_shards_as_torch_cuts_them_and_empty_ones(columns):
             assert forward == ["all_gather_object", "all_gather"] and backward == []
 
 
-@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("wrapped", sampled([False, True], [True]))
 @pytest.mark.parametrize(
     "placements, collectives",
     [([Replicate(), Shard(2)], 2), ([Shard(2), Replicate()], 2), ([Replicate()] * 2, 0)],
@@ -162,7 +163,11 @@ def loss_of(ours, logits, labels, inplace):
 
 
 @pytest.mark.parametrize(
-    "dp, tp, vocab", [(2, 2, 12), (1, 4, 11)], ids=["FSDP2 and TP", "TP, uneven"]
+    "dp, tp, vocab",
+    [
+        pytest.param(2, 2, 12, id="FSDP2 and TP"),
+        pytest.param(1, 4, 11, id="TP, uneven", marks=pytest.mark.long),
+    ],
 )
 def test_a_step_equals_that_with_loss_parallel(dp, tp, vocab):
     want = run_ranks(4, trained, False, dp, tp, vocab, False, timeout=200)
