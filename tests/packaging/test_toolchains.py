@@ -57,10 +57,10 @@ def tree(tmp_path):
     (tree / "csrc/gpu").mkdir(parents=True)
     for name in ("setup.py", "pyproject.toml", "README.md", "MANIFEST.in", "Makefile"):
         shutil.copy(ROOT / name, tree)
-    names = ("fused_sft_loss", "fused_sft_loss/backends", "fused_sft_loss/megatron")
-    for name in (*names, "triton_kernels"):
-        (tree / name).mkdir()
-        (tree / name / "__init__.py").touch()
+    folders = {path.parent for path in (ROOT / "fused_sft_loss").rglob("__init__.py")}
+    for folder in (*sorted(folders), ROOT / "triton_kernels"):
+        (tree / folder.relative_to(ROOT)).mkdir()
+        (tree / folder.relative_to(ROOT) / "__init__.py").touch()
     shutil.copytree(ROOT / "csrc/toolchains", tree / "csrc/toolchains")
     (tree / "csrc/gpu/bindings.cpp").write_text(BINDINGS)
     (tree / "csrc/gpu/tiny.h").write_text("#pragma once\n")
