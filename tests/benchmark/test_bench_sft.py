@@ -66,6 +66,7 @@ def test_all_losses_train_alike(tmp_path):
     assert record["runs"]["ours"]["stage_ms"] > 0 and record["runs"]["linear"]["stage_ms"] is None
 
 
+@pytest.mark.long
 def test_a_run_without_logits_holds_none(tmp_path):
     record, _ = finished(tmp_path, "--loss", "ours", "linear")
     size, memory = record["logits_of_a_rank"]["bytes"], {}
@@ -78,6 +79,7 @@ def test_a_run_without_logits_holds_none(tmp_path):
     assert weight <= memory["linear"]["head_peak"] < memory["ours"]["head_peak"]
 
 
+@pytest.mark.long
 def test_only_the_run_without_logits(tmp_path):
     record, output = finished(tmp_path, "--loss", "linear")
     assert record["logits_of_a_rank"] is None and list(record["losses"]) == ["linear"]

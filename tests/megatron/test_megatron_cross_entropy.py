@@ -84,6 +84,7 @@ def in_the_slot():
     return results
 
 
+@pytest.mark.long  # Megatron compiles its own operator
 def test_it_fits_where_cross_entropy_fusion_impl_is_looked_up():
     """Megatron passes (logits, labels, tp_group). Its own rounds the gradient to bf16."""
     for (own, own_grads), (ours, grads) in run_ranks(2, in_the_slot):
