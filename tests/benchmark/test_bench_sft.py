@@ -112,10 +112,12 @@ def test_torchrun_starts_the_processes_of_a_real_shape(tmp_path, chat):
     assert record["logits_of_a_rank"]["shape"] == [2, 32, 50432 // 2]
     reference, ours = record["losses"]["reference"], record["losses"]["ours"]
     assert ours[0] == pytest.approx(reference[0], rel=1e-5)
-    for run in record["runs"].values():
-        assert 0 < run["loss_share"] < 1
+    for name, run in record["runs"].items():
         assert run["tokens_per_s"] == pytest.approx(2 * 32 / run["step_ms"] * 1e3)
-        assert run["memory_bytes"]["step_peak"] >= run["memory_bytes"]["backward_peak"]
+        assert run["memory_bytes"]["step_peak"] >= run["memory_bytes"]["head_peak"]
+        if name != "linear":  # which has no loss stage of its own
+            assert 0 < run["loss_share"] < 1
+            assert run["memory_bytes"]["step_peak"] >= run["memory_bytes"]["backward_peak"]
 
 
 def test_data_parallel_ranks_train_as_one_process_on_all_their_batches(capsys):
