@@ -60,21 +60,12 @@ class Call(NamedTuple):
     def loss(self, reduction: str) -> Tensor:
         if reduction == "none":
             return self.terms().losses
-        targets, rows = self._rows()
-        if self._in_forward:
-            result = self._with_gradients(targets, rows, reduction)
-        else:
-            result = function.differentiable_loss(*self._arguments(targets, rows, reduction))[0]
-        return poisoned(result, rows)
+        return self._result(*self._rows(), reduction)
 
     def terms(self) -> LossTerms:
         """The losses in the labels' shape, with a graph."""
         targets, rows = self._rows()
-        if self._in_forward:
-            losses = self._with_gradients(targets, rows, "none")
-        else:
-            losses = function.differentiable_loss(*self._arguments(targets, rows, "none"))[0]
-        losses = self._everywhere(poisoned(losses, rows), rows)
+        losses = self._everywhere(self._result(targets, rows, "none"), rows)
         return LossTerms(losses, targets.weight_sum, targets.count)
 
     def loss_and_metrics(self) -> tuple[LossTerms, TokenMetrics]:
@@ -85,6 +76,14 @@ class Call(NamedTuple):
         losses = self._everywhere(poisoned(losses, rows), rows)
         metrics = (self._everywhere(figure.detach(), rows) for figure in figures)
         return LossTerms(losses, targets.weight_sum, targets.count), TokenMetrics(*metrics)
+
+    def _result(self, targets: Targets, rows: ScoredRows, reduction: str) -> Tensor:
+        """The loss, 0-d or `[R]`, by the schedule that the options ask for."""
+        if self._in_forward:
+            result = self._with_gradients(targets, rows, reduction)
+        else:
+            result = function.differentiable_loss(*self._arguments(targets, rows, reduction))[0]
+        return poisoned(result, rows)
 
     @property
     def _in_forward(self) -> bool:

@@ -14,19 +14,19 @@ from torch import Tensor
 from .. import groups
 from ..backends import selection
 from ..backends.contract import RowFactor
+from ..one_read import STORED_FOR_ITSELF
 from ..operators import differentiable, first_order, operator
 from ..rowmath import RowMath
 from . import main_grad, one_pass, products
 from .function import COUNT, INPUTS, Inputs
 from .tiles import CONVERTED_COLUMNS, slices
 
-#: Gradients are stored for the declared upstream gradient if that lies between these numbers, else
-#: for 1: a ratio cannot correct zeros and infinities.
-STORED_FOR_ITSELF = (2.0**-60, 2.0**60)
-
 
 def stored_for(declared: Tensor) -> Tensor:
-    """The upstream gradient of each loss that gradients are stored for, 0-d fp32."""
+    """The upstream gradient of each loss that gradients are stored for, 0-d fp32.
+
+    The declared one, or 1 where a ratio could not correct it; see STORED_FOR_ITSELF.
+    """
     least, most = STORED_FOR_ITSELF
     size = declared.abs()
     return torch.where((size >= least) & (size <= most), declared, 1.0)

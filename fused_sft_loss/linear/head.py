@@ -5,6 +5,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from . import products
+from .tiles import CONVERTED_COLUMNS
 
 
 class Head(NamedTuple):
@@ -27,9 +28,10 @@ class Head(NamedTuple):
         return chosen.to(products.dtype_of_products(self.hidden))
 
     @property
-    def converts(self) -> bool:
-        """Whether the weight is converted before it is multiplied."""
-        return products.dtype_of_products(self.hidden) != self.weight.dtype
+    def widest(self) -> int:
+        """Columns that are multiplied at once: all, or a part if the weight is converted first."""
+        converts = products.dtype_of_products(self.hidden) != self.weight.dtype
+        return CONVERTED_COLUMNS if converts else len(self.weight)
 
     def weight_of(self, columns: slice) -> Tensor:
         """The weight of some columns, `[c, h]`, in :func:`.dtype_of_products`."""

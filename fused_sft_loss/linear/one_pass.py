@@ -21,7 +21,7 @@ from ..rowmath import RowMath
 from . import products
 from .head import Head
 from .rows import ScoredRows
-from .tiles import CONVERTED_COLUMNS, slices
+from .tiles import slices
 
 
 class Sums(NamedTuple):
@@ -100,7 +100,7 @@ def _chunks(
     for number, some in enumerate(slices(len(head.positions), height)):
         inputs = head.inputs(some)
         logits = buffers[number % len(buffers)][: len(inputs) * columns].view(1, -1, columns)
-        for part in _columns(head):
+        for part in slices(len(head.weight), head.widest):
             head.multiply(inputs, head.weight_of(part), part, logits[0, :, part])
         stats = kernels.row_stats(
             logits, rows.target[some], rows.weight[some], math, statistics_for(math)
@@ -133,7 +133,7 @@ def _finish(
     grad = chunk.logits[0]
     grad_inputs = torch.zeros_like(chunk.inputs, dtype=torch.float32)
     add_weight = products.accumulate if some.start else products.multiply_into
-    for part in _columns(head):
+    for part in slices(len(head.weight), head.widest):
         if sums.hidden is not None:
             products.accumulate(grad_inputs, grad[:, part], head.weight_of(part))
         if sums.weight is not None:
@@ -142,9 +142,3 @@ def _finish(
         sums.hidden[some] = grad_inputs
     if sums.bias is not None:
         sums.bias.add_(grad.sum(0, dtype=torch.float32))
-
-
-def _columns(head: Head) -> Iterator[slice]:
-    """All columns; in parts if each part of the weight is converted before it is multiplied."""
-    columns = len(head.weight)
-    return slices(columns, CONVERTED_COLUMNS if head.converts else columns)

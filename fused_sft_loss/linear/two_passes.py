@@ -20,7 +20,7 @@ from . import products
 from .gradients import Gradients, WeightTile
 from .head import Head
 from .rows import ScoredRows
-from .tiles import CONVERTED_COLUMNS, Tiling
+from .tiles import Tiling
 
 
 def gathered_statistics(
@@ -111,5 +111,4 @@ def tiling_of(head: Head, math: RowMath, size: int) -> Tiling:
     """
     columns = max(1, math.valid_columns(len(head.weight)))
     rows = len(head.positions)
-    widest = CONVERTED_COLUMNS if head.converts else columns
-    return Tiling.of(size, rows, columns if rows else 0, widest)
+    return Tiling.of(size, rows, columns if rows else 0, head.widest)

@@ -249,7 +249,9 @@ class ReplacedLoss:
     ) -> Tensor:
         """From 0.18 on: output layer and loss, in the order of GPTModel's forward."""
         self._heads_to_pass = 0
-        self._logits_factor = float(scale_logits(torch.ones((), dtype=torch.float32, device="cpu")))
+        if isinstance(call.rows, LinearTargets):  # which scales inside the output layer
+            one = torch.ones((), dtype=torch.float32, device="cpu")
+            self._logits_factor = float(scale_logits(one))
         logits, _bias = output_layer(
             hidden_states, weight=output_weight, runtime_gather_output=runtime_gather_output
         )

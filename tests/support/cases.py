@@ -89,6 +89,23 @@ def make_mask(kind, b, s, g):
     return keep.to({"bool": torch.bool, "int": torch.int64, "half": torch.bfloat16}[kind])
 
 
+def draw_options(draw, columns, positions):
+    """Options of a loss that fit logits of so many columns and b*s positions."""
+    options = {
+        "shift": draw(st.booleans()),
+        "label_smoothing": draw(st.sampled_from([0.0, 0.0, 0.1, 0.5])),
+        "z_loss": draw(st.sampled_from([0.0, 0.0, 1e-3])),
+        "softcap": draw(st.sampled_from([None, None, 5.0, 30.0])),
+        "logit_scale": draw(st.sampled_from([1.0, 1.0, 0.5, 2.5])),
+        "vocab_size": draw(st.sampled_from([None, max(1, columns - 1), max(1, columns // 2 + 1)])),
+        "ignore_index": draw(st.sampled_from([-100, -1, 0])),
+    }
+    if options["shift"] and draw(st.booleans()):
+        cuts = draw(st.lists(st.integers(0, positions), max_size=3))
+        options["cu_seqlens"] = torch.tensor(sorted({0, positions, *cuts}), dtype=torch.int32)
+    return options
+
+
 @st.composite
 def cases(draw, vocabularies=VOCABULARIES, dtypes=DTYPES, views=LAYOUTS):
     v = draw(st.sampled_from(vocabularies))
@@ -96,18 +113,7 @@ def cases(draw, vocabularies=VOCABULARIES, dtypes=DTYPES, views=LAYOUTS):
     few = v > 5000
     b = draw(st.integers(1, 2 if few else 3))
     s = draw(st.integers(1, 3 if few else 6))
-    options = {
-        "shift": draw(st.booleans()),
-        "label_smoothing": draw(st.sampled_from([0.0, 0.0, 0.1, 0.5])),
-        "z_loss": draw(st.sampled_from([0.0, 0.0, 1e-3])),
-        "softcap": draw(st.sampled_from([None, None, 5.0, 30.0])),
-        "logit_scale": draw(st.sampled_from([1.0, 1.0, 0.5, 2.5])),
-        "vocab_size": draw(st.sampled_from([None, max(1, v - 1), max(1, v // 2 + 1)])),
-        "ignore_index": draw(st.sampled_from([-100, -1, 0])),
-    }
-    if options["shift"] and draw(st.booleans()):
-        cuts = draw(st.lists(st.integers(0, b * s), max_size=3))
-        options["cu_seqlens"] = torch.tensor(sorted({0, b * s, *cuts}), dtype=torch.int32)
+    options = draw_options(draw, v, b * s)
     mask_kind = draw(st.sampled_from(["none", "bool", "int", "half", "float", "strided", "empty"]))
     return build(
         view,

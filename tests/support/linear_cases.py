@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from unittest import mock
 
 import torch
-from cases import make_mask
+from cases import draw_options, make_mask
 from hypothesis import strategies as st
 from oracle import Expected, evaluate
 from torch import Tensor
@@ -98,18 +98,7 @@ def build(view, dtype, b, s, h, v, seed, mask_kind, options, with_bias=True) -> 
 def linear_cases(draw, vocabularies=VOCABULARIES, dtypes=DTYPES, views=VIEWS):
     v = draw(st.sampled_from(vocabularies))
     b, s = draw(st.integers(1, 3)), draw(st.integers(1, 6))
-    options = {
-        "shift": draw(st.booleans()),
-        "label_smoothing": draw(st.sampled_from([0.0, 0.0, 0.1, 0.5])),
-        "z_loss": draw(st.sampled_from([0.0, 0.0, 1e-3])),
-        "softcap": draw(st.sampled_from([None, None, 5.0, 30.0])),
-        "logit_scale": draw(st.sampled_from([1.0, 1.0, 0.5, 2.5])),
-        "vocab_size": draw(st.sampled_from([None, max(1, v - 1), max(1, v // 2 + 1)])),
-        "ignore_index": draw(st.sampled_from([-100, -1, 0])),
-    }
-    if options["shift"] and draw(st.booleans()):
-        cuts = draw(st.lists(st.integers(0, b * s), max_size=3))
-        options["cu_seqlens"] = torch.tensor(sorted({0, b * s, *cuts}), dtype=torch.int32)
+    options = draw_options(draw, v, b * s)
     kinds = ["none", "bool", "int", "half", "float", "strided", "empty"]
     return build(
         draw(st.sampled_from(views)),
