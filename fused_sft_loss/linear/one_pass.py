@@ -2,7 +2,7 @@
 
 A chunk is some rows with all columns of this shard. Its gradient needs the statistics of all
 shards, so under tensor parallelism they are gathered chunk by chunk; while a chunk's travel, the
-product of the next chunk is computed, in a second buffer.
+products of its neighbours are computed, in a second buffer.
 
 Three products of R x V x h, all forward. The gradient of the weight is a sum over chunks, and must
 be held until backward: `[V_local, h]` in fp32.
@@ -32,6 +32,11 @@ class Sums(NamedTuple):
     weight: Tensor | None  # [V_local, h]
     bias: Tensor | None  # [V_local]
 
+    @property
+    def differentiates(self) -> bool:
+        """Whether any gradient is wanted."""
+        return any(grad is not None for grad in self[1:])
+
     @classmethod
     def new(cls, head: Head, wanted: list[bool]) -> "Sums":
         """Memory as `wanted` for hidden, weight and bias. The first chunk writes the sum of weight;
@@ -56,12 +61,12 @@ def held_dtype(hidden: Tensor) -> torch.dtype:
 
 
 class _Chunk(NamedTuple):
-    """A chunk whose statistics are under way."""
+    """Some rows, with the logits of all columns."""
 
     rows: slice
     inputs: Tensor  # [r, h]
-    logits: Tensor  # [1, r, V_local]
-    gathered: shards.Gathering
+    grad_inputs: Tensor  # [r, h] fp32, a sum over columns
+    logits: Tensor  # [1, r, V_local], later their gradient
 
 
 def losses_and_gradients(
@@ -79,66 +84,80 @@ def losses_and_gradients(
     height: rows of a chunk, the same on all ranks.
     """
     sums = Sums.new(head, wanted)
-    under_way: deque[_Chunk] = deque()
-    for chunk in _chunks(kernels, head, rows, math, height, group_name):
-        under_way.append(chunk)
-        if len(under_way) == _buffers(group_name):
-            _finish(kernels, head, rows, factor, math, under_way.popleft(), sums)
-    for chunk in under_way:
-        _finish(kernels, head, rows, factor, math, chunk, sums)
+    buffers = 2 if group_name else 1  # chunks under way at once: two if statistics travel
+    chunks = _chunks(head, height, buffers)
+    under_way: deque[tuple[_Chunk, shards.Gathering]] = deque()
+    begun = next(chunks, None)
+    while begun or under_way:
+        done = None
+        if begun is None or len(under_way) == buffers:
+            done, gathering = under_way.popleft()
+            _differentiate(kernels, rows, factor, math, done, gathering.finished(), sums)
+        if begun is not None or sums.differentiates:
+            _multiply(head, done if sums.differentiates else None, begun, sums)
+        if begun is not None:
+            target, weight = rows.target[begun.rows], rows.weight[begun.rows]
+            stats = kernels.row_stats(begun.logits, target, weight, math, statistics_for(math))
+            under_way.append((begun, shards.Gathering(stats, group_name)))
+        begun = next(chunks, None)
     return sums
 
 
-def _chunks(
-    kernels: Backend, head: Head, rows: ScoredRows, math: RowMath, height: int, group_name: str
-) -> Iterator[_Chunk]:
-    """Compute the logits and statistics of each chunk, in the memory of the oldest one."""
+def _chunks(head: Head, height: int, buffers: int) -> Iterator[_Chunk]:
+    """Each chunk is in the memory of the one that is `buffers` before it."""
     columns = len(head.weight)
     height = max(1, min(height, len(head.positions)))
     dtype = products.dtype_of_products(head.hidden)
-    buffers = head.weight.new_empty(_buffers(group_name), height * columns, dtype=dtype)
+    memory = head.weight.new_empty(buffers, height, columns, dtype=dtype)
     for number, some in enumerate(slices(len(head.positions), height)):
+        logits = memory[number % buffers, None, : some.stop - some.start]
         inputs = head.inputs(some)
-        logits = buffers[number % len(buffers)][: len(inputs) * columns].view(1, -1, columns)
-        for part in slices(len(head.weight), head.widest):
-            head.multiply(inputs, head.weight_of(part), part, logits[0, :, part])
-        stats = kernels.row_stats(
-            logits, rows.target[some], rows.weight[some], math, statistics_for(math)
-        )
-        yield _Chunk(some, inputs, logits, shards.Gathering(stats, group_name))
+        yield _Chunk(some, inputs, torch.zeros_like(inputs, dtype=torch.float32), logits)
 
 
-def _buffers(group_name: str) -> int:
-    """Chunks under way at once: two if statistics travel."""
-    return 2 if group_name else 1
-
-
-def _finish(
+def _differentiate(
     kernels: Backend,
-    head: Head,
     rows: ScoredRows,
     factor: RowFactor,
     math: RowMath,
     chunk: _Chunk,
+    gathered: Tensor,
     sums: Sums,
 ) -> None:
-    """Compute the chunk's losses, and add its gradients."""
+    """Compute the losses of a chunk, and overwrite its logits by their gradient."""
     some = chunk.rows
     target = rows.target[some]
-    losses, normalizer = kernels.merge(chunk.gathered.finished(), target, rows.weight[some], math)
+    losses, normalizer = kernels.merge(gathered, target, rows.weight[some], math)
     sums.losses[some] = losses
-    if sums.hidden is None and sums.weight is None and sums.bias is None:
-        return
-    kernels.row_grad(chunk.logits, normalizer, target, factor.of_rows(some), math, chunk.logits)
-    grad = chunk.logits[0]
-    grad_inputs = torch.zeros_like(chunk.inputs, dtype=torch.float32)
-    add_weight = products.accumulate if some.start else products.multiply_into
-    for part in slices(len(head.weight), head.widest):
-        if sums.hidden is not None:
-            products.accumulate(grad_inputs, grad[:, part], head.weight_of(part))
-        if sums.weight is not None:
-            add_weight(sums.weight[part], grad[:, part].t(), chunk.inputs)
-    if sums.hidden is not None:
-        sums.hidden[some] = grad_inputs
+    if sums.differentiates:
+        kernels.row_grad(chunk.logits, normalizer, target, factor.of_rows(some), math, chunk.logits)
     if sums.bias is not None:
-        sums.bias.add_(grad.sum(0, dtype=torch.float32))
+        sums.bias.add_(chunk.logits[0].sum(0, dtype=torch.float32))
+
+
+def _multiply(head: Head, done: _Chunk | None, begun: _Chunk | None, sums: Sums) -> None:
+    """Add the gradients of the chunk that is `done`, and compute the logits of the one `begun`.
+
+    Both walk over the weight together: it is read, and on some CPUs converted, once for both. They
+    may share memory: the logits of a part of the columns overwrite a gradient that was used.
+    """
+    for part in slices(len(head.weight), head.widest):
+        _multiply_part(head, done, begun, sums, part)
+    if done is not None and sums.hidden is not None:
+        sums.hidden[done.rows] = done.grad_inputs
+
+
+def _multiply_part(
+    head: Head, done: _Chunk | None, begun: _Chunk | None, sums: Sums, part: slice
+) -> None:
+    """:func:`_multiply` for some columns."""
+    weight = head.weight_of(part)
+    if done is not None:
+        grad = done.logits[0, :, part]
+        if sums.hidden is not None:
+            products.accumulate(done.grad_inputs, grad, weight)
+        if sums.weight is not None:
+            add = products.accumulate if done.rows.start else products.multiply_into
+            add(sums.weight[part], grad.t(), done.inputs)
+    if begun is not None:
+        head.multiply(begun.inputs, weight, part, begun.logits[0, :, part])
