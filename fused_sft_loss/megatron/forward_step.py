@@ -3,22 +3,31 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.nn import Module
 
 from ..options import Options
 from . import preconditions, versions, wrappers
-from .loss_func import sft_loss_func, shifted
+from .loss_func import sampled, sft_loss_func, shifted
 from .protocols import GetBatch
 from .replaced_loss import Head, ReplacedLoss
 from .reports import Convention, LossTuple, Sums
+from .samples import Samples
 
 #: `([state,] data_iterator, model, return_schedule_plan=False) -> (output_tensor, loss_func)`.
 ForwardStep = Callable[..., tuple[Tensor, Callable[..., LossTuple | dict[str, Tensor]]]]
-#: Labels and mask of a batch, None where this stage has none, and the options left for the loss.
-Targets = tuple[Tensor | None, Tensor | None, dict[str, Any]]
+
+
+class Targets(NamedTuple):
+    """Labels and mask of a batch, None where this stage has none."""
+
+    labels: Tensor | None
+    mask: Tensor | None
+    options: dict[str, Any]  # left for the loss
+    samples: Samples | None = None  # of returns="per_sample"
+
 
 CONVENTION = ("returns", "report", "num_tokens", "check_for_nan", "check_for_spiky")
 
@@ -88,16 +97,21 @@ def make_forward_step(
 
         def checked() -> tuple[Mapping[str, Any], Targets]:
             batch = preconditions.batch(got, options.get("shift", Options.shift), last)
-            return batch, _targets(batch, options, restart is not None)
+            return batch, _targets(batch, options, restart is not None, convention.per_sample)
 
-        batch, (labels, mask, left) = preconditions.agreed(checked, group, _compared)
+        batch, (labels, mask, left, samples) = preconditions.agreed(checked, group, _compared)
         if in_place:
+            count = None
+            if last and samples is not None:
+                mask, count = samples.weighed()
             replaced = ReplacedLoss(model, mask, head, left, weigh=True, report=convention.report)
             with replaced.installed():
                 output = _call(model, batch, labels=labels, loss_mask=mask)
-            return output, partial(_in_place_loss, convention, replaced.sums)
+            return output, partial(_in_place_loss, convention, replaced.sums, samples=count)
         keep = {"fp32_output": False} if versions.accepts(model, "fp32_output") else {}
         output = _call(model, batch, **keep)
+        if samples is not None:
+            left["cu_seqlens"] = samples.bounds
         if last:
             vocabulary = wrappers.attribute(model, "vocab_size")
             left["tp_group"] = preconditions.vocab_group(left, output.size(-1), vocabulary)
@@ -128,11 +142,13 @@ def _iterator_and_model(arguments: tuple[Any, ...], plan: bool) -> tuple[Any, Mo
 
 def _compared(checked: tuple[Mapping[str, Any], Targets]) -> dict[str, Tensor | None]:
     """The tensors that must be equal on all ranks that share the vocabulary."""
-    _, (labels, mask, _) = checked
-    return {"labels": labels, "loss_mask": mask}
+    _, targets = checked
+    return {"labels": targets.labels, "loss_mask": targets.mask}
 
 
-def _targets(batch: Mapping[str, Any], options: Mapping[str, Any], restart: bool) -> Targets:
+def _targets(
+    batch: Mapping[str, Any], options: Mapping[str, Any], restart: bool, per_sample: bool
+) -> Targets:
     """Labels and mask of one batch, shifted if `options` say so.
 
     A stage without labels shifts nothing, because it never computes the loss. restart: position ids
@@ -140,15 +156,18 @@ def _targets(batch: Mapping[str, Any], options: Mapping[str, Any], restart: bool
     """
     left, labels, mask = dict(options), batch["labels"], batch.get("loss_mask")
     if labels is None:
-        return labels, mask, {**left, "shift": False}
+        return Targets(labels, mask, {**left, "shift": False})
     if batch.get("cu_seqlens") is not None:
         left["cu_seqlens"] = batch["cu_seqlens"]
     documents = {}
-    if left.get("shift", Options.shift):
+    if per_sample or left.get("shift", Options.shift):
         documents["packed_seq_params"] = batch.get("packed_seq_params")
         documents["position_ids"] = batch["position_ids"] if restart else None
+    if per_sample:
+        labels, mask, samples = sampled(labels, mask, left, **documents)
+        return Targets(labels, mask, left, samples)
     labels, mask = shifted(labels, mask, left, **documents)
-    return labels, mask, left
+    return Targets(labels, mask, left)
 
 
 def _call(model: Module, batch: Mapping[str, Any], **kwargs: Any) -> Tensor:
@@ -158,7 +177,12 @@ def _call(model: Module, batch: Mapping[str, Any], **kwargs: Any) -> Tensor:
 
 
 def _in_place_loss(
-    convention: Convention, sums: Sums | None, output_tensor: Tensor, non_loss_data: bool = False
+    convention: Convention,
+    sums: Sums | None,
+    output_tensor: Tensor,
+    non_loss_data: bool = False,
+    *,
+    samples: Tensor | None = None,
 ) -> LossTuple:
     """The loss_func of a model that has returned weight * loss, [b, s]."""
     if non_loss_data:
@@ -167,4 +191,4 @@ def _in_place_loss(
             "model. Use in_place=False for such steps"
         )
     assert sums is not None, "Megatron calls the loss_func on the last stage only"
-    return convention.tuple_of(dataclasses.replace(sums, losses=output_tensor))
+    return convention.tuple_of(dataclasses.replace(sums, losses=output_tensor, samples=samples))

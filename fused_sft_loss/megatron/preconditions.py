@@ -13,7 +13,7 @@ from ..options import Options
 from ..scoring import may_synchronise
 from . import global_state, wrappers
 from .protocols import ParallelState
-from .reports import FIGURES, Convention
+from .reports import FIGURES, RETURNS, Convention
 
 BATCH_KEYS = ("tokens", "position_ids", "attention_mask")
 OPTIONAL_BATCH_KEYS = ("labels", "loss_mask", "cu_seqlens", "packed_seq_params")
@@ -25,7 +25,10 @@ def run(convention: Convention, config: Any, options: Mapping[str, Any]) -> None
     """Check the configuration, not the batch, so that every rank raises the same error."""
     _convention(convention)
     if "reduction" in options:
-        raise TypeError("reduction: not an option here: returns='per_token' sums, 'mean' averages")
+        raise TypeError(
+            "reduction: not an option here: returns='per_token' sums, 'mean' averages, and "
+            "'per_sample' is \"sample_mean\""
+        )
     config = global_state.training_args() if config is None else config
     if convention.returns == "mean" and getattr(config, "calculate_per_token_loss", False):
         raise ValueError(
@@ -36,6 +39,13 @@ def run(convention: Convention, config: Any, options: Mapping[str, Any]) -> None
         )
     parallel = global_state.parallel_state()
     cp = 1 if parallel is None else parallel.get_context_parallel_world_size()
+    if cp > 1 and convention.per_sample and not getattr(config, "calculate_per_token_loss", False):
+        raise ValueError(
+            f"returns='per_sample' under context parallelism of size {cp}: expected "
+            "calculate_per_token_loss=True. Otherwise each rank divides its parts of samples by "
+            "the number that it returns, but the ranks hold the same samples. Set it, and pass "
+            "config=model.config to sft_loss_func"
+        )
     if cp > 1 and options.get("shift", Options.shift):
         raise ValueError(
             f"shift=True under context parallelism of size {cp}: expected shifted labels. "
@@ -47,8 +57,8 @@ def run(convention: Convention, config: Any, options: Mapping[str, Any]) -> None
 
 
 def _convention(convention: Convention) -> None:
-    if convention.returns not in ("per_token", "mean"):
-        raise ValueError(f"returns: expected 'per_token' or 'mean', got {convention.returns!r}")
+    if convention.returns not in RETURNS:
+        raise ValueError(f"returns: expected one of {RETURNS}, got {convention.returns!r}")
     names = ("lm loss", *FIGURES)
     report: Any = convention.report
     if isinstance(report, str) or not set(report) <= set(names):
@@ -58,6 +68,10 @@ def _convention(convention: Convention) -> None:
         return
     if convention.returns == "mean":
         raise ValueError("num_tokens: expected None with returns='mean', which returns no count")
+    if convention.per_sample:
+        raise ValueError(
+            "num_tokens: expected None with returns='per_sample', which returns a number of samples"
+        )
     if not isinstance(count, Tensor) or count.dim() or count.dtype not in (torch.int, torch.long):
         got = f"{list(count.shape)} {count.dtype}" if isinstance(count, Tensor) else repr(count)
         raise TypeError(

@@ -77,6 +77,12 @@ def fused_cross_entropy(
             computes the loss later.
     """
     unknown = sorted(set(options) - set(ALLOWED))
+    if {"returns", "reduction"} & set(unknown):
+        raise TypeError(
+            f"fused_cross_entropy: expected no {unknown}: the trainer's own loss_func adds up the "
+            "losses and divides them by a number of tokens. Use make_forward_step(get_batch, "
+            "in_place=True, returns=...), for samples that weigh alike returns='per_sample'"
+        )
     if unknown:
         raise TypeError(f"fused_cross_entropy: unknown options {unknown}; expected {ALLOWED}")
     with ExitStack() as stack:
