@@ -36,13 +36,13 @@ For megatron-core >= 0.14; docs/megatron.md has the versions tested and a guide 
 This package never imports Megatron when it is imported itself.
 """
 
+from .context import fused_cross_entropy
 from .cross_entropy import vocab_parallel_cross_entropy
 from .forward_step import make_forward_step
 from .head import ResponseOnlyHead
 from .linear_head import LinearHead
 from .loss_func import sft_loss_func
 from .packing import shift_packed_targets
-from .replaced_loss import fused_cross_entropy
 
 __all__ = ["LinearHead", "ResponseOnlyHead", "fused_cross_entropy", "make_forward_step"]
 __all__ += ["sft_loss_func", "shift_packed_targets", "vocab_parallel_cross_entropy"]

@@ -1,7 +1,8 @@
 """Checks that raise on every rank, before any rank waits for another in a collective."""
 
+import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -179,11 +180,16 @@ def _is_megatrons(group: ProcessGroup, parallel: ParallelState) -> None:
         )
 
 
-def no_schedule_plan(what: str) -> NoReturn:
-    """Raise NotImplementedError: a schedule plan computes the loss when `what` has ended."""
+def schedule_plan(model: object, what: str) -> None:
+    """Raise NotImplementedError unless the model's schedule plan takes an output_processor."""
+    build = getattr(model, "build_schedule_plan", None)
+    if build is not None and "output_processor" in inspect.signature(build).parameters:
+        return
     raise NotImplementedError(
-        f"{what}: expected no schedule plan (build_schedule_plan), which computes the loss later, "
-        f"when {what} has ended. Set overlap_moe_expert_parallel_comm=False, or leave {what} out"
+        f"{what}: expected a build_schedule_plan that takes output_processor, as GPTModel has it "
+        f"from megatron-core 0.18 on, got {type(model).__name__} without it. Its plan would "
+        f"compute Megatron's loss when {what} has ended. Update megatron-core, set "
+        f"overlap_moe_expert_parallel_comm=False, or leave {what} out"
     )
 
 

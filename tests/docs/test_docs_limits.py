@@ -39,7 +39,7 @@ class Model(torch.nn.Module):
     def compute_language_model_loss(self, labels, logits):
         return logits.sum(-1)
 
-    def build_schedule_plan(self):
+    def build_schedule_plan(self, labels=None):
         return "a plan"
 
 
@@ -89,7 +89,7 @@ LIMITS = {  # option -> (a call for each entry of the last column, the errors th
         [
             partial(inside, print, tp_group=None),
             partial(inside, print, shift=True),
-            partial(inside, lambda model: model.build_schedule_plan()),
+            partial(inside, lambda model: model.build_schedule_plan(labels=LABELS)),
             partial(inside, lambda model: model(LABELS, labels=LABELS, output_processor=print)),
             lambda: fused_cross_entropy(torch.nn.Linear(2, 2)).__enter__(),
         ],
