@@ -91,7 +91,7 @@ def make_forward_step(
     ) -> tuple[Tensor, Callable[..., LossTuple | dict[str, Tensor]]]:
         data_iterator, model, plan = _inputs(arguments, return_schedule_plan)
         if plan:
-            preconditions.schedule_plan(list(wrappers.wrapped(model))[-1], "make_forward_step")
+            preconditions.schedule_plan([model, *wrappers.wrapped(model)][-1], "make_forward_step")
         config = wrappers.attribute(model, "config")
         preconditions.run(convention, config, options)
         last = wrappers.attribute(model, "post_process") in (None, True)
