@@ -7,10 +7,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import agreement, autograd, checks, dtensor, groups, inplace, one_read, shards
+from . import agreement, autograd, checks, dtensor, groups, inplace, one_read, samples, shards
 from .backends import selection
-from .backends.contract import REDUCTIONS, Losses
-from .options import Options, expect
+from .backends.contract import Losses
+from .options import Options
 from .rowmath import RowMath
 from .scoring import Scoring
 from .targets import Targets, weighted_mean
@@ -86,11 +86,15 @@ def sft_loss(
             on ``labels[t]``, for labels that are shifted already.
         layout: "bsv" or "sbv": the order of the dimensions of the logits.
         cu_seqlens: `[k+1]` boundaries of k packed documents over the b*s positions. No prediction
-            crosses a boundary, and positions outside all documents are not scored.
+            crosses a boundary, and positions outside all documents are not scored. With
+            ``shift=False`` only "sample_mean" takes them.
         ignore_index: a label that is never scored.
         reduction: "mean" is sum(w * loss) / sum(w), and 0 if nothing is scored. "sum" is sum(w *
             loss). "none" is w * loss in the labels' shape, and exactly 0 for tokens that are not
-            scored. The result is fp32.
+            scored. "sample_mean" is the mean over samples of sum(w * loss) / sum(w), so that long
+            samples weigh no more than short ones. A sample is a document of `cu_seqlens`; without
+            them a row of the batch, and labels `[n]` are one sample. Samples without a scored token
+            are not counted; without any sample the loss is 0. The result is fp32.
         label_smoothing, z_loss, softcap, logit_scale: with z = logit_scale * x, or z = softcap *
             tanh(logit_scale * x / softcap), and lse = log(sum(exp(z))), the loss of a token is (1 -
             label_smoothing) * (lse - z[label]) + label_smoothing * (lse - mean(z)) + z_loss *
@@ -131,7 +135,7 @@ def sft_loss(
             that check, a label outside the vocabulary makes the loss of its token NaN.
         NotImplementedError: the backend cannot run here, or has no kernel for an option.
     """
-    expect(reduction in REDUCTIONS, f"reduction in {REDUCTIONS}", reduction)
+    of_kernels, per_sample = samples.of_kernels(reduction)
     options = Options(
         shift=shift,
         layout=layout,
@@ -148,15 +152,15 @@ def sft_loss(
         grad_in_forward=grad_in_forward,
         backend=backend,
     )
-    call = _prepared(logits, labels, loss_mask, options, f"{reduction} loss")
+    call = _prepared(logits, labels, loss_mask, options, f"{reduction} loss", per_sample)
     if not call.one_read:
-        result = call.loss(reduction)[0]
-        return result.view(labels.shape) if reduction == "none" else result
-    terms = call.one_read_terms(labels.shape, mean=reduction == "mean")
-    if reduction == "none":
+        result = call.loss(of_kernels)[0]
+        return result.view(labels.shape) if of_kernels == "none" else result
+    terms = call.one_read_terms(labels.shape, mean=of_kernels == "mean")
+    if of_kernels == "none":
         return terms.losses
     total = terms.losses.sum()
-    return total if reduction == "sum" else weighted_mean(total, terms.weight_sum)
+    return total if of_kernels == "sum" else weighted_mean(total, terms.weight_sum)
 
 
 def loss_terms(
@@ -210,8 +214,8 @@ class SFTLoss(torch.nn.Module):
 
     def __init__(self, *, reduction: str = "mean", **options: Any) -> None:
         super().__init__()
-        expect(reduction in REDUCTIONS, f"reduction in {REDUCTIONS}", reduction)
-        Options(**options).validate()
+        _, per_sample = samples.of_kernels(reduction)
+        Options(**options).validate(per_sample)
         self.reduction = reduction
         self.options = options
 
@@ -302,20 +306,25 @@ class _Call(NamedTuple):
 
 
 def _prepared(
-    logits: Tensor, labels: Tensor, loss_mask: Tensor | None, options: Options, name: str
+    logits: Tensor,
+    labels: Tensor,
+    loss_mask: Tensor | None,
+    options: Options,
+    name: str,
+    per_sample: bool = False,
 ) -> _Call:
     """Check the arguments. Wrong ones raise, and ranks that share the vocabulary are told."""
     try:
         if dtensor.is_dtensor(logits):
             options = dtensor.placed(logits, options)
             logits, labels, loss_mask, options = dtensor.local(logits, labels, loss_mask, options)
+        options.validate(per_sample)
         math, group_name, backend = _validated(logits, labels, loss_mask, options, name)
     except Exception as error:
         agreement.tell(error, options.tp_group, logits)
         raise
-    scoring = Scoring(
-        labels, loss_mask, options.cu_seqlens, options.shift, int(options.ignore_index)
-    )
+    ignored = int(options.ignore_index)
+    scoring = Scoring(labels, loss_mask, options.cu_seqlens, options.shift, ignored, per_sample)
     if logits.dim() == 2:
         logits = logits.unsqueeze(0)
     elif options.layout == "sbv":
@@ -327,7 +336,6 @@ def _validated(
     logits: Tensor, labels: Tensor, loss_mask: Tensor | None, options: Options, name: str
 ) -> tuple[RowMath, str, str]:
     """(row math, group name, backend). Raises if this rank's arguments are wrong."""
-    options.validate()
     checks.tensors(logits, labels, loss_mask, options.cu_seqlens, options.layout)
     checks.constant_mask(loss_mask)
     if options.inplace_backward and name != METRICS:

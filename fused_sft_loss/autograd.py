@@ -77,7 +77,7 @@ def loss(
 ) -> tuple[Tensor, ...]:
     """The fields of :class:`.Losses`."""
     math, kernels = math.read(), selection.load(backend)
-    if not group_name and backend in selection.COMPILED:
+    if not group_name and backend in selection.COMPILED and not scoring.per_sample:
         return tuple(kernels.loss(scoring, logits, math, reduction))
     targets = agreed_targets(scoring, logits, math, call, group_name, backend)
     return tuple(composed.loss_of_targets(kernels, targets, logits, math, reduction, group_name))

@@ -14,7 +14,8 @@ from .api import sft_loss
 
 #: Options that a Trainer has no use for, with the reason.
 REFUSED = {
-    "reduction": "the sum is divided by num_items_in_batch",
+    "reduction": "the sum is divided by num_items_in_batch, a number of tokens. The Trainer does "
+    "not count samples, so there is no sample_mean under gradient accumulation",
     "layout": "the Trainer's batches are [b, s]",
     "cu_seqlens": "it differs between batches; the collator puts -100 at the first token of each "
     "packed document instead",

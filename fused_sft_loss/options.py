@@ -32,8 +32,11 @@ class Options:
     grad_in_forward: bool | float | Tensor = False
     backend: str | None = None
 
-    def validate(self) -> None:
-        """Raise TypeError or ValueError for options that are wrong for every batch."""
+    def validate(self, per_sample: bool = False) -> None:
+        """Raise TypeError or ValueError for options that are wrong for every batch.
+
+        per_sample: cu_seqlens also says which tokens form a sample.
+        """
         expect(self.layout in ("bsv", "sbv"), "layout 'bsv' or 'sbv'", self.layout)
         for name, kind in KINDS.items():
             if type(getattr(self, name)) not in kind.usual:
@@ -65,10 +68,11 @@ class Options:
             "vocab_size > 0 or None",
             self.vocab_size,
         )
-        if self.cu_seqlens is not None and not self.shift:
+        if self.cu_seqlens is not None and not self.shift and not per_sample:
             raise ValueError(
                 "expected no cu_seqlens with shift=False, where labels are taken as they are and "
-                "there is no neighbour to look at; pass it to shift_targets, or use shift=True"
+                "there is no neighbour to look at; pass it to shift_targets, or use shift=True "
+                '(reduction="sample_mean" takes both)'
             )
         expected = self.grad_in_forward
         if isinstance(expected, Tensor):

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from . import flags, targets
+from . import flags, samples, targets
 from .targets import Targets
 
 
@@ -16,17 +16,22 @@ def may_synchronise(tensor: Tensor) -> bool:
 
 
 #: The fields of Scoring in an operator's schema.
-SCHEMA = "Tensor labels, Tensor? loss_mask, Tensor? cu_seqlens, bool shift, int ignore_index"
+SCHEMA = (
+    "Tensor labels, Tensor? loss_mask, Tensor? cu_seqlens, bool shift, int ignore_index, "
+    "bool per_sample"
+)
 
 
 class Scoring(NamedTuple):
-    """The arguments of :func:`.targets.row_targets`, except for the size of the vocabulary."""
+    """The arguments of :func:`.targets.row_targets`, except for the size of the vocabulary, and
+    whether every sample weighs alike; see :mod:`.samples`."""
 
     labels: Tensor
     loss_mask: Tensor | None
     cu_seqlens: Tensor | None
     shift: bool
     ignore_index: int
+    per_sample: bool = False
 
     @property
     def checked(self) -> bool:
@@ -51,11 +56,14 @@ class Scoring(NamedTuple):
         Raises:
             ValueError: a wrong weight, boundary or scored label, if the values are `checked`.
         """
-        if not self.checked:
-            return row_targets(self.read(), vocab_size)
-        self.check_values()
+        checked = self.checked
+        if checked:
+            self.check_values()
         found = row_targets(self.read(), vocab_size)
-        self.check_labels(found.target, vocab_size)
+        if self.per_sample:
+            found = samples.weighed_alike(found, self.labels, self.cu_seqlens)
+        if checked:
+            self.check_labels(found.target, vocab_size)
         return found
 
     def check_values(self) -> None:

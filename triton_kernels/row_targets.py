@@ -133,7 +133,7 @@ def plan(
     found: Targets,  # written
 ) -> list[Launch]:
     """The launch that fills `found`, in a list."""
-    labels, loss_mask, cu_seqlens, shift, ignore_index = scoring
+    labels, loss_mask, cu_seqlens, shift, ignore_index, _per_sample = scoring
     if loss_mask is not None and loss_mask.dtype == torch.bool:
         loss_mask = loss_mask.view(torch.uint8)
     if not shift:

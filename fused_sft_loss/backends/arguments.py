@@ -41,7 +41,7 @@ def _in_two_dimensions(tensor: Tensor) -> Tensor:
 
 def targets(scoring: Scoring, vocab_size: int, found: Targets) -> tuple:
     """struct TargetsArgs of a Scoring that `in_dtypes` returned."""
-    labels, loss_mask, cu_seqlens, shift, ignore_index = scoring
+    labels, loss_mask, cu_seqlens, shift, ignore_index, _per_sample = scoring
     return (
         labels.data_ptr(),
         address(loss_mask),

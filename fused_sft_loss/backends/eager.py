@@ -189,7 +189,8 @@ def empty_stats(rows: int, statistics: int, like: Tensor) -> Tensor:
 
 
 def row_targets(scoring: Scoring, vocab_size: int) -> Targets:
-    return targets_of(*scoring, vocab_size=vocab_size)
+    labels, loss_mask, cu_seqlens, shift, ignore_index, _per_sample = scoring
+    return targets_of(labels, loss_mask, cu_seqlens, shift, ignore_index, vocab_size)
 
 
 def reduce(losses: Tensor, weight_sum: Tensor | None) -> Tensor:

@@ -193,9 +193,11 @@ def prepared(
     sizes: Sizes,
     sequence_parallel: bool,
     into_main_grad: bool = False,
+    per_sample: bool = False,
 ) -> Call:
     """Check the arguments. Wrong ones raise, and ranks that share the vocabulary are told."""
     try:
+        options.validate(per_sample)
         weight = whole(weight, options.tp_group)
         hidden, weight, bias = products.as_autocast(hidden, weight, bias)
         math, group_name, backend = _validated(
@@ -204,6 +206,8 @@ def prepared(
     except Exception as error:
         agreement.tell(error, options.tp_group, hidden)
         raise
+    ignored = int(options.ignore_index)
+    scoring = Scoring(labels, loss_mask, options.cu_seqlens, options.shift, ignored, per_sample)
     group = groups.process_group(options.tp_group)
     ranks = 1 if group is None else group.size()
     columns = tiles.columns_everywhere(len(weight), options, math, ranks)
@@ -213,7 +217,7 @@ def prepared(
         bias,
         options.layout,
         sequence_parallel and ranks > 1,
-        Scoring(labels, loss_mask, options.cu_seqlens, options.shift, int(options.ignore_index)),
+        scoring,
         math,
         tiles.size_of(sizes.chunk_rows, len(weight), hidden),
         tiles.chunk_height(sizes.chunk_rows, columns, hidden),
@@ -238,7 +242,6 @@ def _validated(
     sequence_parallel: bool,
 ) -> tuple[RowMath, str, str]:
     """(row math, group name, backend). Raises if this rank's arguments are wrong."""
-    options.validate()
     sizes.check()
     if options.inplace_backward:
         raise ValueError(

@@ -4,9 +4,9 @@ from typing import Any
 
 from torch import Tensor
 
+from .. import samples
 from ..api import LossTerms, TokenMetrics
-from ..backends.contract import REDUCTIONS
-from ..options import Options, expect
+from ..options import Options
 from .call import Sizes, prepared
 
 
@@ -67,12 +67,13 @@ def linear_sft_loss(
     Raises:
         TypeError, ValueError, NotImplementedError: as :func:`sft_loss`.
     """
-    expect(reduction in REDUCTIONS, f"reduction in {REDUCTIONS}", reduction)
+    of_kernels, per_sample = samples.of_kernels(reduction)
     given = Options(**options)
     sizes = Sizes(chunk_rows, rows, multiple)
     name = f"{reduction} linear loss"
     tensors = hidden, weight, bias, labels, loss_mask
-    return prepared(*tensors, given, name, sizes, sequence_parallel).loss(reduction)
+    call = prepared(*tensors, given, name, sizes, sequence_parallel, per_sample=per_sample)
+    return call.loss(of_kernels)
 
 
 def linear_terms(

@@ -23,22 +23,26 @@ sum(w). There are M micro-batches on each of D data-parallel ranks; mean() is ov
     "per_token"  False                      mean(S_i / n_i)       sum S_i / sum n_i
     "mean"       False                      mean(S_i / W_i)       mean over M of (sum_D S / sum_D W)
     "mean"       True                       refused: summed over D where it should be averaged
+    "per_sample" True                       mean over all samples   the same
+    "per_sample" False                      mean over D*M of the mean over their samples
 
-**Only the first row is the token-weighted mean of the global batch.** The others are means of
-means: a token weighs more in a micro-batch with few scored tokens. Under context parallelism rows
-one and three stay the same; in row two n_i counts the tokens of a shard.
+**Only the first row is the token-weighted mean of the global batch.** Rows two and three are means
+of means: a token weighs more in a micro-batch with few scored tokens. "per_sample" weighs samples
+alike: documents or rows of the batch, each with the mean sum(w * loss) / sum(w). Under context
+parallelism rows one, three and five stay the same; in row two n_i counts the tokens of a shard, and
+the last row is refused.
 
 For megatron-core >= 0.14; docs/megatron.md has the versions tested and a guide for each trainer.
 This package never imports Megatron when it is imported itself.
 """
 
+from .context import fused_cross_entropy
 from .cross_entropy import vocab_parallel_cross_entropy
 from .forward_step import make_forward_step
 from .head import ResponseOnlyHead
 from .linear_head import LinearHead
 from .loss_func import sft_loss_func
 from .packing import shift_packed_targets
-from .replaced_loss import fused_cross_entropy
 
 __all__ = ["LinearHead", "ResponseOnlyHead", "fused_cross_entropy", "make_forward_step"]
 __all__ += ["sft_loss_func", "shift_packed_targets", "vocab_parallel_cross_entropy"]

@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from .. import agreement, checks
 from ..api import sft_loss
 from . import preconditions
-from .replaced_loss import ALLOWED
+from .context import ALLOWED
 
 
 def vocab_parallel_cross_entropy(

@@ -1,5 +1,6 @@
 """sft_loss_func: the loss_func of a forward_step whose model returned logits."""
 
+import dataclasses
 from typing import Any
 
 from torch import Tensor
@@ -13,6 +14,7 @@ from . import preconditions
 from .packing import one_row, shift_packed_targets
 from .protocols import PackedSeqParams
 from .reports import Convention, LossTuple, Sums
+from .samples import Samples, sample_bounds
 
 
 def sft_loss_func(
@@ -43,7 +45,8 @@ def sft_loss_func(
         loss_mask: [b, s] bool, integer or float, not negative, aligned with `labels`. None scores
             all.
         output_tensor: [b, s, V/tp] bf16, fp16 or fp32 logits, from the model called without labels.
-        returns: "per_token" or "mean"; see Returns, and "What the gradient is" in docs/megatron.md.
+        returns: "per_token", "mean" or "per_sample"; see Returns, and "What the gradient is" in
+            docs/megatron.md.
         report: names to report. "lm loss" is the loss. "accuracy" (the label has the largest
             logit), "entropy" (of the prediction, in nats), "nll" (-log p of the label) and
             "perplexity" (mean of 1/p) come from the same read of the logits: unweighted means over
@@ -74,14 +77,22 @@ def sft_loss_func(
         - "mean": `(loss, {"lm loss": report})`. loss is fp32 0-d, sum(w * loss) / sum(w); under
           context parallelism it is this shard's part of the mean over whole sequences. report is
           fp32 0-d, the mean over data and context parallelism, weighted by sum(w).
+        - "per_sample": `(loss_sum, num_samples, {"lm loss": report})`. loss_sum is the sum over
+            samples of sum(w * loss) / sum(w), num_samples the number of samples with sum(w) > 0,
+            int32 0-d, and report `[loss_sum, num_samples]`. A sample is a document of cu_seqlens,
+            packed_seq_params or position_ids, else a row of the batch. Under context parallelism
+            loss_sum is this rank's part, and the number is 0 on all ranks but the first; cu_seqlens
+            are then the parts of documents on this rank, as many on every rank.
         - `non_loss_data=True`: a dict of `token_metrics`, each [b, s] and detached, of this rank's
           tokens.
 
     Raises:
         ValueError: the model was called with labels and returned losses; `shift=True` under context
-            parallelism; "mean" with `calculate_per_token_loss`; labels None; a tp_group that is not
-            Megatron's; what `sft_loss` raises. On a CPU, and on GPUs with FUSED_SFT_LOSS_CHECK=1,
-            all tensor-parallel ranks raise if one of them does, or if their batches differ.
+            parallelism; "mean" with `calculate_per_token_loss`; "per_sample" under context
+            parallelism without `calculate_per_token_loss`, or with packed_seq_params or
+            position_ids; labels None; a tp_group that is not Megatron's; what `sft_loss` raises. On
+            a CPU, and on GPUs with FUSED_SFT_LOSS_CHECK=1, all tensor-parallel ranks raise if one
+            of them does, or if their batches differ.
         TypeError: `reduction` was given; num_tokens of another kind; what `sft_loss` raises.
         RuntimeError: Megatron's, if a check rejects the loss.
     """
@@ -94,14 +105,15 @@ def sft_loss_func(
     group = options["tp_group"]
     try:
         labels = preconditions.labels_here(labels)
-        if packed_seq_params is not None or position_ids is not None:
-            labels, loss_mask = shifted(
-                labels,
-                loss_mask,
-                options,
-                packed_seq_params=packed_seq_params,
-                position_ids=position_ids,
-            )
+        documents: dict[str, Any] = {
+            "packed_seq_params": packed_seq_params,
+            "position_ids": position_ids,
+        }
+        samples = None
+        if convention.per_sample:
+            labels, loss_mask, samples = sampled(labels, loss_mask, options, **documents)
+        elif packed_seq_params is not None or position_ids is not None:
+            labels, loss_mask = shifted(labels, loss_mask, options, **documents)
         if isinstance(options.get("cu_seqlens"), Tensor):
             options["cu_seqlens"] = one_row("cu_seqlens", options["cu_seqlens"])
         loss_options = Options(**options)
@@ -110,7 +122,38 @@ def sft_loss_func(
         raise
     if non_loss_data:
         return token_metrics(output_tensor, labels, loss_mask, **vars(loss_options))._asdict()
-    return convention.tuple_of(Sums.of(output_tensor, labels, loss_mask, loss_options, report))
+    if samples is None:
+        return convention.tuple_of(Sums.of(output_tensor, labels, loss_mask, loss_options, report))
+    weighed = samples.weighed()
+    sums = Sums.of(output_tensor, labels, weighed.mask, loss_options, report)
+    return convention.tuple_of(dataclasses.replace(sums, samples=weighed.number))
+
+
+def sampled(
+    labels: Tensor,
+    loss_mask: Tensor | None,
+    options: dict[str, Any],
+    *,
+    packed_seq_params: PackedSeqParams | None,
+    position_ids: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Samples]:
+    """:func:`shifted` labels and mask, and their samples.
+
+    With shift=False the documents only say which tokens form a sample.
+    """
+    cu_seqlens = options.get("cu_seqlens")
+    if options.get("shift", Options.shift):
+        labels, loss_mask = shifted(
+            labels,
+            loss_mask,
+            options,
+            packed_seq_params=packed_seq_params,
+            position_ids=position_ids,
+        )
+    options.pop("cu_seqlens", None)
+    bounds = sample_bounds(labels, cu_seqlens, packed_seq_params, position_ids)
+    ignore_index = options.get("ignore_index", Options.ignore_index)
+    return labels, loss_mask, Samples.of(labels, loss_mask, ignore_index, bounds)
 
 
 def shifted(

@@ -80,6 +80,11 @@ def one_row(name: str, bounds: Tensor) -> Tensor:
     return bounds
 
 
+def document_bounds(packed_seq_params: PackedSeqParams, labels: Tensor) -> Tensor:
+    """Boundaries of documents over the b*s positions; padding between them is one of its own."""
+    return one_row("packed_seq_params", _documents(packed_seq_params, labels)[0])
+
+
 def _checked(name: str, bounds: Tensor, labels: Tensor) -> Tensor:
     """Boundaries [k+1]. Values that are none raise ValueError where the host may read them."""
     bounds = one_row(name, bounds)

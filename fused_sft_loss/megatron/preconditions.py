@@ -1,7 +1,8 @@
 """Checks that raise on every rank, before any rank waits for another in a collective."""
 
+import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,7 +14,7 @@ from ..options import Options
 from ..scoring import may_synchronise
 from . import global_state, wrappers
 from .protocols import ParallelState
-from .reports import FIGURES, Convention
+from .reports import FIGURES, RETURNS, Convention
 
 BATCH_KEYS = ("tokens", "position_ids", "attention_mask")
 OPTIONAL_BATCH_KEYS = ("labels", "loss_mask", "cu_seqlens", "packed_seq_params")
@@ -25,7 +26,10 @@ def run(convention: Convention, config: Any, options: Mapping[str, Any]) -> None
     """Check the configuration, not the batch, so that every rank raises the same error."""
     _convention(convention)
     if "reduction" in options:
-        raise TypeError("reduction: not an option here: returns='per_token' sums, 'mean' averages")
+        raise TypeError(
+            "reduction: not an option here: returns='per_token' sums, 'mean' averages, and "
+            "'per_sample' is \"sample_mean\""
+        )
     config = global_state.training_args() if config is None else config
     if convention.returns == "mean" and getattr(config, "calculate_per_token_loss", False):
         raise ValueError(
@@ -36,6 +40,13 @@ def run(convention: Convention, config: Any, options: Mapping[str, Any]) -> None
         )
     parallel = global_state.parallel_state()
     cp = 1 if parallel is None else parallel.get_context_parallel_world_size()
+    if cp > 1 and convention.per_sample and not getattr(config, "calculate_per_token_loss", False):
+        raise ValueError(
+            f"returns='per_sample' under context parallelism of size {cp}: expected "
+            "calculate_per_token_loss=True. Otherwise each rank divides its parts of samples by "
+            "the number that it returns, but the ranks hold the same samples. Set it, and pass "
+            "config=model.config to sft_loss_func"
+        )
     if cp > 1 and options.get("shift", Options.shift):
         raise ValueError(
             f"shift=True under context parallelism of size {cp}: expected shifted labels. "
@@ -47,8 +58,8 @@ def run(convention: Convention, config: Any, options: Mapping[str, Any]) -> None
 
 
 def _convention(convention: Convention) -> None:
-    if convention.returns not in ("per_token", "mean"):
-        raise ValueError(f"returns: expected 'per_token' or 'mean', got {convention.returns!r}")
+    if convention.returns not in RETURNS:
+        raise ValueError(f"returns: expected one of {RETURNS}, got {convention.returns!r}")
     names = ("lm loss", *FIGURES)
     report: Any = convention.report
     if isinstance(report, str) or not set(report) <= set(names):
@@ -58,6 +69,10 @@ def _convention(convention: Convention) -> None:
         return
     if convention.returns == "mean":
         raise ValueError("num_tokens: expected None with returns='mean', which returns no count")
+    if convention.per_sample:
+        raise ValueError(
+            "num_tokens: expected None with returns='per_sample', which returns a number of samples"
+        )
     if not isinstance(count, Tensor) or count.dim() or count.dtype not in (torch.int, torch.long):
         got = f"{list(count.shape)} {count.dtype}" if isinstance(count, Tensor) else repr(count)
         raise TypeError(
@@ -165,11 +180,16 @@ def _is_megatrons(group: ProcessGroup, parallel: ParallelState) -> None:
         )
 
 
-def no_schedule_plan(what: str) -> NoReturn:
-    """Raise NotImplementedError: a schedule plan computes the loss when `what` has ended."""
+def schedule_plan(model: object, what: str) -> None:
+    """Raise NotImplementedError unless the model's schedule plan takes an output_processor."""
+    build = getattr(model, "build_schedule_plan", None)
+    if build is not None and "output_processor" in inspect.signature(build).parameters:
+        return
     raise NotImplementedError(
-        f"{what}: expected no schedule plan (build_schedule_plan), which computes the loss later, "
-        f"when {what} has ended. Set overlap_moe_expert_parallel_comm=False, or leave {what} out"
+        f"{what}: expected a build_schedule_plan that takes output_processor, as GPTModel has it "
+        f"from megatron-core 0.18 on, got {type(model).__name__} without it. Its plan would "
+        f"compute Megatron's loss when {what} has ended. Update megatron-core, set "
+        f"overlap_moe_expert_parallel_comm=False, or leave {what} out"
     )
 
 

@@ -65,3 +65,4 @@ class LanguageModel(Protocol):
 
     config: Any
     output_layer: OutputLayer
+    build_schedule_plan: Callable[..., Any]  # of GPTModel and HybridModel

@@ -12,7 +12,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,61 +30,6 @@ from .reports import Sums
 
 #: What decides which rows go through the output layer.
 Head = ResponseOnlyHead | LinearHead
-#: Options of `sft_loss` that follow from the model. fused_cross_entropy takes the others.
-OF_MODEL = ("shift", "layout", "cu_seqlens", "tp_group", "vocab_start")
-ALLOWED = tuple(name for name in vars(Options()) if name not in OF_MODEL)
-
-
-@contextmanager
-def fused_cross_entropy(
-    model: Module | list[Module],
-    *,
-    loss_mask: LossMask = None,
-    head: Head | None = None,
-    **options: Any,
-) -> Iterator[None]:
-    """A context manager in which `model(..., labels=labels)` computes its losses with this package.
-
-    Use it with trainers that call the model with labels: Megatron-LM's pretrain_gpt.py, Primus,
-    Megatron-Bridge::
-
-        with fused_cross_entropy(model):
-            output_tensor, loss_func = forward_step(data_iterator, model)
-
-    The model returns the same [b, s] fp32 losses, computed from the logits without a copy. Backward
-    may run outside the context. Megatron still computes the losses of multi-token prediction. A
-    call without labels returns logits as before. Contexts may be nested; the innermost one counts.
-
-    Args:
-        model: a GPTModel or another LanguageModule, wrapped (Float16Module, DDP) or not, or a
-            vision-language model that holds one as `language_model`; or a list of model chunks.
-        loss_mask: [b, s]: positions with 0 are not read and have loss 0. None: the loss_mask that
-            the model is called with, if any. The mask selects and does not weigh, because the
-            trainer multiplies by it. A function without arguments that returns one of these is
-            called in each forward of the model with labels: for a trainer that loads its batch in
-            its forward step.
-        head: a `ResponseOnlyHead` or a `LinearHead`; None: logits of all positions.
-        **options: those of `sft_loss` except `reduction`, and except `shift`, `layout`,
-            `cu_seqlens`, `tp_group` and `vocab_start`, which follow from the model. Labels are not
-            shifted: Megatron's datasets have shifted them already.
-
-    Raises:
-        TypeError: the model has no compute_language_model_loss; an unknown option; a loss_mask()
-            that is no tensor.
-        ValueError: in the model's forward: what `sft_loss` raises.
-        NotImplementedError: the whole model is under torch.compile or checkpoint_wrapper (its
-            layers may be); `model.build_schedule_plan` is called in the context, because that plan
-            computes the loss later.
-    """
-    unknown = sorted(set(options) - set(ALLOWED))
-    if unknown:
-        raise TypeError(f"fused_cross_entropy: unknown options {unknown}; expected {ALLOWED}")
-    with ExitStack() as stack:
-        for chunk in model if isinstance(model, list | tuple) else [model]:
-            given = {"shift": False, **options}
-            replaced = ReplacedLoss(chunk, loss_mask, head, given, weigh=False)
-            stack.enter_context(replaced.installed())
-        yield
 
 
 class _Call(NamedTuple):
@@ -137,7 +82,7 @@ class ReplacedLoss:
             replace = functools.partial(replace_method, stack)
             replace(self.model, "forward", self._forward)
             if hasattr(self.model, "build_schedule_plan"):
-                replace(self.model, "build_schedule_plan", _no_schedule_plan)
+                replace(self.model, "build_schedule_plan", self._schedule_plan)
             if self.head is not None and self._is_last:
                 replace(self.model.output_layer, "forward", self._output_layer)
             if not versions.accepts(self.model, "output_processor"):
@@ -164,6 +109,26 @@ class ReplacedLoss:
         if self._is_last and self.sums is None:
             raise nothing_replaced(self.model)
         return output
+
+    def _schedule_plan(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The model's build_schedule_plan. The plan calls the output_processor when it runs."""
+        given = inspect.signature(base).bind(*args, **kwargs).arguments
+        if given.get("labels") is None:
+            return base(*args, **kwargs)
+        preconditions.schedule_plan(self.model, "fused_cross_entropy")
+        if given.get("output_processor") is not None:
+            raise ValueError("expected no output_processor of your own inside this context")
+        call = self._call_of(given["labels"], given.get("loss_mask"))
+        return base(*args, **kwargs, output_processor=functools.partial(self._planned, call))
+
+    def _planned(self, call: _Call, **given: Any) -> Tensor:
+        """:meth:`_output_processor` of a plan, which runs after the context has ended."""
+        with ExitStack() as stack:
+            if self.head is not None:
+                replace_method(stack, self.model.output_layer, "forward", self._output_layer)
+            self._call = call
+            stack.callback(setattr, self, "_call", None)
+            return self._output_processor(call, **given)
 
     def _before_the_main_call(self) -> int | None:
         """What `_heads_to_pass` is when the model is called."""
@@ -284,7 +249,3 @@ def _compared(rows: Rows | LinearTargets) -> dict[str, Tensor | None]:
     if isinstance(rows, LinearTargets):
         return {"labels": rows.labels, "loss_mask": rows.mask}
     return {"scored positions": rows.positions, "labels": rows.labels, "loss_mask": rows.mask}
-
-
-def _no_schedule_plan(base: Callable[..., Any], *args: Any, **kwargs: Any) -> NoReturn:
-    preconditions.no_schedule_plan("fused_cross_entropy")

@@ -15,7 +15,9 @@ from ..options import Options
 from ..targets import weighted_mean
 from . import global_state
 
-#: (loss_sum, num_tokens, reports) of returns="per_token", or (loss, reports) of "mean".
+#: What a loss_func may return; see `sft_loss_func`.
+RETURNS = ("per_token", "mean", "per_sample")
+#: (loss_sum, count, reports) of returns="per_token" and "per_sample", or (loss, reports) of "mean".
 LossTuple = tuple[Tensor, Tensor, dict[str, Tensor]] | tuple[Tensor, dict[str, Tensor]]
 
 #: The reports besides "lm loss": name -> sum over the scored tokens, from `TokenMetrics` and the
@@ -42,6 +44,7 @@ class Sums:
     weight_sum: Tensor  # 0-d fp32
     count: Tensor  # 0-d int32: scored tokens
     figures: dict[str, Tensor] = field(default_factory=dict)  # name in FIGURES -> 0-d fp32
+    samples: Tensor | None = None  # 0-d int32, of returns="per_sample"; see .samples.Weighed
 
     @classmethod
     def of(
@@ -78,14 +81,19 @@ class Convention:
     check_for_nan: bool | None = None
     check_for_spiky: bool | None = None
 
+    @property
+    def per_sample(self) -> bool:
+        return self.returns == "per_sample"
+
     def tuple_of(self, sums: Sums) -> LossTuple:
-        """(loss_sum, num_tokens, reports) or (mean loss, reports)."""
+        """(loss_sum, count, reports) or (mean loss, reports)."""
         loss_sum = sums.losses.sum()
         if self.returns == "mean":
             loss, reports = _mean(loss_sum, sums)
             self._validate(loss)
             return loss, self._chosen(reports)
-        count = sums.count if self.num_tokens is None else self.num_tokens
+        given = sums.samples if self.per_sample else self.num_tokens
+        count = sums.count if given is None else given
         # stack copies: Megatron divides the loss in place, and would divide a view of it as well.
         reports = {"lm loss": torch.stack([loss_sum.detach(), count.to(loss_sum.dtype)])}
         for name, figure in sums.figures.items():

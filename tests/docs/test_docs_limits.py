@@ -39,7 +39,7 @@ class Model(torch.nn.Module):
     def compute_language_model_loss(self, labels, logits):
         return logits.sum(-1)
 
-    def build_schedule_plan(self):
+    def build_schedule_plan(self, labels=None):
         return "a plan"
 
 
@@ -64,6 +64,7 @@ LIMITS = {  # option -> (a call for each entry of the last column, the errors th
         [
             partial(loss, returns="mean", config=PER_TOKEN),
             partial(loss, returns="mean", num_tokens=torch.tensor(1)),
+            partial(loss, returns="per_sample", num_tokens=torch.tensor(1)),
         ],
         ValueError,
     ),
@@ -88,7 +89,7 @@ LIMITS = {  # option -> (a call for each entry of the last column, the errors th
         [
             partial(inside, print, tp_group=None),
             partial(inside, print, shift=True),
-            partial(inside, lambda model: model.build_schedule_plan()),
+            partial(inside, lambda model: model.build_schedule_plan(labels=LABELS)),
             partial(inside, lambda model: model(LABELS, labels=LABELS, output_processor=print)),
             lambda: fused_cross_entropy(torch.nn.Linear(2, 2)).__enter__(),
         ],
@@ -140,6 +141,19 @@ def test_what_the_table_calls_impossible_is_refused(number):
     name, call = CALLS[number]
     with pytest.raises(LIMITS[name][1]):
         call()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"packed_seq_params": PACKED}, {"position_ids": POSITIONS}],
+    ids=["per micro-batch", "packed_seq_params", "position_ids"],
+)
+def test_samples_under_context_parallelism_are_refused(monkeypatch, options):
+    two = SimpleNamespace(get_context_parallel_world_size=lambda: 2)
+    monkeypatch.setattr(global_state, "parallel_state", lambda: two)
+    config = PER_TOKEN if options else SimpleNamespace(calculate_per_token_loss=False)
+    with pytest.raises(ValueError, match="returns='per_sample'.*under context parallelism"):
+        loss(returns="per_sample", shift=False, config=config, **options)
 
 
 def test_shifting_under_context_parallelism_is_refused(monkeypatch):

@@ -73,10 +73,10 @@ def operator_arguments(backend):
     rest = (normalizer_like(weight).uniform_(1, 2), *math.packed(), backend)
     gradient, of_mean = (target, weight, None, *rest), (target, weight, weight.sum(), *rest)
     labels, mask = torch.randint(0, 90, (2, 3)), torch.rand(2, 3)
-    scoring = (labels, mask, torch.tensor([0, 4, 6]), True, -100)
+    scoring = (labels, mask, torch.tensor([0, 4, 6]), True, -100, False)
     given, plain = (*scoring, *math.packed()), logits.detach()
     return {
-        "row_targets": (*scoring, 90, backend),
+        "row_targets": (*scoring[:-1], True, 90, backend),
         "loss": (plain, *given, "none", "loss", "", backend),
         "loss_and_metrics": (plain, *given, "none", "loss", "", backend),
         "differentiable_loss": (logits, *given, "mean", "loss", "", backend, False),

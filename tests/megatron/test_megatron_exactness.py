@@ -62,6 +62,14 @@ CASES = {
         "per_token", True, step="linear", options={"grad_in_forward": True}
     ),
     "linear, gathered logits": Case("per_token", True, step="linear", gathered=True),
+    "per_sample": Case("per_sample", True),
+    "per_sample, in_place": Case("per_sample", True, step="in_place"),
+    "per_sample, head": Case("per_sample", True, step="head"),
+    "per_sample, linear": Case(
+        "per_sample", True, step="linear", options={"grad_in_forward": True}
+    ),
+    "per_sample, one context shard masked": Case("per_sample", True, data=(4,), each=1),
+    "all masked, per_sample": Case("per_sample", True, data=ALL_MASKED, each=2),
     "trainer's loss_func": Case("per_token", True, data=UNIT_WEIGHTS, step="trainer"),
     "trainer's loss_func, head": Case("per_token", True, data=UNIT_WEIGHTS, step="trainer_head"),
     "trainer's loss_func, linear": Case(
@@ -171,7 +179,10 @@ def data_parallel(ranks):
 def expected_gradients(case, unsharded, data_parallel, shards):
     """{name: gradient in float64}, as the third column of the package docstring's table says."""
     parts = [unsharded["parts"][i] for i in case.of(data_parallel)]
-    if case.calculate_per_token_loss:
+    if case.returns == "per_sample":
+        samples = scored_samples(parts)
+        weighted = [(1 / len(samples) / float(s["W"]), s) for s in samples]
+    elif case.calculate_per_token_loss:
         total = max(sum(p["n"] for p in parts), 1)
         weighted = [(1 / total, p) for p in parts]
     elif case.returns == "mean":
@@ -185,9 +196,15 @@ def expected_gradients(case, unsharded, data_parallel, shards):
     }
 
 
+def scored_samples(parts):
+    return [sample for part in parts for sample in part["samples"] if sample["n"]]
+
+
 def expected_log(case, unsharded, data_parallel):
     """The loss that the training loop logs, in float64: the last column of that table."""
     parts = [unsharded["parts"][i] for i in case.of(data_parallel)]
+    if case.returns == "per_sample":
+        return torch.stack([s["S"] / s["W"] for s in scored_samples(parts)]).mean().double()
     sums = torch.stack([p["S"] for p in parts]).double()
     if case.returns == "per_token":
         return sums.sum() / sum(p["n"] for p in parts)

@@ -75,7 +75,8 @@ def reference(tied=False):
     micro-batch, computed with the reference loss of `bench.reference` in float64.
 
     A part has S = sum(w * loss), gradients by name, n scored tokens, W = sum(w) and logits. Its
-    "shards" are the same for the positions of each of two context-parallel ranks.
+    "shards" are the same for the positions of each of two context-parallel ranks, its "samples" for
+    each sequence.
     """
     init()
     model = build_model(config(**SHAPE), VOCAB, SEQ, **TIED[tied]).double()
@@ -104,7 +105,9 @@ def reference(tied=False):
     for batch in micro_batches():
         mask = batch["loss_mask"]
         shards = [part(batch, of_shard(mask, rank)) for rank in range(2)]
-        parts.append({**part(batch, mask), "shards": shards})
+        alone = torch.eye(BATCH).unsqueeze(-1)
+        samples = [part(batch, mask * one) for one in alone]
+        parts.append({**part(batch, mask), "shards": shards, "samples": samples})
     return {"weights": weights, "parts": parts}
 
 
