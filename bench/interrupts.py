@@ -18,13 +18,18 @@ def exit_at_once():
 
 
 @contextmanager
-def raised():
-    """Inside, Ctrl-C raises KeyboardInterrupt, so that the work can clean up."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+def raised(*others):
+    """Inside, Ctrl-C raises KeyboardInterrupt, so that the work can clean up.
+
+    others  further signals that do the same
+    """
+    numbers = (signal.SIGINT, *others)
+    before = [signal.signal(number, signal.default_int_handler) for number in numbers]
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 def tell():
