@@ -89,7 +89,8 @@ def _row(name, backend, kernel, work, seconds):
             continue
         exact = result if exact is None else exact
         if not work.same(kernel, result, exact):
-            found[line] = {"status": "wrong", "reason": "another result than the table's line"}
+            reason = "is not finite" if result is exact else "is not that of the table's line"
+            found[line] = {"status": "wrong", "reason": f"its result {reason}"}
             continue
         contenders.append(timing.Contender(line, partial(_timed, backend, kernel, line, work)))
     del exact

@@ -18,7 +18,8 @@ def tests(ended):
     if ended.status not in (0, 5):  # 5: no test was selected
         failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", ended.text, re.MULTILINE)
         names = ", ".join(name.rpartition("::")[2] for name in failed[:3])
-        return FAILED, f"{said or last_line(ended.text)}: {names}" if names else said
+        said = said or last_line(ended.text)
+        return FAILED, f"{said}: {names}" if names else said
     if "passed" not in said:
         reasons = re.findall(r"^\d+ tests? skipped: (.*)", ended.text, re.MULTILINE)
         return SKIPPED, reasons[-1] if reasons else "no test ran"
