@@ -14,8 +14,9 @@ def tests(ended):
     counts = re.findall(r"^=*\s*((?:\d+ \w+(?:, )?)+) in [\d.]+s", ended.text, re.MULTILINE)
     said = counts[-1] if counts else ""
     if ended.late:
-        return by_status(ended)
-    if ended.status not in (0, 5):  # 5: no test was selected
+        status, why = by_status(ended)
+        return status, f"{why}: {said}" if said else why
+    if ended.status not in (0, NOTHING_SELECTED):
         failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", ended.text, re.MULTILINE)
         names = ", ".join(name.rpartition("::")[2] for name in failed[:3])
         said = said or last_line(ended.text)
@@ -26,14 +27,20 @@ def tests(ended):
     return PASSED, said
 
 
+NOTHING_SELECTED = 5  # pytest's exit status
+#: What compute-sanitizer prints where it cannot run: in some containers and virtual machines.
+UNUSABLE = ("Unable to find injection library", "Device not supported", "before first instrumented")
+
+
 def sanitized(ended):
     """Of pytest under compute-sanitizer, which cannot be used on every machine."""
-    if "Unable to find injection library" in ended.text or "not supported" in ended.text:
-        return SKIPPED, "compute-sanitizer does not work on this machine"
-    errors = re.findall(r"ERROR SUMMARY: (\d+) errors?", ended.text)
+    summary = r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:errors?|hazards?)"
+    errors = re.findall(summary, ended.text)
     if any(int(count) for count in errors):
-        return FAILED, f"{errors[-1]} errors; see the log"
+        return FAILED, f"{max(errors, key=int)} errors; see the log"
     status, said = tests(ended)
+    if status == FAILED and any(sign in ended.text for sign in UNUSABLE):
+        return SKIPPED, "compute-sanitizer does not work on this machine"
     if status == PASSED and not errors:
         return FAILED, "compute-sanitizer printed no summary"
     return status, said

@@ -16,7 +16,9 @@ def section(measured, name):
     ]
     models = list(dict.fromkeys(row["of"]["model"] for row in rows))
     model = SHOWN[0] if SHOWN[0] in models else models[0]
-    mine = [row for row in rows if row["of"]["model"] == model and row["of"]["tp"] == 1]
+    mine = [row for row in rows if row["of"]["model"] == model]
+    fewest = min(row["of"]["tp"] for row in mine)
+    mine = [row for row in mine if row["of"]["tp"] == fewest]
     return "\n\n".join(
         [
             _where(measured),

@@ -188,8 +188,11 @@ def test_the_outcome_of_tests(tmp_path, text, status, late, expected):
     [
         ("3 passed in 9.1s\n========= ERROR SUMMARY: 0 errors\n", 0, PASSED),
         ("3 passed in 9.1s\n========= ERROR SUMMARY: 2 errors\n", 9, FAILED),
+        ("3 passed in 9.1s\n====== RACECHECK SUMMARY: 0 hazards displayed (0 errors)\n", 0, PASSED),
+        ("3 passed in 9.1s\n====== RACECHECK SUMMARY: 1 hazard displayed (1 error)\n", 9, FAILED),
         ("3 passed in 9.1s\n", 0, FAILED),
         ("Error: Device not supported\n", 1, SKIPPED),
+        ("Error: process didn't terminate successfully\n", 255, FAILED),
     ],
 )
 def test_the_outcome_of_a_sanitizer(tmp_path, text, status, expected):

@@ -116,6 +116,13 @@ def test_the_page_of_an_interrupted_run_can_be_written():
     assert "None of ours was timed." in records.section(data, "x")
 
 
+def test_a_page_of_shards_alone_can_be_written():
+    data = record.read(ROOT / "bench/results/nvidia-h100-80gb-hbm3.json")
+    for case in data["cases"]:
+        case["tp"] = 8
+    assert "| ours (cuda), in place | yes |" in records.section(data, "x")
+
+
 def test_the_readme_s_table_leaves_out_what_was_not_installed():
     data = record.read(ROOT / "bench/results/nvidia-h100-80gb-hbm3.json")
     data["rows"] = [row for row in data["rows"] if row["provider"] != "liger"]
