@@ -3,9 +3,11 @@
 import os
 import signal
 import sys
+import time
 from contextlib import contextmanager
 
 STATUS = 130  # what a shell reports if SIGINT ends a process
+AGAIN_S = 1.0
 
 
 def exit_at_once():
@@ -21,10 +23,21 @@ def exit_at_once():
 def raised(*others):
     """Inside, Ctrl-C raises KeyboardInterrupt, so that the work can clean up.
 
+    A second one within AGAIN_S is the same interrupt: `timeout` signals a process and its group.
+    Raised while the first is handled, it would end the cleaning up.
+
     others  further signals that do the same
     """
+    last = -AGAIN_S
+
+    def handler(signum, frame):
+        nonlocal last
+        if time.monotonic() - last >= AGAIN_S:
+            last = time.monotonic()
+            raise KeyboardInterrupt
+
     numbers = (signal.SIGINT, *others)
-    before = [signal.signal(number, signal.default_int_handler) for number in numbers]
+    before = [signal.signal(number, handler) for number in numbers]
     try:
         yield
     finally:

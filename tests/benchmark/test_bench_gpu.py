@@ -11,6 +11,7 @@ import pytest
 from bench_processes import ROOT, alive, interrupted, new_mark, start
 from bench_providers import case_of
 
+from bench import interrupts
 from bench.__main__ import main
 from bench.gpu import command, outcomes, runner
 from bench.gpu import record as gpu_record
@@ -123,6 +124,18 @@ status, last = runner.verdict(results, running.interrupted)
 print(last)
 raise SystemExit(status)
 """
+
+
+def test_the_same_interrupt_twice_does_not_end_the_cleaning_up():
+    """`timeout` signals a process, then its whole group."""
+    cleaned = []
+    with interrupts.raised(signal.SIGTERM):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except KeyboardInterrupt:
+            os.kill(os.getpid(), signal.SIGTERM)
+            cleaned.append(1)
+    assert cleaned == [1]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -312,6 +325,21 @@ def test_a_rehearsal_on_a_cpu_measures_and_writes_a_record(tmp_path):
     assert output.splitlines()[-1] == "verdict: PASSED (1 passed, 0 failed, 2 skipped)"
     assert record.read(tmp_path / "cpu.json")["finished"]
     assert "| ours (eager), in place |" in (tmp_path / "cpu.md").read_text()
+
+
+def test_sigterm_interrupts_the_command(monkeypatch, tmp_path):
+    """A batch system ends its jobs with SIGTERM, and waits a little."""
+
+    def stopped(device):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("the signal came too late")
+
+    monkeypatch.setattr(command, "look", stopped)
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        assert main(["gpu", "--out", str(tmp_path)]) == 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.long
