@@ -83,13 +83,14 @@ bench: $(VENV)/.installed
 	    --seconds 0.06 --results bench/results
 	$(BIN)/python -m bench readme
 
-# A Python whose torch sees a GPU is taken as it is: nothing is installed or downloaded. Else .venv is.
+# A Python whose torch sees a GPU is taken as it is: nothing is installed or downloaded. Otherwise .venv is used.
 BUDGET ?= 600
 SEES_A_GPU := import sys, torch; sys.exit(not torch.cuda.is_available())
-gpu:
-	@if $(PYTHON) -c '$(SEES_A_GPU)' 2>/dev/null; then exec $(PYTHON) -m bench gpu --budget $(BUDGET); fi; \
-	echo "the torch of $(PYTHON) sees no GPU, or there is none: .venv is used"; \
-	$(MAKE) --no-print-directory $(VENV)/.installed && exec $(BIN)/python -m bench gpu --budget $(BUDGET)
+ifneq ($(filter gpu,$(MAKECMDGOALS)),)
+    GPU_PYTHON := $(shell $(PYTHON) -c '$(SEES_A_GPU)' 2>/dev/null && echo $(PYTHON))
+endif
+gpu: $(if $(GPU_PYTHON),,$(VENV)/.installed)
+	$(or $(GPU_PYTHON),$(BIN)/python) -m bench gpu --budget $(BUDGET)
 
 docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict

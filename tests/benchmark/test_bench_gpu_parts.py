@@ -68,6 +68,7 @@ def test_the_benchmarks_cover_every_model_shard_and_fraction_once():
     assert {scored for *_, scored in cases} == {"1.0", "0.5", "0.3", "0.1"}
 
 
+@pytest.mark.long
 def test_every_test_on_a_gpu_belongs_to_a_part(tmp_path):
     """What `-k` selects is compared with all tests: a name that is mistyped selects none."""
     chosen = [p for p in named(NVIDIA, tmp_path).values() if p.name.startswith("test-")]
