@@ -7,6 +7,7 @@
 #   make lint              ruff, mypy and clang-format
 #   make format            let both rewrite the files
 #   make bench             time and memory of the loss beside every peer, and the figures of README and docs/ from them
+#   make gpu               every check and measurement of a GPU, in ten minutes; BUDGET=300 for five
 #   make system            name the system packages that are missing, required and optional
 #   make megatron-docs     measure the tables of docs/megatron.md anew
 #   make docs              the documentation as a site in build/site; a broken link is an error
@@ -35,7 +36,7 @@ BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*) setup.py pyproject.toml
 CXX_FILES := $(wildcard $(foreach ending,h cpp cu cuh,csrc/*.$(ending) csrc/*/*.$(ending) bench/without_gpu/*/*.$(ending)))
 
-.PHONY: help demo test check long lint format bench docs wheel wheel-check audit megatron megatron-docs
+.PHONY: help demo test check long lint format bench gpu docs wheel wheel-check audit megatron megatron-docs
 .PHONY: sanitize compute-sanitizer clean system
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -81,6 +82,15 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m bench kernels --model all --tp 1 2 --nproc 0 --scored 1.0 0.7 0.5 0.3 0.1 \
 	    --seconds 0.06 --results bench/results
 	$(BIN)/python -m bench readme
+
+# A Python whose torch sees a GPU is taken as it is: nothing is installed or downloaded. Otherwise .venv is used.
+BUDGET ?= 600
+SEES_A_GPU := import sys, torch; sys.exit(not torch.cuda.is_available())
+ifneq ($(filter gpu,$(MAKECMDGOALS)),)
+    GPU_PYTHON := $(shell $(PYTHON) -c '$(SEES_A_GPU)' 2>/dev/null && echo $(PYTHON))
+endif
+gpu: $(if $(GPU_PYTHON),,$(VENV)/.installed)
+	$(or $(GPU_PYTHON),$(BIN)/python) -m bench gpu --budget $(BUDGET)
 
 docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict

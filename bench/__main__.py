@@ -17,6 +17,11 @@ COMMANDS = {
         "bench.linear.command",
         "time and memory of the loss without logits, beside every peer and the bare products",
     ),
+    "gpu": (
+        "bench.gpu.command",
+        "check and measure a GPU in ten minutes: tests, benchmarks, launch tables",
+    ),
+    "launches": ("bench.gpu.launches", "time other lines of the launch tables"),
     "host": ("bench.host", "what a call costs the host, on logits too small to cost anything"),
     "readme": ("bench.readme", "write the generated parts of README.md and docs/"),
     "codegen": (

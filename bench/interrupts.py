@@ -3,9 +3,11 @@
 import os
 import signal
 import sys
+import time
 from contextlib import contextmanager
 
 STATUS = 130  # what a shell reports if SIGINT ends a process
+AGAIN_S = 1.0
 
 
 def exit_at_once():
@@ -18,13 +20,29 @@ def exit_at_once():
 
 
 @contextmanager
-def raised():
-    """Inside, Ctrl-C raises KeyboardInterrupt, so that the work can clean up."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+def raised(*others):
+    """Inside, Ctrl-C raises KeyboardInterrupt, so that the work can clean up.
+
+    A second one within AGAIN_S is the same interrupt: `timeout` signals a process and its group.
+    Raised while the first is handled, it would end the cleaning up.
+
+    others  further signals that do the same
+    """
+    last = -AGAIN_S
+
+    def handler(signum, frame):
+        nonlocal last
+        if time.monotonic() - last >= AGAIN_S:
+            last = time.monotonic()
+            raise KeyboardInterrupt
+
+    numbers = (signal.SIGINT, *others)
+    before = [signal.signal(number, handler) for number in numbers]
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 def tell():

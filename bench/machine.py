@@ -12,7 +12,14 @@ from pathlib import Path
 import torch
 
 PACKAGES = ("torch", "megatron-core", "fused_sft_loss", "numpy", "mistral-common")
-PACKAGES += ("triton", "liger-kernel", "transformer_engine", "flash-attn", "quack-kernels")
+PACKAGES += (
+    "triton",
+    "liger-kernel",
+    "transformer_engine",
+    "flash-attn",
+    "quack-kernels",
+    "amd-aiter",
+)
 ROOT = Path(__file__).parent.parent
 
 

@@ -11,6 +11,8 @@ from .kernels import record
 from .pages import api, gain, records
 
 ROOT = Path(__file__).parent.parent
+BENCHMARKS = "docs/benchmarks.md"
+AFTER_DEVICES = "## How it is measured\n"  # the heading before which a new device is added
 
 
 def add_arguments(parser):
@@ -24,7 +26,8 @@ def run(args):
     stale = {}
     for name, blocks in pages(measured, _read(root / "README.md")).items():
         before = _read(root / name)
-        after = with_blocks(before, blocks, name)
+        with_places = with_new_devices(before, measured) if name == BENCHMARKS else before
+        after = with_blocks(with_places, blocks, name)
         if after != before:
             stale[name] = after
     pictures = [name for name in measured if not _drawn(root, name, measured[name])]
@@ -51,7 +54,7 @@ def pages(measured, readme):
     return {
         "README.md": gain.blocks(measured),
         "docs/index.md": {"options": options(readme)},
-        "docs/benchmarks.md": {name: records.section(one, name) for name, one in measured.items()},
+        BENCHMARKS: {name: records.section(one, name) for name, one in measured.items()},
         "docs/api.md": api.blocks(ROOT),
     }
 
@@ -63,6 +66,17 @@ def options(readme):
         raise UserError("README.md: expected a table that begins with | option |")
     last = next((n for n, line in enumerate(lines) if n and not line.startswith("|")), len(lines))
     return "\n".join([f"| option |{lines[0]}", *lines[1:last]])
+
+
+def with_new_devices(text, measured):
+    """The page of benchmarks, with a heading and markers for each device that has none."""
+    for name, one in measured.items():
+        begin, end = markers(name)
+        if begin in text or end in text or text.count(AFTER_DEVICES) != 1:
+            continue  # with_blocks says what is wrong with a page that has no place for it
+        place = f"## {one['machine']['device']}\n\n{begin}\n\n{end}\n\n{AFTER_DEVICES}"
+        text = text.replace(AFTER_DEVICES, place)
+    return text
 
 
 def with_blocks(text, blocks, page):

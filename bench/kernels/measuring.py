@@ -13,7 +13,10 @@ LAST = 250  # characters that are kept of an error
 
 
 class Measuring:
-    """Times all cases in one process (or one set of `nproc`), and memory in one for each provider.
+    """Times all cases in one process (or one set of `nproc`).
+
+    Then it records memory, on a CPU in a process for each provider. On a GPU one process serves all
+    providers: the allocator counts exactly, and starting CUDA takes longer than measuring.
 
     rows      record.Rows; the rows to measure are pending
     worker    a module with measure_times(work, device_type, mode, budget) and
@@ -37,9 +40,10 @@ class Measuring:
             self._drive("times", nproc, list(self.providers), *job)
 
     def memory(self):
-        for name in self.providers:
+        names = list(self.providers)
+        for group in [names] if self.device_type == "cuda" else [[name] for name in names]:
             for nproc in sorted({case.nproc for case in self.cases}):
-                self._drive("memory", nproc, [name], self.worker.measure_memory)
+                self._drive("memory", nproc, group, self.worker.measure_memory)
 
     def _drive(self, what, nproc, names, fn, *args):
         """Run `fn` on all rows that need it. If a row ends the process, go on without that row."""

@@ -3,6 +3,7 @@
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -96,3 +97,15 @@ def _found(module):
         return importlib.util.find_spec(module) is not None
     except (ImportError, ValueError):  # a missing parent package, or a module without a spec
         return False
+
+
+def source_of(module, path):
+    """The text of a file in an installed package, without importing it; None if there is none."""
+    try:
+        found = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        return None
+    for folder in (found and found.submodule_search_locations) or ():
+        if (file := Path(folder, path)).is_file():
+            return file.read_text(encoding="utf-8")
+    return None

@@ -12,7 +12,8 @@ from fused_sft_loss.backends import selection
 
 from ..errors import UserError
 from ..reference import gather_vocabulary, reference_loss
-from .peers import PEERS, reason_without_megatron, set_up_megatron
+from .peer_losses import reason_without_megatron, set_up_megatron
+from .peers import PEERS
 from .provider import Provider
 
 BACKENDS = ("cpu", "cuda", "hip", "triton", "eager")

@@ -181,14 +181,8 @@ def verdict(record):
 
     A speed-up below SLOW is printed but is no failure, because times depend on the machine's load.
     """
-    broken, slow = [], {}
-    for row in record["rows"]:
-        if row["case"] is None or not row["provider"].startswith("ours-"):
-            continue
-        name = f"{_case(record['cases'][row['case']])}: {row['title']}"
-        if row["status"] not in ("ok", "unavailable"):
-            broken.append(f"{name}: {row['status']}: {row['reason']}")
-        broken += [f"{name}: {text}" for text in over_promise(row, record["cases"][row["case"]])]
+    slow = {}
+    for name, row, _ in _ours(record):
         if row["speedup"] is not None and row["speedup"] < SLOW:
             slow.setdefault(row["title"], []).append((row["speedup"], name))
     for title, found in slow.items():
@@ -199,9 +193,31 @@ def verdict(record):
             f"{least:.1f}x in {name.partition(':')[0]}",
             file=sys.stderr,
         )
+    broken = broken_promises(record)
     for line in broken:
         print(f"bench: broken promise: {line}", file=sys.stderr)
     return 1 if broken else 0
+
+
+def broken_promises(record):
+    """A line for each row of ours that is wrong, failed or takes more memory than promised.
+
+    A pending row of an interrupted run is none.
+    """
+    broken = []
+    for name, row, case in _ours(record):
+        if row["status"] not in ("ok", "unavailable", "pending"):
+            broken.append(f"{name}: {row['status']}: {row['reason']}")
+        broken += [f"{name}: {text}" for text in over_promise(row, case)]
+    return broken
+
+
+def _ours(record):
+    """(name, row, case) of each row of ours that has a case."""
+    for row in record["rows"]:
+        if row["case"] is not None and row["provider"].startswith("ours-"):
+            case = record["cases"][row["case"]]
+            yield f"{_case(case)}: {row['title']}", row, case
 
 
 def over_promise(row, case):

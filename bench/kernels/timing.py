@@ -96,7 +96,7 @@ def rounds(contenders, device, sharded, budget, failed):
             yield contender.name, one
         else:
             counts[contender.name] = _count(one, budget)
-    total = max(counts.values())
+    total = max(counts.values(), default=0)
     for step in range(total):
         for contender in contenders:
             # Spread the timings of a contender evenly over the rounds.

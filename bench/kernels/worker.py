@@ -41,7 +41,7 @@ def tell_of(index, name, **what):
 
 
 def measure_memory(work, device_type):
-    """Record peaks and send them as {"of": (index, name), "memory": ...}. For one provider only."""
+    """Record peaks and send them as {"of": (index, name), "memory": ...}."""
     warm = set()
     for index, problem, providers in _problems(work, device_type, copies=1):
         for provider in providers:

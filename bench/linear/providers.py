@@ -146,6 +146,16 @@ def liger(problem, accumulate):
     )
 
 
+def quack(problem):
+    """Chunks with the logits' gradient in forward. Read in the wheel of quack-kernels 0.6.5."""
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    chunk = {} if problem.case.chunk_rows is None else {"chunk_size": problem.case.chunk_rows}
+    return lambda hidden, weight: chunked_linear_cross_entropy(
+        hidden[0], weight, problem.target, ignore_index=-100, **chunk
+    )
+
+
 LIGER = {"devices": ("cuda",), "module": "liger_kernel", "install": "liger-kernel"}
 TORCH = {"reason": _reason_without_torch_linear}
 
@@ -174,6 +184,14 @@ PROVIDERS = {
             "Liger fused linear, fp32 sum",
             partial(liger, accumulate=torch.float32),
             **LIGER,
+        ),
+        Provider(
+            "quack-linear",
+            "quack linear",
+            quack,
+            devices=("cuda",),
+            module="quack",
+            install="quack-kernels",
         ),
         Provider("chunked", "checkpointed chunks", chunked, 4),
         Provider(

@@ -1,5 +1,6 @@
 """The README's table: time and memory of the loss on one GPU, and of other ways to compute it."""
 
+from ..errors import UserError
 from .markdown import milliseconds, size, table
 
 DEVICE = "nvidia-h100-80gb-hbm3"
@@ -15,19 +16,29 @@ ROWS = {  # provider -> what the README calls it
 }
 HEAD = ("", "ms, all scored", f"ms, {PART:.0%} scored", "memory beyond the logits")
 OURS = "ours-cuda-inplace"
-AGAINST = ("reference", "megatron-fused", "liger")
+AGAINST = {"reference": "written by hand", "megatron-fused": "Megatron", "liger": "Liger"}
 
 
 def blocks(measured):
-    return {"gain": gain(measured[DEVICE])}
+    """Records of other devices leave the README as it is."""
+    return {"gain": gain(measured[DEVICE])} if DEVICE in measured else {}
 
 
 def gain(one):
     """The sentence and the table for the record `one`."""
     case, full = _at(one, 1.0)
     _, part = _at(one, PART)
-    lines = [_line(label, full[name], part[name]) for name, label in ROWS.items()]
+    lines = [
+        _line(label, full[name], part[name])
+        for name, label in ROWS.items()
+        if _is_measured(full, name) and _is_measured(part, name)
+    ]
     return f"{_sentence(full, part)}\n\n{table(HEAD, lines, left=1)}\n\n{_what(one, case)}"
+
+
+def _is_measured(rows, name):
+    """Whether a provider was installed, and its time and memory were measured."""
+    return name in rows and bool(rows[name]["ms"] and rows[name]["memory"])
 
 
 def _at(one, scored):
@@ -36,7 +47,10 @@ def _at(one, scored):
     for index, case in enumerate(one["cases"]):
         if (case["model"], case["tp"], case["scored"]) == wanted:
             return case, {row["provider"]: row for row in one["rows"] if row["case"] == index}
-    raise ValueError(f"expected a case of {wanted} in the record of {one['machine']['device']}")
+    raise UserError(
+        f"expected a case of {wanted} in the record of {one['machine']['device']}, got none; "
+        "measure it: python -m bench gpu --only kernels-1"
+    )
 
 
 def _line(label, full, part):
@@ -44,12 +58,15 @@ def _line(label, full, part):
 
 
 def _sentence(full, part):
-    peers = " / ".join(f"{full[name]['ms']['p50']:.1f}" for name in AGAINST)
+    if not (_is_measured(full, OURS) and _is_measured(part, OURS)):
+        raise UserError(f"expected {OURS} to be measured for the README, got no time or no memory")
+    peers = {name: title for name, title in AGAINST.items() if _is_measured(full, name)}
+    times = " / ".join(f"{full[name]['ms']['p50']:.1f}" for name in peers)
     ours = full[OURS]["ms"]["p50"], part[OURS]["ms"]["p50"]
     share = ours[1] / ours[0]
     less = "about half of that" if 0.4 <= share <= 0.6 else f"{share:.0%} of that"
     return (
-        f"**{ours[0]:.2f} ms against {peers} (written by hand / Megatron / Liger) on an H100, no "
+        f"**{ours[0]:.2f} ms against {times} ({' / '.join(peers.values())}) on an H100, no "
         f"extra memory, and {less} when {PART:.0%} of the tokens are scored.**"
     )
 

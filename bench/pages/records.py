@@ -16,7 +16,9 @@ def section(measured, name):
     ]
     models = list(dict.fromkeys(row["of"]["model"] for row in rows))
     model = SHOWN[0] if SHOWN[0] in models else models[0]
-    mine = [row for row in rows if row["of"]["model"] == model and row["of"]["tp"] == 1]
+    mine = [row for row in rows if row["of"]["model"] == model]
+    fewest = min(row["of"]["tp"] for row in mine)
+    mine = [row for row in mine if row["of"]["tp"] == fewest]
     return "\n\n".join(
         [
             _where(measured),
@@ -53,6 +55,8 @@ def _where(measured):
 def _bandwidth(measured):
     roofs = [case for case in measured["cases"] if case["roof"]]
     alone = [case["roof"]["copy_gb_per_s"] for case in roofs if case["nproc"] == 1]
+    if not roofs:
+        return "not measured"
     if alone:
         return f"{min(alone):.0f} to {max(alone):.0f} GB/s"
     return f"{max(case['roof']['copy_gb_per_s'] for case in roofs):.0f} GB/s"
@@ -88,7 +92,7 @@ def _providers(rows):
 def _line(title, row, part):
     if not row["ms"]:
         return [title, row["status"], *[""] * 6]
-    check = "yes" if row["check"]["ok"] else "no"
+    check = "yes" if row["check"] and row["check"]["ok"] else "no"
     speed = "" if row["speedup"] is None else f"{row['speedup']:.1f}x"
     roof = "" if row["of_roof"] is None else f"{row['of_roof']:.0%}"
     peaks = [f"{row[key]:.2f}x" if row["memory"] else "" for key in PEAKS]
@@ -98,6 +102,8 @@ def _line(title, row, part):
 def _reasons(measured):
     """Which providers did not run, and why."""
     found = record.never_ran(measured).items()
+    if not found:
+        return "Every loss ran on this machine."
     names = {why: dict.fromkeys(title.split(",")[0] for title in titles) for why, titles in found}
     lines = [f"- {', '.join(titles)}: {reason}" for reason, titles in names.items()]
     return "\n".join(["Not run on this machine:", "", *lines])
@@ -105,7 +111,9 @@ def _reasons(measured):
 
 def _cases(rows):
     """Ours in place, for all models and scored fractions: ms and speed-up."""
-    ours = [r for r in rows if _is_ours_in_place(r) and r["ms"]]
+    ours = _ours_in_place(rows)
+    if not ours:
+        return "None of ours was timed."
     fractions = sorted({row["of"]["scored"] for row in ours}, reverse=True)
     lines = {}
     for row in ours:
@@ -119,8 +127,13 @@ def _cases(rows):
     return table(head, body, left=1)
 
 
-def _is_ours_in_place(row):
-    return row["provider"] in ("ours-cpu-inplace", "ours-cuda-inplace", "ours-hip-inplace")
+def _ours_in_place(rows):
+    """The timed rows of the best of our backends that has any."""
+    for name in ("cpu", "cuda", "hip", "triton", "eager"):
+        found = [r for r in rows if r["provider"] == f"ours-{name}-inplace" and r["ms"]]
+        if found:
+            return found
+    return []
 
 
 def _memory(rows):
@@ -130,5 +143,7 @@ def _memory(rows):
         if row["provider"].startswith("ours-") and row["memory"]:
             peaks.setdefault(row["title"], []).append(row["full_x_logits"])
     count = len({row["case"] for row in rows if row["memory"]})
+    if not peaks:
+        return "No memory was measured."
     lines = [[title, f"{max(all_):.4f}x"] for title, all_ in peaks.items()]
     return table((f"largest peak beyond the logits, {count} cases", "x logits"), lines, left=1)

@@ -2,6 +2,7 @@
 // stream, after it has made the right device the current one.
 #include "../bindings.h"
 #include "launch.h"
+#include "launch_table.h"
 
 namespace py = pybind11;
 using namespace fsl;
@@ -12,6 +13,16 @@ template <>
 struct type_caster<fsl::gpu::Chip> : fsl::TupleCaster<fsl::gpu::Chip> {};
 
 }  // namespace pybind11::detail
+
+#if defined(FSL_TEST_HOOKS)
+static gpu::Kernel kernel_named(const std::string& name) {
+  for (const auto& [known, kernel] : {std::pair{"row_stats", gpu::Kernel::row_stats},
+                                      {"row_grad", gpu::Kernel::row_grad},
+                                      {"row_stats_grad", gpu::Kernel::row_stats_grad}})
+    if (name == known) return kernel;
+  throw std::invalid_argument("expected row_stats, row_grad or row_stats_grad, got " + name);
+}
+#endif
 
 PYBIND11_MODULE(FSL_MODULE, m) {
   m.doc() = "GPU row kernels of fused_sft_loss";
@@ -117,4 +128,26 @@ PYBIND11_MODULE(FSL_MODULE, m) {
         return info;
       },
       "Return the version, the toolkit and the targets that it was compiled for.");
+#if defined(FSL_TEST_HOOKS)  // of builds in a checkout; no wheel has them
+  m.def(
+      "launch_line",
+      [](const std::string& kernel, int64_t columns, const gpu::Chip& chip) {
+        const gpu::Line& line = gpu::line_for(chip, kernel_named(kernel), columns);
+        return std::make_tuple(line.threads, line.segment);
+      },
+      "Return threads per block and segment of the launch table's line.", py::arg("kernel"),
+      py::arg("columns"), py::arg("chip"));
+  m.def(
+      "try_line",
+      [](const std::string& kernel, int threads, int segment) {
+        if (threads % 64 || threads > 1024 || (threads && segment % (32 * threads)))
+          throw std::invalid_argument(
+              "expected 64 to 1024 threads in whole waves and a segment of whole tiles of " +
+              std::to_string(32 * threads) + " columns, got " + std::to_string(threads) + " threads and " +
+              std::to_string(segment));
+        gpu::tried_line(kernel_named(kernel)) = {0, 0, 0, threads, segment, "tried"};
+      },
+      "Launch a kernel with this line in place of the launch table's; 0 threads: with the table's again.",
+      py::arg("kernel"), py::arg("threads"), py::arg("segment"));
+#endif
 }

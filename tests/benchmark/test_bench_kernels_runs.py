@@ -61,6 +61,25 @@ def test_a_process_that_dies_between_rows_does_not_start_for_ever(monkeypatch, a
     assert starts == [1]
 
 
+@pytest.mark.parametrize("device, groups", [("cpu", 2), ("cuda", 1)])
+def test_memory_is_recorded_in_one_process_on_a_gpu(monkeypatch, device, groups):
+    """Starting CUDA twenty times takes longer than to record the memory of twenty losses."""
+    started, rows = [], record.Rows([case_of()], "full")
+    providers = [made.provider(made.right), made.provider(made.copying)]
+
+    def finishes(nproc, fn, work, *args, on_message, **options):
+        started.append([provider.name for _, _, chosen in work for provider in chosen])
+        for name in started[-1]:
+            on_message(0, {"of": (0, name), "memory": {"forward": 0, "full": 0}})
+
+    monkeypatch.setattr("bench.kernels.measuring.run_ranks", finishes)
+    for provider in providers:
+        rows.add(0, provider, None)
+        rows.tell(0, provider.name, {"seconds": [(1.0, 1.0)]})
+    Measuring(providers, rows, device, 1, lambda now=False: None, lambda *a: None).memory()
+    assert len(started) == groups and sum(started, []) == ["right", "copying"]
+
+
 def test_a_sharded_vocabulary_over_two_processes():
     """The vocabulary is padded, so the last shard ends in padding columns. Every provider is
     checked against the softmax over both shards."""

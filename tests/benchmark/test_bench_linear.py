@@ -99,13 +99,13 @@ def test_each_provider_matches_the_oracle(provider, scored, dtype):
         assert check.ok, check.reason
 
 
-def test_those_that_run_on_a_cpu_are_all_but_liger():
+def test_those_that_run_on_a_cpu_are_all_but_liger_and_quack():
     away = {one.name: one.reason_against(SMALL, "cpu") for one in PROVIDERS.values()}
     reasons = {name: reason for name, reason in away.items() if reason}
     if not hasattr(F, "linear_cross_entropy"):
         old = {name: reasons.pop(name) for name in ("torch-linear", "torch-linear-chunked")}
         assert all("needs torch >= 2.13" in reason for reason in old.values())
-    assert reasons == {"liger-linear": "runs on GPUs", "liger-linear-fp32": "runs on GPUs"}
+    assert reasons == dict.fromkeys((*LIGER_LINEAR, "quack-linear"), "runs on GPUs")
 
 
 def test_products_that_take_too_long_are_left_out_with_the_reason(monkeypatch):
@@ -244,17 +244,41 @@ def liger_fused_linear_cross_entropy(
     return F.cross_entropy(logits, target, ignore_index=ignore_index, reduction=reduction)
 
 
+def chunked_linear_cross_entropy(
+    x,
+    weight,
+    target,
+    chunk_size=4096,
+    ignore_index=-100,
+    reduction="mean",
+    tuned=True,
+    use_scaled_exp=None,
+):
+    """Stands for quack's function on a CPU."""
+    assert x.dim() == 2 and chunk_size % 8 == 0 and len(x) % 8 == 0
+    logits = F.linear(x, weight).float()
+    return F.cross_entropy(logits, target, ignore_index=ignore_index, reduction=reduction)
+
+
 LIGER = "liger_kernel.transformers.functional"
+LIGER_LINEAR = ("liger-linear", "liger-linear-fp32")
+STAND_INS = {
+    LIGER: liger_fused_linear_cross_entropy,
+    "quack.linear_cross_entropy": chunked_linear_cross_entropy,
+}
 
 
-@pytest.mark.parametrize("name", ["liger-linear", "liger-linear-fp32"])
-def test_liger_s_adapter_gives_the_oracle_s_loss_and_gradients(monkeypatch, name):
-    parts = LIGER.split(".")
-    for end in range(1, len(parts) + 1):
-        path = ".".join(parts[:end])
-        monkeypatch.setitem(sys.modules, path, ModuleType(path))
-    sys.modules[LIGER].liger_fused_linear_cross_entropy = liger_fused_linear_cross_entropy
-    problem = Problem(replace(SMALL, scored=0.5, dtype="bf16"), "cpu")
+@pytest.mark.parametrize("chunk_rows", [8, None])
+@pytest.mark.parametrize("name", [*LIGER_LINEAR, "quack-linear"])
+def test_a_peer_s_adapter_gives_the_oracle_s_loss_and_gradients(monkeypatch, name, chunk_rows):
+    for module, function in STAND_INS.items():
+        parts = module.split(".")
+        for end in range(1, len(parts) + 1):
+            path = ".".join(parts[:end])
+            monkeypatch.setitem(sys.modules, path, ModuleType(path))
+        setattr(sys.modules[module], function.__name__, function)
+    case = replace(SMALL, scored=0.5, dtype="bf16", chunk_rows=chunk_rows)
+    problem = Problem(case, "cpu")
     result = run_once(PROVIDERS[name].build(problem), problem)
     check = Oracle(problem).check(*result, PROVIDERS[name].precision(problem))
     assert check.ok, check.reason

@@ -66,7 +66,26 @@ class LigerMegatronCrossEntropy(torch.nn.Module):
         return losses.view(s, b)
 
 
-class _TransformerEngine(torch.autograd.Function):
+def parallel_cross_entropy(
+    inp,
+    target,
+    label_smoothing=0.0,
+    reduce_loss=False,
+    dist_process_group=None,
+    ignore_idx=-100,
+    is_cg_capturable=False,
+    *,
+    overwrite_input=False,
+    _input=None,
+):
+    """TransformerEngine 2.20. By default it leaves the logits as they are."""
+    assert inp.dim() == 3 and target.shape == inp.shape[:2] and not reduce_loss
+    return _Written.apply(inp, inp if overwrite_input else inp.clone(), target, ignore_idx)
+
+
+class _Old(torch.autograd.Function):
+    """TransformerEngine 2.5 to 2.17: `parallel_cross_entropy` is its `apply`."""
+
     @staticmethod
     def forward(
         ctx,
@@ -78,17 +97,48 @@ class _TransformerEngine(torch.autograd.Function):
         ignore_idx=-100,
         is_cg_capturable=False,
     ):
-        b, s, v = _input.shape
-        assert target.shape == (b, s) and not reduce_loss
-        with torch.enable_grad():
-            ctx.logits = _input.detach().requires_grad_()
-            ctx.losses = per_row(ctx.logits.view(-1, v), target.reshape(-1), ignore_idx).view(b, s)
-        return ctx.losses.detach()
+        losses, ctx.gradient = cross_entropy_forward(
+            _input, target, label_smoothing, reduce_loss, dist_process_group, ignore_idx
+        )
+        return losses
 
     @staticmethod
     def backward(ctx, grad_output):
-        (gradient,) = torch.autograd.grad(ctx.losses, ctx.logits, grad_output)
-        return gradient, None, None, None, None, None, None
+        return cross_entropy_backward(ctx.gradient, grad_output), *[None] * 6
+
+
+class _Written(torch.autograd.Function):
+    """A loss whose backward overwrites `memory`: the logits, or a copy of them."""
+
+    @staticmethod
+    def forward(ctx, logits, memory, target, ignore_idx):
+        ctx.memory, ctx.target, ctx.ignore_idx = memory, target, ignore_idx
+        return per_row(logits.flatten(0, 1), target.flatten(), ignore_idx).view(target.shape)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        ctx.memory.copy_(gradient_of(ctx.memory, ctx.target, ctx.ignore_idx) * upstream[..., None])
+        return ctx.memory, None, None, None
+
+
+def gradient_of(logits, target, ignore_idx):
+    """fp32 gradient of each row's loss."""
+    leaf = logits.detach().float().requires_grad_()
+    with torch.enable_grad():
+        loss = per_row(leaf.flatten(0, -2), target.flatten(), ignore_idx).sum()
+    return torch.autograd.grad(loss, leaf)[0]
+
+
+def cross_entropy_forward(_input, target, label_smoothing, reduce_loss, dist_group, ignore_idx):
+    """aiter: all arguments are required; the gradient overwrites the logits."""
+    assert _input.dim() == 3 and target.shape == _input.shape[:2] and not reduce_loss
+    losses = per_row(_input.flatten(0, 1), target.flatten(), ignore_idx).view(target.shape)
+    _input.copy_(gradient_of(_input, target, ignore_idx))
+    return losses, _input
+
+
+def cross_entropy_backward(_input, grad_output, is_cg_capturable=False):
+    return _input.mul_(grad_output[..., None])
 
 
 def cross_entropy_loss(
@@ -121,44 +171,96 @@ def cross_entropy(
     return per_row(x, target, ignore_index)
 
 
-#: The function of each peer's module, with the peer's signature.
+TRANSFORMER_ENGINE = "transformer_engine.pytorch.cross_entropy"
+#: The functions of each peer's module, with the peer's signatures.
 MODULES = {
-    "liger_kernel.transformers.functional": liger_cross_entropy,
-    "liger_kernel.megatron.cross_entropy": LigerMegatronCrossEntropy,
-    "transformer_engine.pytorch.cross_entropy": _TransformerEngine.apply,
-    "flash_attn.ops.triton.cross_entropy": cross_entropy_loss,
-    "quack.cross_entropy": cross_entropy,
+    "liger_kernel.transformers.functional": [liger_cross_entropy],
+    "liger_kernel.megatron.cross_entropy": [LigerMegatronCrossEntropy],
+    TRANSFORMER_ENGINE: [parallel_cross_entropy],
+    "flash_attn.ops.triton.cross_entropy": [cross_entropy_loss],
+    "quack.cross_entropy": [cross_entropy],
+    "aiter.ops.triton.cross_entropy": [cross_entropy_forward, cross_entropy_backward],
 }
 
 
 @pytest.fixture
 def installed(monkeypatch):
-    for path, function in MODULES.items():
+    for path, functions in MODULES.items():
         parts = path.split(".")
         for end in range(1, len(parts) + 1):
             name = ".".join(parts[:end])
             if name not in sys.modules:
                 monkeypatch.setitem(sys.modules, name, ModuleType(name))
-        name = "parallel_cross_entropy" if "engine" in path else function.__name__
-        setattr(sys.modules[path], name, function)
+        for function in functions:
+            setattr(sys.modules[path], function.__name__, function)
+
+
+def checked(peer, softcap=None):
+    """(Check of a peer's loss and gradient, whether it wrote to the logits)."""
+    case = model_case(Model("tiny", 500, 512, softcap), 1, 1, 2, 12, "bf16", 0.5, 1)
+    problem = Problem(case, Source(case.source, "cpu", copies=1))
+    peer = replace(peer, devices=("cpu",))
+    check = Oracle(problem).check(*run_once(peer.function(problem), problem), peer.precision)
+    return problem, check, not torch.equal(problem.source.take(), problem.source.logits)
 
 
 @pytest.mark.parametrize("softcap", [None, 30.0])
 @pytest.mark.parametrize("peer", GPU_ONLY, ids=lambda peer: peer.name)
 def test_the_adapter_gives_the_oracle_s_loss_and_gradient(installed, peer, softcap):
-    case = model_case(Model("tiny", 500, 512, softcap), 1, 1, 2, 12, "bf16", 0.5, 1)
-    problem = Problem(case, Source(case.source, "cpu"))
-    peer = replace(peer, devices=("cpu",))
-    check = Oracle(problem).check(*run_once(peer.function(problem), problem), peer.precision)
+    problem, check, _ = checked(peer, softcap)
     assert check.ok, check.reason
     # Proves that the check can fail: another gradient does not pass.
     wrong = made.provider(partial(made.changing, change=made.scaled))
     assert not Oracle(problem).check(*run_once(wrong.function(problem), problem), "fp32").ok
 
 
+def test_transformer_engine_in_place_is_its_own_row_and_the_default_keeps_the_logits(installed):
+    """A benchmark that times only the default times a copy of the logits."""
+    peers = {peer.name: peer for peer in GPU_ONLY}
+    assert not checked(peers["te"])[2] and checked(peers["te-inplace"])[2]
+    assert peers["te"].predicted[0] == (0, 1, 0) and peers["te-inplace"].predicted[0] == (0, 0, 0)
+
+
+def test_old_transformer_engine_takes_positional_arguments_alone(installed, monkeypatch):
+    """A Function.apply has no keywords."""
+    module = sys.modules[TRANSFORMER_ENGINE]
+    monkeypatch.setattr(module, "parallel_cross_entropy", _Old.apply)
+    peers = {peer.name: peer for peer in GPU_ONLY}
+    _, check, written = checked(peers["te"])
+    assert check.ok and written
+    with pytest.raises(TypeError):
+        checked(peers["te-inplace"])
+
+
+def test_what_an_installed_peer_can_do_is_read_from_its_source(tmp_path, monkeypatch):
+    """Importing TransformerEngine or aiter takes seconds, and may start a compiler."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    peers = {peer.name: peer for peer in GPU_ONLY}
+    case = model_case(Model("tiny", 500, 500), 1, 1, 2, 12, "bf16", 0.5, 1)
+
+    def write(path, text):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+        importlib.invalidate_caches()
+
+    for package in ("transformer_engine", "aiter"):
+        write(f"{package}/__init__.py", "raise RuntimeError('imported')")
+    write("transformer_engine/pytorch/cross_entropy.py", "def parallel_cross_entropy(inp): ...")
+    reasons = {name: peers[name].reason_against(case, "cuda") for name in ("te-inplace", "aiter")}
+    assert "needs transformer_engine >= 2.20" in reasons["te-inplace"]
+    assert "has no ops.triton.cross_entropy" in reasons["aiter"]
+    assert peers["te"].reason_against(case, "cuda") is None
+    write("transformer_engine/pytorch/cross_entropy.py", "overwrite_input: bool = False")
+    write("aiter/ops/triton/cross_entropy.py", "def cross_entropy_forward(): ...")
+    assert all(peers[name].reason_against(case, "cuda") is None for name in reasons)
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert peers["aiter"].reason_against(case, "cuda").startswith("runs on AMD GPUs")
+
+
 def test_on_this_cpu_each_keeps_its_row_with_the_reason():
     case = model_case(Model("tiny", 500, 500), 1, 1, 2, 12, "bf16", 0.5, 1)
-    assert len(GPU_ONLY) == 7
+    assert len(GPU_ONLY) == 9
     for peer in GPU_ONLY:
         assert peer.reason_against(case, "cpu") == "runs on GPUs"
         if not importlib.util.find_spec(peer.module):
@@ -170,6 +272,10 @@ def test_those_for_one_process_say_so_under_sharding(monkeypatch):
     monkeypatch.setattr("bench.kernels.provider._found", lambda module: True)
     for nproc in (2, 1):  # also for one rank's shard, which needs a sharded loss, too
         case = model_case(Model("tiny", 500, 500), 2, nproc, 2, 12, "bf16", 0.5, 1)
+        monkeypatch.setattr(
+            "bench.kernels.peer_losses.source_of", lambda module, path: "overwrite_input"
+        )
+        monkeypatch.setattr(torch.version, "hip", "7.0")
         reasons = {peer.name: peer.reason_against(case, "cuda") for peer in GPU_ONLY}
         alone = {name for name, reason in reasons.items() if reason}
         assert alone == {"liger", "quack", "quack-inplace"}
@@ -183,8 +289,9 @@ def test_liger_has_the_signatures_that_its_stand_ins_have():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(INSTALLED))
         for path in ("liger_kernel.transformers.functional", "liger_kernel.megatron.cross_entropy"):
-            theirs = getattr(importlib.import_module(path), MODULES[path].__name__)
-            assert _names(theirs) == _names(MODULES[path])
+            (ours,) = MODULES[path]
+            theirs = getattr(importlib.import_module(path), ours.__name__)
+            assert _names(theirs) == _names(ours)
         for name in [name for name in sys.modules if name.startswith("liger_kernel")]:
             patch.delitem(sys.modules, name)
 

@@ -8,8 +8,9 @@ import matplotlib.pyplot as plt
 import pytest
 
 from bench.__main__ import main
+from bench.errors import UserError
 from bench.kernels import plots, record
-from bench.pages import api
+from bench.pages import api, gain, records
 from bench.readme import ROOT, markers, pages, read_records, with_blocks
 
 RECORDS = read_records(ROOT / "bench/results")
@@ -69,6 +70,66 @@ def test_a_page_without_markers_is_refused(copy, capsys):
     (copy / "README.md").write_text("no markers\n\n| option | meaning |\n|---|---|\n\n")
     assert check(copy) == 1
     assert "expected the markers" in capsys.readouterr().err
+
+
+def test_a_record_of_another_gpu_gets_a_section_and_leaves_the_readme(copy, tmp_path, capsys):
+    """`python -m bench gpu` on a new chip writes a record that no page has a place for."""
+    results = tmp_path / "results"
+    results.mkdir()
+    data = record.read(ROOT / "bench/results/nvidia-h100-80gb-hbm3.json")
+    data["machine"]["device"] = "1 x AMD Instinct MI300X"
+    for row in data["rows"]:
+        row["provider"] = row["provider"].replace("-cuda-", "-hip-")
+    record.write(data, results / "amd-instinct-mi300x.json")
+    before = {name: (copy / name).read_text() for name in ("README.md", "docs/benchmarks.md")}
+    assert main(["readme", "--root", str(copy), "--results", str(results)]) == 0
+    assert (copy / "README.md").read_text() == before["README.md"]
+    page = (copy / "docs/benchmarks.md").read_text()
+    begin, end = markers("amd-instinct-mi300x")
+    section = page[page.index("## 1 x AMD Instinct MI300X") : page.index(end)]
+    assert begin in section and "llama3-8b, TP 1" in section
+    assert page.replace(section + end + "\n\n", "") == before["docs/benchmarks.md"]
+    assert (copy / "docs/img/amd-instinct-mi300x.png").exists()
+    again = ["readme", "--check", "--root", str(copy), "--results", str(results)]
+    assert main(again) == 0, capsys.readouterr().err
+
+
+def _cut(data):
+    """An interrupted run: one case was measured, and no memory."""
+    for row in data["rows"]:
+        row["memory"] = row["forward_x_logits"] = row["full_x_logits"] = None
+        if row["case"] not in (None, 0):
+            row |= {"status": "pending", "ms": None, "check": None, "speedup": None}
+    for case in data["cases"][1:]:
+        case["roof"] = None
+    data["finished"] = False
+    return data
+
+
+def test_the_page_of_an_interrupted_run_can_be_written():
+    data = _cut(record.read(ROOT / "bench/results/nvidia-h100-80gb-hbm3.json"))
+    page = records.section(data, "x")
+    assert "No memory was measured." in page and "| 100% scored |" in page
+    for row in data["rows"]:
+        if row["provider"].startswith("ours-"):
+            row["ms"] = None
+    assert "None of ours was timed." in records.section(data, "x")
+
+
+def test_a_page_of_shards_alone_can_be_written():
+    data = record.read(ROOT / "bench/results/nvidia-h100-80gb-hbm3.json")
+    for case in data["cases"]:
+        case["tp"] = 8
+    assert "| ours (cuda), in place | yes |" in records.section(data, "x")
+
+
+def test_the_readme_s_table_leaves_out_what_was_not_installed():
+    data = record.read(ROOT / "bench/results/nvidia-h100-80gb-hbm3.json")
+    data["rows"] = [row for row in data["rows"] if row["provider"] != "liger"]
+    text = gain.gain(data)
+    assert "Liger" not in text and "(written by hand / Megatron)" in text
+    with pytest.raises(UserError, match="no time or no memory"):
+        gain.gain(_cut(data))
 
 
 def test_the_readme_is_read_in_two_minutes():

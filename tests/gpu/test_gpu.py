@@ -13,6 +13,7 @@ from cases import DTYPES, Case, build, cases, expected, largest_term, run, stora
 from closeness import PRODUCT, assert_grad, assert_losses
 from hypothesis import given, settings
 
+import bench  # noqa: F401  finds the Triton kernels in a checkout that is not installed
 import fused_sft_loss as fsl
 from fused_sft_loss.backends import selection
 from fused_sft_loss.backends.gpu import device_chip

@@ -3,22 +3,15 @@
 import pytest
 import torch
 import torch.distributed as dist
-from backends import ON_CPU, using
+from backends import ON_CPU
 from cases import build, expected
 from closeness import assert_losses
-from collectives import count_collectives
+from sharded_calls import OPTIONS, run_jobs, shard
 from tiers import sampled
 
 import fused_sft_loss as fsl
 from bench.ranks import RankError, run_ranks
 
-OPTIONS = [
-    {},
-    {"label_smoothing": 0.1, "z_loss": 1e-3},
-    {"softcap": 5.0, "logit_scale": 1.5},
-    {"vocab_size": 997, "label_smoothing": 0.2},
-    {"shift": False},
-]
 EDGES = {  # first column of each rank, in a vocabulary of 1000 columns
     "equal": {1: [0], 2: [0, 500], 4: [0, 250, 500, 750]},
     "uneven": {1: [0], 2: [0, 3], 4: [0, 1, 700, 999]},
@@ -26,39 +19,6 @@ EDGES = {  # first column of each rank, in a vocabulary of 1000 columns
 
 
 KINDS = ("plain", "a shard of -inf", "right predictions")
-
-
-def shard(full, starts, rank, options):
-    """This rank's columns, and the options that place them."""
-    edges = [*starts, full.shape[-1]]
-    part = full[..., edges[rank] : edges[rank + 1]]
-    widths = {b - a for a, b in zip(edges, edges[1:], strict=False)}
-    placed = {} if len(widths) == 1 else {"vocab_start": starts[rank]}
-    size = options.get("vocab_size", full.shape[-1])
-    return part, {**options, **placed, "vocab_size": size, "tp_group": dist.group.WORLD}
-
-
-def sharded_runs(jobs):
-    """Per job: (losses, gradient shard, metrics, collectives in forward, in backward)."""
-    rank, results = dist.get_rank(), []
-    calls = count_collectives()
-    for name, case, starts, options in jobs:
-        full = case.full()
-        with using(name) as backend:
-            part, placed = shard(full, starts, rank, options)
-            leaf = part.clone().requires_grad_()
-            calls.clear()
-            losses = fsl.sft_loss(
-                leaf, case.labels, case.loss_mask, reduction="none", backend=backend, **placed
-            )
-            forward = list(calls)
-            losses.sum().backward()
-            backward = calls[len(forward) :]
-            metrics = fsl.token_metrics(
-                part, case.labels, case.loss_mask, backend=backend, **placed
-            )
-        results.append((losses.detach(), leaf.grad, tuple(metrics), forward, backward))
-    return results
 
 
 def special(case, kind, starts):
@@ -86,7 +46,7 @@ def test_sharded_equals_unsharded(ranks):
                     case = build("bsv", torch.float32, 2, 5, 1000, i, "float", options)
                     case.labels.clamp_(max=996)
                     jobs.append((name, special(case, kind, starts[ranks]), starts[ranks], options))
-    by_rank = run_ranks(ranks, sharded_runs, jobs)
+    by_rank = run_ranks(ranks, run_jobs, jobs)
     for i, (name, case, _, options) in enumerate(jobs):
         want = expected(case)
         results = [results[i] for results in by_rank]
@@ -118,7 +78,7 @@ def test_nan_in_one_shard_reaches_every_rank():
     )
     case.labels.clamp_(min=0)
     jobs = [(name, case, [0, 500], {}) for name in ON_CPU]
-    for results in run_ranks(2, sharded_runs, jobs):
+    for results in run_ranks(2, run_jobs, jobs):
         for losses, grad, *_ in results:
             assert losses.isnan().nonzero().tolist() == [[0, 1]]
             assert grad[0, 1].isnan().all() and grad.isnan().sum() == 500
@@ -131,7 +91,7 @@ def test_sixteen_bit_gradient_is_that_of_the_fp32_shard_rounded_once():
         wide = build("bsv", dtype, 2, 5, 1000, 2, "float", {"label_smoothing": 0.1})
         wide.storage = wide.storage.float()
         jobs = [(name, c, [0, 500], c.options) for name in ON_CPU for c in (case, wide)]
-        for results in run_ranks(2, sharded_runs, jobs):
+        for results in run_ranks(2, run_jobs, jobs):
             for narrow, full in zip(results[::2], results[1::2], strict=True):
                 assert torch.equal(narrow[0], full[0])
                 assert torch.equal(narrow[1], full[1].to(dtype))

@@ -121,6 +121,15 @@ def test_help_is_the_default_and_names_every_verb(checkout):
     assert verbs == phony
 
 
+@pytest.mark.parametrize("sees, python", [(0, "python3"), (1, ".venv/bin/python")])
+def test_a_python_whose_torch_sees_a_gpu_is_taken_as_it_is(checkout, sees, python):
+    """A cluster's image has a torch for its GPU, and often no network."""
+    tool(checkout, "python3", f'case "$2" in *is_available*) exit {sees};; esac; exit 1')
+    done = make(checkout, "-n", "gpu", "BUDGET=300")
+    assert f"{python} -m bench gpu --budget 300" in done.stdout.splitlines(), done.stderr
+    assert ("pip install" in done.stdout) == bool(sees)
+
+
 def test_the_switch_refuses_a_tool_it_does_not_know(checkout):
     done = make(checkout, "help", PYTHON=sys.executable, FUSED_SFT_LOSS_WITHOUT="hammer")
     assert done.returncode != 0 and "expected names from all, boost" in done.stderr

@@ -46,6 +46,7 @@ def build(name, warp, output, flags=()):
         '-DFSL_VERSION="0"',
         '-DFSL_TOOLKIT="the SIMT shim"',
         '-DFSL_TARGETS="simt"',
+        "-DFSL_TEST_HOOKS",
         *flags,
     )
     objects = device_objects(sorted((ROOT / "csrc/gpu").glob("*.cu")), warp, flags)

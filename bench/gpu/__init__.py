@@ -1,0 +1,1 @@
+"""`python -m bench gpu`: every check and every measurement of a GPU, in one command."""
