@@ -9,15 +9,14 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
+from ..rowmath import RowMath
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 INF = tl.constexpr(float("inf"))
 
-#: Values of SOFTCAP in the kernels: enum Cap of csrc/gpu/row_math.cuh.
-NO_CAP = tl.constexpr(0)
+#: A value of SOFTCAP in the kernels, which is RowMath.cap.
 SMALL_CAP = tl.constexpr(1)
-LARGE_CAP = tl.constexpr(2)
-MOST_SMALL_CAP = 32.0  # kMostSmallCap
 
 NOT_SCORED = tl.constexpr(-1)
 OUT_OF_VOCABULARY = tl.constexpr(-2)
@@ -283,14 +282,10 @@ def store_stats(stats, top, total, x_sum, top_id, moment, mask, STATISTICS: tl.c
 INTERPRETED = tl.constexpr(not isinstance(widen, triton.JITFunction))
 
 
-def cap_arguments(math) -> dict:
-    """The arguments of `cap_and_slope` for a RowMath, as units_of in row_math.cuh has them."""
-    cap = math.softcap
-    if not cap:
-        return {"inward": 0.0, "cap": 0.0, "SOFTCAP": NO_CAP.value}
-    inward = math.logit_scale / cap
-    if cap > MOST_SMALL_CAP:
-        return {"inward": inward, "cap": cap, "SOFTCAP": LARGE_CAP.value}
-    # The largest number, not infinity: infinity * 0 is NaN.
-    inward = min(2 * LOG2E.value * inward, torch.finfo(torch.float32).max)
-    return {"inward": inward, "cap": cap, "SOFTCAP": SMALL_CAP.value}
+def cap_arguments(math: RowMath) -> dict:
+    """The arguments of `cap_and_slope`, as units_of in csrc/gpu/row_math.cuh computes them."""
+    inward = math.logit_scale / math.softcap if math.softcap else 0.0
+    if math.cap == SMALL_CAP.value:
+        # The largest number, not infinity: infinity * 0 is NaN.
+        inward = min(2 * LOG2E.value * inward, torch.finfo(torch.float32).max)
+    return {"inward": inward, "cap": math.softcap, "SOFTCAP": math.cap}
