@@ -38,7 +38,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 WIDEST = 128256
 
 #: One softcap for each value of SOFTCAP in the kernels, and its part of a variant's name.
-CAPS = {0.0: "", 30.0: " softcap", 50.0: " large softcap"}
+CAPS = {0.0: "", 30.0: " softcap", 50.0: " softcap large"}
 
 
 @dataclass(frozen=True)

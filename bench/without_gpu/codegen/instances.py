@@ -43,7 +43,7 @@ class Instance:
             self.kernel,
             self.dtype,
             self.statistics and f"x{self.statistics}",
-            (None, "softcap", "large softcap")[self.softcap],
+            (None, "softcap", "softcap large")[self.softcap],
             self.shifted and "shifted",
         )
         return " ".join(filter(None, words))
