@@ -7,6 +7,10 @@ from torch import Tensor
 
 from .options import Options, check_scale
 
+#: Up to this softcap the GPU kernels use a short formula, whose error grows with the cap: small_cap
+#: of csrc/gpu/row_math.cuh, which calls it kMostSmallCap.
+MOST_SMALL_CAP = 32.0
+
 
 class RowMath(NamedTuple):
     """loss = (1-eps) * (lse - z_y) + eps * (lse - mean z) + z_loss * lse^2, with eps =
@@ -68,6 +72,11 @@ class RowMath(NamedTuple):
         rounded products unit * x is not.
         """
         return 1.0 if self.softcap else float(self.logit_scale)
+
+    @property
+    def cap(self) -> int:
+        """enum Cap of csrc/gpu/row_math.cuh: 0 no softcap, 1 a small one, 2 a large one."""
+        return (self.softcap > 0) + (self.softcap > MOST_SMALL_CAP)
 
     def valid_columns(self, columns: int) -> int:
         """How many of a shard's `columns` are vocabulary, not padding."""

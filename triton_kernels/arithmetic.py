@@ -4,12 +4,19 @@ FMAs are written out and every kernel is launched without contraction, so a form
 bits in every kernel.
 """
 
+import torch
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
+
+from ..rowmath import RowMath
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 INF = tl.constexpr(float("inf"))
+
+#: A value of SOFTCAP in the kernels, which is RowMath.cap.
+SMALL_CAP = tl.constexpr(1)
 
 NOT_SCORED = tl.constexpr(-1)
 OUT_OF_VOCABULARY = tl.constexpr(-2)
@@ -78,31 +85,45 @@ def reference_of(m, unit_log2, far):
 
 
 @triton.jit
-def tanh_and_slope(u):
-    """tanh u and 1 - tanh^2 u, from e^{-2|u|}; for |u| < 0.25 tanh u from the odd Taylor series.
-
-    The first term that the series leaves out is 1382/155925 u^11: under 4e-8 relative.
-    """
-    magnitude = tl.abs(u)
-    e = exp(-2.0 * magnitude)
-    inverse = 1.0 / (1.0 + e)
-    far = (1.0 - e) * inverse
-    # The sign is copied as a bit: comparing u with 0 takes up to 18 registers more.
-    sign = u.to(tl.uint32, bitcast=True) & 0x80000000
-    far = (far.to(tl.uint32, bitcast=True) | sign).to(tl.float32, bitcast=True)
-    s = u * u
-    series = tl.fma(s, 62.0 / 2835.0, -17.0 / 315.0)
-    series = tl.fma(series, s, 2.0 / 15.0)
-    series = tl.fma(series, s, -1.0 / 3.0)
-    near = tl.fma(u, s * series, u)
-    return tl.where(magnitude < 0.25, near, far), 4.0 * e * inverse * inverse
+def reciprocal(x):
+    """1 / x for x >= 1, as exact as the hardware's; Triton's own division also checks the range."""
+    if INTERPRETED:
+        return 1.0 / x
+    return libdevice.fast_dividef(1.0, x)
 
 
 @triton.jit
-def cap_and_slope(x, inward, cap):
-    """cap * tanh(x * inward), infinities unchanged, and its derivative divided by cap * inward."""
-    value, slope = tanh_and_slope(x * inward)
-    return tl.where(tl.abs(x) == INF, x, cap * value), slope
+def small_cap(x, inward, cap):
+    """As small_cap in csrc/gpu/row_math.cuh, which states the error."""
+    r = reciprocal(1.0 + tl.exp2(x * inward))
+    return tl.fma(r, -2.0 * cap, cap), 4.0 * r * (1.0 - r)
+
+
+@triton.jit
+def large_cap(x, inward, cap):
+    """As large_cap in csrc/gpu/row_math.cuh, which explains the coefficients."""
+    u = tl.maximum(tl.minimum(x * inward, 9.2), -9.2)
+    s = u * u
+    p = tl.fma(s, 1.3714539e-8, 2.0865291e-5)
+    p = tl.fma(p, s, 0.0035110474)
+    p = tl.fma(p, s, 0.13394015)
+    p = tl.fma(p, s, 1.0)
+    q = tl.fma(s, 7.9227329e-7, 3.3109872e-4)
+    q = tl.fma(q, s, 0.025935707)
+    q = tl.fma(q, s, 0.46727334)
+    q = tl.fma(q, s, 1.0)
+    bent = u * p * reciprocal(q)
+    return cap * bent, tl.maximum(tl.fma(-bent, bent, 1.0), 0.0)
+
+
+@triton.jit
+def cap_and_slope(x, inward, cap, SOFTCAP: tl.constexpr):
+    """z = cap * tanh(logit_scale * x / cap), infinities unchanged, and (dz/dx) / logit_scale."""
+    if SOFTCAP == SMALL_CAP:
+        value, slope = small_cap(x, inward, cap)
+    else:
+        value, slope = large_cap(x, inward, cap)
+    return tl.where(tl.abs(x) < INF, value, x), slope
 
 
 @triton.jit
@@ -259,3 +280,12 @@ def store_stats(stats, top, total, x_sum, top_id, moment, mask, STATISTICS: tl.c
 
 #: Whether Triton interprets these functions in numpy (TRITON_INTERPRET=1, read once, on import).
 INTERPRETED = tl.constexpr(not isinstance(widen, triton.JITFunction))
+
+
+def cap_arguments(math: RowMath) -> dict:
+    """The arguments of `cap_and_slope`, as units_of in csrc/gpu/row_math.cuh computes them."""
+    inward = math.logit_scale / math.softcap if math.softcap else 0.0
+    if math.cap == SMALL_CAP.value:
+        # The largest number, not infinity: infinity * 0 is NaN.
+        inward = min(2 * LOG2E.value * inward, torch.finfo(torch.float32).max)
+    return {"inward": inward, "cap": math.softcap, "SOFTCAP": math.cap}

@@ -13,6 +13,7 @@ from ..rowmath import RowMath
 from .arithmetic import (
     LOG2E,
     cap_and_slope,
+    cap_arguments,
     far_from_0,
     load_columns,
     narrow,
@@ -43,7 +44,7 @@ def grad_tile(
     The difference is formed in fp32. Without SOFTCAP the factors include dz/dx.
     """
     if SOFTCAP:
-        x, slope = cap_and_slope(x, inward, cap)
+        x, slope = cap_and_slope(x, inward, cap, SOFTCAP)
     p = tl.exp2(tl.fma(x, unit_log2, -reference))
     grad = tl.fma(p, softmax_factor, tl.where(columns == own, -at_target, -smoothing))
     if SOFTCAP:
@@ -168,7 +169,7 @@ def plan(
     out: torch.Tensor,  # [b, s, v], written; may be the logits
 ) -> list[Launch]:
     """The launch that fills `out`."""
-    rows, columns, softcap = target.numel(), logits.shape[-1], math.softcap
+    rows, columns = target.numel(), logits.shape[-1]
     upstream, weight, weight_sum = factor
     parts_per_row = splits(chip, rows, triton.cdiv(columns, shape.segment))
     arguments = {
@@ -194,9 +195,7 @@ def plan(
         "column_share": math.label_smoothing / math.vocab_size,
         "unit": math.unit,
         "logit_scale": math.logit_scale,
-        "inward": math.logit_scale / softcap if softcap else 0.0,
-        "cap": softcap,
-        "SOFTCAP": softcap > 0,
+        **cap_arguments(math),
         "ALIGNED": aligned(logits) and aligned(out),
         "Z_LOSS": math.z_loss > 0,
         "SEGMENT": shape.segment,

@@ -21,6 +21,7 @@ from .arithmetic import (
     SUM,
     TARGET,
     cap_and_slope,
+    cap_arguments,
     far_from_0,
     fold,
     load_stats,
@@ -61,11 +62,13 @@ def accumulate(
     MASKED: tl.constexpr,
 ):
     """Add one tile to each thread's running statistics."""
-    if SOFTCAP:
-        x, _slope = cap_and_slope(x, inward, cap)
     tile_top = max_tile(x)
     if STATISTICS > ARGMAX:
         at = tl.where(x == tile_top[None, :, None], first + columns, LAST)
+    if SOFTCAP:  # it keeps the order of logits
+        tile_top, _slope = cap_and_slope(tile_top, inward, cap, SOFTCAP)
+        x, _slope = cap_and_slope(x, inward, cap, SOFTCAP)
+    if STATISTICS > ARGMAX:
         top_at = tl.where(tile_top > top, tl.min(tl.min(at, 2), 0), top_at)
     new_top = tl.maximum(top, tile_top)
     unit_log2, reference, _rest = reference_of(not_minus_infinity(new_top), unit_log2, far)
@@ -205,7 +208,7 @@ def row_stats_kernel(
         owned = (label >= 0) & (own >= 0) & (own < valid)
         x_target = widen(tl.load(logits + own, mask=owned, other=0.0))
         if SOFTCAP:
-            x_target, _slope = cap_and_slope(x_target, inward, cap)
+            x_target, _slope = cap_and_slope(x_target, inward, cap, SOFTCAP)
         tl.store(stats + TARGET, tl.where(owned, x_target, 0.0))
 
 
@@ -266,7 +269,7 @@ def plan(
     stats: torch.Tensor,  # [N, statistics] fp32, written
 ) -> list[Launch]:
     """The launches that fill `stats`: one, or two if there are few rows."""
-    statistics, softcap = stats.shape[1], math.softcap
+    statistics = stats.shape[1]
     valid = math.valid_columns(logits.shape[-1])
     rows, segments = weight.numel(), triton.cdiv(valid, shape.segment)
     parts_per_row = splits(chip, rows, segments)
@@ -289,10 +292,8 @@ def plan(
                 "vocab_start": math.vocab_start,
                 "splits": parts_per_row,
                 "unit": math.unit,
-                "inward": math.logit_scale / softcap if softcap else 0.0,
-                "cap": softcap,
                 "STATISTICS": statistics,
-                "SOFTCAP": softcap > 0,
+                **cap_arguments(math),
                 "ALIGNED": aligned(logits),
                 "SPLIT": split,
                 "SEGMENT": shape.segment,

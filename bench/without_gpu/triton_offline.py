@@ -37,6 +37,9 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 #: V_local for a line of the table without a limit: an unsharded vocabulary of 128k.
 WIDEST = 128256
 
+#: One softcap for each value of SOFTCAP in the kernels, and its part of a variant's name.
+CAPS = {0.0: "", 30.0: " softcap", 50.0: " softcap large"}
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -103,7 +106,7 @@ def _number():
 
 def _stats(chip, shape, dtype, options) -> Iterator[Variant]:
     few, many = 64, 64 * chip.multiprocessors  # few rows are split over programs, many are not
-    flags = product((3, 4, 6), (0.0, 30.0), (False, True), (many, few)) if options else ()
+    flags = product((3, 4, 6), CAPS, (False, True), (many, few)) if options else ()
     columns = shape.columns or WIDEST
     for wanted, softcap, unaligned, rows in flags or [(3, 0.0, False, many), (3, 0.0, False, few)]:
         use = row_stats.table_name(wanted, softcap)
@@ -117,7 +120,7 @@ def _stats(chip, shape, dtype, options) -> Iterator[Variant]:
             *_vectors(rows, torch.int64, torch.float32),
             torch.empty(rows, wanted, dtype=torch.float32, device="meta"),
         )
-        name = f"{dtype} x{wanted}{' softcap' * bool(softcap)}{' unaligned' * unaligned}"
+        name = f"{dtype} x{wanted}{CAPS[softcap]}{' unaligned' * unaligned}"
         split = " split" * (len(plan) > 1)
         yield Variant(chip, shape, use, f"row_stats {name}{split}", plan[0])
         for launch in plan[1:]:
@@ -129,7 +132,7 @@ def _grad(chip, shape, dtype, options) -> Iterator[Variant]:
     if shape_for(chip, "row_grad", columns) != shape:
         return
     few, many = 64, 64 * chip.multiprocessors  # many: over 2 GiB of fp32 logits
-    flags = product((0.0, 30.0), (False, True), (many, few)) if options else ()
+    flags = product(CAPS, (False, True), (many, few)) if options else ()
     for softcap, unaligned, rows in flags or [(0.0, False, many), (0.0, False, few)]:
         logits = _logits(dtype, columns, rows, unaligned)
         (launch,) = row_grad.plan(
@@ -142,7 +145,7 @@ def _grad(chip, shape, dtype, options) -> Iterator[Variant]:
             RowFactor(_number(), *_vectors(rows, torch.float32), _number()),
             logits,
         )
-        name = f"row_grad {dtype}{' softcap' * bool(softcap)}{' unaligned' * unaligned}"
+        name = f"row_grad {dtype}{CAPS[softcap]}{' unaligned' * unaligned}"
         yield Variant(chip, shape, "row_grad", name + " few rows" * (rows == few), launch)
 
 

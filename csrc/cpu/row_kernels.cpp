@@ -10,20 +10,38 @@ namespace {
 // z = unit * value(x); unit_log2 = unit * log2(e).
 struct Plain {
   float unit, unit_log2;
-  FSL_MEMBER float value(float x) const { return x; }
+  FSL_MEMBER float bend(float x) const { return x; }
+  FSL_MEMBER float value(float x, float) const { return x; }
+  FSL_MEMBER float times_slope(float grad, float) const { return grad; }  // the row's constants contain it
 };
 
 struct Capped {
   static constexpr float unit = 1, unit_log2 = kLog2e;
   float inward;  // logit_scale / softcap
+  int32_t last;  // the bits of the |x| from which the tangent is constant
   float cap;
   float logit_scale;
-  FSL_MEMBER Tanh bend(float x) const { return tanh_and_slope(x * inward); }
-  FSL_MEMBER float value(float x) const { return keep_infinity(x, cap * bend(x).value); }
-  FSL_INLINE float keep_infinity(float x, float capped) {
-    return (as_bits(x) & 0x7fffffffu) == 0x7f800000u ? x : capped;
+
+  // tanh(x * inward). Magnitudes are compared as integers, because gcc makes no minimum of a float select.
+  FSL_MEMBER float bend(float x) const {
+    const int32_t bits = static_cast<int32_t>(as_bits(x) & 0x7fffffffu);
+    const float magnitude = as_float(static_cast<uint32_t>(bits < last ? bits : last));
+    return as_float(as_bits(tanh_of(magnitude * inward)) | (as_bits(x) & 0x80000000u));
+  }
+  // Infinities and NaNs stay as they are.
+  FSL_MEMBER float value(float x, float bent) const {
+    return static_cast<int32_t>(as_bits(x) & 0x7fffffffu) < 0x7f800000 ? cap * bent : x;
+  }
+  FSL_MEMBER float times_slope(float grad, float bent) const {
+    const float slope = 1.0f - bent * bent;
+    return grad * ((slope > 0.0f ? slope : 0.0f) * logit_scale);
   }
 };
+
+template <class Z>
+FSL_INLINE float value_of(const Z& z, float x) {
+  return z.value(x, z.bend(x));
+}
 
 template <class T>
 using Element = typename T::Element;
@@ -68,6 +86,24 @@ FSL_INLINE float moment_of(float u, float e) { return e == 0.0f ? 0.0f : u * e; 
 constexpr int kLanes = 16;                    // words
 constexpr int64_t kLine = 64, kAhead = 4096;  // bytes
 
+// The logits of kLanes words, first the low ones, then the high ones, and z.bend of each. A loop that
+// computes the exponentials too would be a longer chain of dependent instructions: the reorder window would
+// hold fewer of them (measured: 28 ms -> 15 ms for 32 MiB of bf16 on one core).
+template <class T, class Z>
+struct Bent {
+  float x[2 * kLanes], bent[2 * kLanes];
+
+  FSL_MEMBER Bent(const Z& z, const Word<T>* w) {
+#pragma omp simd
+    for (int l = 0; l < kLanes; ++l) {
+      x[l] = T::lo(w[l]);
+      x[kLanes + l] = T::hi(w[l]);
+    }
+#pragma omp simd
+    for (int l = 0; l < 2 * kLanes; ++l) bent[l] = z.bend(x[l]);
+  }
+};
+
 // Without prefetching, arithmetic fills the reorder window before enough cache lines are in flight (measured
 // on Ice Lake: 14.5 ms -> 9.5 ms for 128 MiB of bf16 on two cores).
 template <class T>
@@ -88,12 +124,12 @@ struct Lanes {
     }
   }
 
-  FSL_MEMBER void add(const Z& z, float x, float reference, int l) {
-    const float u = z.value(x) - reference, e = exp_nonpositive(u, z.unit_log2);
+  FSL_MEMBER void add(const Z& z, float x, float bent, float reference, int l) {
+    const float value = z.value(x, bent), u = value - reference, e = exp_nonpositive(u, z.unit_log2);
     const int32_t bits = static_cast<int32_t>(as_bits(x));
     top[l] = bits > top[l] ? bits : top[l];
     sum_exp[l] += e;
-    if constexpr (want != Want::loss) sum[l] += z.value(x);
+    if constexpr (want != Want::loss) sum[l] += value;
     if constexpr (want == Want::metrics) moment[l] += moment_of(u, e);
   }
 
@@ -118,12 +154,16 @@ Sums sums_against(const Z& z, const void* row, int64_t begin, int64_t end, float
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
     prefetch_ahead<T>(w + i);
+    const Bent<T, Z> b(local, w + i);
 #pragma omp simd
-    for (int l = 0; l < kLanes; ++l) low.add(local, T::lo(w[i + l]), reference, l);
+    for (int l = 0; l < kLanes; ++l) low.add(local, b.x[l], b.bent[l], reference, l);
 #pragma omp simd
-    for (int l = 0; l < kLanes; ++l) high.add(local, T::hi(w[i + l]), reference, l);
+    for (int l = 0; l < kLanes; ++l) high.add(local, b.x[kLanes + l], b.bent[kLanes + l], reference, l);
   }
-  for (int64_t c = begin + i * 2; c < end; ++c) low.add(local, element<T>(row, c), reference, c % kLanes);
+  for (int64_t c = begin + i * 2; c < end; ++c) {
+    const float x = element<T>(row, c);
+    low.add(local, x, local.bend(x), reference, c % kLanes);
+  }
   const Sums a = low.total(), b = high.total();
   return {a.top > b.top ? a.top : b.top, a.sum_exp + b.sum_exp, a.sum + b.sum, a.moment + b.moment};
 }
@@ -146,10 +186,10 @@ template <class T, Want want, class Z>
 Partial chunk_stats(const Z& z, const void* row, int64_t begin, int64_t end) {
   float guess = max_of<T>(row, begin, begin + kGuess < end ? begin + kGuess : end);
   if (guess == -kInf) guess = max_of<T>(row, begin, end);
-  float reference = guess == -kInf ? 0.0f : z.value(guess);
+  float reference = guess == -kInf ? 0.0f : value_of(z, guess);
   Sums sums = sums_against<T, want>(z, row, begin, end, reference);
   const float top = sums.top < 0 ? max_of<T>(row, begin, end) : as_float(static_cast<uint32_t>(sums.top));
-  const float max = z.value(top);
+  const float max = value_of(z, top);
   if ((max - reference) * z.unit > kHeadroom) {
     reference = max;
     sums = sums_against<T, want>(z, row, begin, end, reference);
@@ -191,23 +231,18 @@ void stats_range(const Z& z, const void* row, int64_t begin, int64_t end, Partia
   }
 }
 
-template <class T, class Z>
-FSL_INLINE float grad_of(const Z& z, const RowConstants& g, float x) {
-  if constexpr (__is_same(Z, Plain)) {
-    return exp_nonpositive(x - g.reference, z.unit_log2) * g.softmax_factor - g.smoothing;
-  } else {
-    const Tanh bent = z.bend(x);
-    const float u = Capped::keep_infinity(x, z.cap * bent.value) - g.reference;
-    const float p = exp_nonpositive(u, z.unit_log2);
-    return (p * g.softmax_factor - g.smoothing) * (bent.slope * z.logit_scale);
-  }
+// The gradient of a logit; `bent` is z.bend(x).
+template <class Z>
+FSL_INLINE float grad_of(const Z& z, const RowConstants& g, float x, float bent) {
+  const float p = exp_nonpositive(z.value(x, bent) - g.reference, z.unit_log2);
+  return z.times_slope(p * g.softmax_factor - g.smoothing, bent);
 }
 
 template <class T, class Z>
 float grad_at_target(const Z& z, const RowConstants& g, float x) {
   RowConstants at = g;
   at.smoothing += g.target_factor;
-  return grad_of<T>(z, at, x);
+  return grad_of(z, at, x, z.bend(x));
 }
 
 template <class T, class Z>
@@ -224,20 +259,27 @@ void grad_range(const Z& z, const RowConstants& g, const void* row, void* out, i
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
     prefetch_ahead<T>(w + i);
+    const Bent<T, Z> b(transform, w + i);
 #pragma omp simd
     for (int l = 0; l < kLanes; ++l) {
-      const auto word = w[i + l];
+      const int h = kLanes + l;
       o[i + l] =
-          T::pack(grad_of<T>(transform, local, T::lo(word)), grad_of<T>(transform, local, T::hi(word)));
+          T::pack(grad_of(transform, local, b.x[l], b.bent[l]), grad_of(transform, local, b.x[h], b.bent[h]));
     }
   }
   auto* elements = static_cast<Element<T>*>(out);
-  for (int64_t c = begin + i * 2; c < end; ++c) elements[c] = T::round(grad_of<T>(z, g, element<T>(row, c)));
+  for (int64_t c = begin + i * 2; c < end; ++c) {
+    const float x = element<T>(row, c);
+    elements[c] = T::round(grad_of(z, g, x, z.bend(x)));
+  }
   if (owns) elements[g.target_column] = T::round(at_target);
 }
 
 Plain plain(const RowMath& m) { return {m.logit_scale, m.logit_scale * kLog2e}; }
-Capped capped(const RowMath& m) { return {m.logit_scale / m.softcap, m.softcap, m.logit_scale}; }
+Capped capped(const RowMath& m) {
+  const float inward = m.logit_scale / m.softcap, last = 9.2f / inward;  // infinite if no logit is that large
+  return {inward, static_cast<int32_t>(as_bits(last)), m.softcap, m.logit_scale};
+}
 
 // Calls run(dtype tag, Plain or Capped).
 template <class Run>
@@ -297,7 +339,7 @@ void rescale(Dtype dtype, void* row, int64_t columns, float ratio) {
 float target_logit(const StatsArgs& a, const void* row, int64_t column) {
   float value = 0;
   with_types(a.logits.dtype, a.math,
-             [&](auto tag, auto z) { value = z.value(element<decltype(tag)>(row, column)); });
+             [&](auto tag, auto z) { value = value_of(z, element<decltype(tag)>(row, column)); });
   return value;
 }
 

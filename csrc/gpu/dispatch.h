@@ -26,6 +26,19 @@ void with_bool(bool value, const Fn& fn) {
   value ? fn(std::true_type{}) : fn(std::false_type{});
 }
 
+// Calls fn(std::integral_constant) with the Cap of `math`.
+template <class Fn>
+void with_cap(const RowMath& math, const Fn& fn) {
+  switch (cap_of(math)) {
+    case kNoCap:
+      return fn(std::integral_constant<int, kNoCap>{});
+    case kSmallCap:
+      return fn(std::integral_constant<int, kSmallCap>{});
+    case kLargeCap:
+      return fn(std::integral_constant<int, kLargeCap>{});
+  }
+}
+
 // Calls fn(std::integral_constant) with the number of statistics.
 template <class Fn>
 void with_statistics(Want want, const Fn& fn) {

@@ -38,6 +38,7 @@ FSL_DEVICE T shuffle_xor(T value, int mask) {
 }
 FSL_DEVICE float fma(float a, float b, float c) { return fmaf(a, b, c); }
 FSL_DEVICE float max(float a, float b) { return fmaxf(a, b); }
+FSL_DEVICE float min(float a, float b) { return fminf(a, b); }
 FSL_DEVICE float exp2(float x) {
   float result;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));

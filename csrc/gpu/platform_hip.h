@@ -61,6 +61,7 @@ FSL_DEVICE T shuffle_xor(T value, int mask) {
 }
 FSL_DEVICE float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 FSL_DEVICE float max(float a, float b) { return __builtin_fmaxf(a, b); }
+FSL_DEVICE float min(float a, float b) { return __builtin_fminf(a, b); }
 // The bare instruction: results below 2^-126 become 0. Keeping them would take three more instructions.
 FSL_DEVICE float exp2(float x) { return __builtin_amdgcn_exp2f(x); }
 FSL_DEVICE float log(float x) { return __builtin_logf(x); }

@@ -13,7 +13,7 @@ void row_grad(const GradArgs& a, const Chip& chip, void* stream) {
   const int parts = splits(chip, a.logits.count(), segments);
   const Grid grid{a.logits.count() * parts, line.threads};
   with_dtype(a.logits.dtype, [&](auto dtype) {
-    with_bool(a.math.softcap > 0, [&](auto softcap) {
+    with_cap(a.math, [&](auto softcap) {
       with_bool(!same_skew(a.logits, a.grad), [&](auto shifted) {
         launch("row_grad", row_grad_kernel<decltype(dtype), softcap(), shifted()>, grid, stream, a,
                units_of(a.math), parts, line.segment);

@@ -25,7 +25,7 @@ FSL_DEVICE float factor_of(const RowFactor& f, uint32_t n) {
   return f.weight ? grad * f.weight[n] : grad;
 }
 
-template <bool kSoftcap>
+template <int kSoftcap>
 FSL_DEVICE GradConstants grad_constants(const GradArgs& a, const Units& z, uint32_t n, float any_factor,
                                         float any_top, float any_total) {
   const RowMath& math = a.math;
@@ -41,10 +41,9 @@ FSL_DEVICE GradConstants grad_constants(const GradArgs& a, const Units& z, uint3
           own_column(a.target[n], math.vocab_start, a.logits)};
 }
 
-template <bool kSoftcap>
+template <int kSoftcap>
 FSL_DEVICE float gradient(float x, const GradConstants& g, const Units& z, bool target) {
-  Capped c{x, 1.0f};
-  if (kSoftcap) c = softcapped(x, z.inward, z.cap);
+  const Capped c = capped_and_slope<kSoftcap>(x, z);
   const float p = exp2(fma(c.value, g.unit_log2, -g.reference));
   const float grad = fma(p, g.softmax_factor, target ? -(g.smoothing + g.target_factor) : -g.smoothing);
   return kSoftcap ? grad * (c.slope * z.logit_scale) : grad;
@@ -52,7 +51,7 @@ FSL_DEVICE float gradient(float x, const GradConstants& g, const Units& z, bool 
 
 // Writes columns [begin, end) of one row; columns from `valid` on are padding. At `begin` the output is
 // aligned to 16 bytes, and the logits are `skew` bytes past a multiple of 16.
-template <class T, bool kSoftcap, bool kShifted>
+template <class T, int kSoftcap, bool kShifted>
 struct GradWriter {
   static FSL_DEVICE void zeros(const Row& out, int begin, int end) {
     const uint32_t words[T::kWords] = {};
@@ -156,7 +155,7 @@ struct GradWriter {
   }
 };
 
-template <class T, bool kSoftcap, bool kShifted>
+template <class T, int kSoftcap, bool kShifted>
 FSL_KERNEL(512, kSoftcap ? 4 : 8)
 row_grad_kernel(GradArgs a, Units z, int splits, int segment) {
   using Kernel = GradWriter<T, kSoftcap, kShifted>;

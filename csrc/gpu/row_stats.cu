@@ -34,7 +34,7 @@ void row_stats(const StatsArgs& a, float* parts, const Chip& chip, void* stream)
   const Grid grid{a.logits.count() * plan.blocks, line.threads};
   with_dtype(a.logits.dtype, [&](auto dtype) {
     with_statistics(a.want, [&](auto statistics) {
-      with_bool(a.math.softcap > 0, [&](auto softcap) {
+      with_cap(a.math, [&](auto softcap) {
         with_bool(common_skew(a.logits) != 0, [&](auto shifted) {
           launch("row_stats", row_stats_kernel<decltype(dtype), statistics(), softcap(), shifted()>, grid,
                  stream, a, units_of(a.math), split);

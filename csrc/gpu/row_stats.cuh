@@ -35,21 +35,23 @@ FSL_DEVICE float sum_eight(const float* x) {
 }
 
 // Adds a thread's kRuns vectors of a tile to its statistics. Vector r starts at column first + r * stride.
-// `eight(x, r)` writes its fp32 logits to x, -inf for columns that do not exist. `sum(x, r)` adds up the
-// columns that exist.
-template <int kStatistics, class Eight, class Sum>
+// `eight(x, r)` writes its fp32 logits to x, not capped, -inf for columns that do not exist. `sum(x, r)` adds
+// up the columns that exist. A softcap keeps the order of logits, so only the highest is capped before the
+// exponentials.
+template <int kStatistics, int kSoftcap, class Eight, class Sum>
 FSL_DEVICE void accumulate(Running& s, const Eight& eight, const Sum& sum, int first, int stride,
                            const Units& z) {
-  float top = s.top, x[8];
+  float highest = kSoftcap ? -kInfinity : s.top, x[8];
   FSL_UNROLL for (int r = 0; r < kRuns; ++r) {
     eight(x, r);
-    FSL_UNROLL for (int i = 0; i < 8; ++i) top = max(top, x[i]);
-    optimisation_barrier(top);
+    FSL_UNROLL for (int i = 0; i < 8; ++i) highest = max(highest, x[i]);
+    optimisation_barrier(highest);
   }
+  const float top = kSoftcap ? max(s.top, capped<kSoftcap>(highest, z)) : highest;
   if (kStatistics > kArgmax && top > s.top) {
     FSL_UNROLL for (int r = kRuns - 1; r >= 0; --r) {
       eight(x, r);
-      FSL_UNROLL for (int i = 7; i >= 0; --i) s.top_at = x[i] == top ? first + r * stride + i : s.top_at;
+      FSL_UNROLL for (int i = 7; i >= 0; --i) s.top_at = x[i] == highest ? first + r * stride + i : s.top_at;
     }
   }
   const Reference reference = reference_of(not_minus_infinity(top), z);
@@ -59,6 +61,7 @@ FSL_DEVICE void accumulate(Running& s, const Eight& eight, const Sum& sum, int f
     float e[8], u[8];
     scheduling_barrier();
     eight(x, r);
+    FSL_UNROLL for (int i = 0; i < 8; ++i) x[i] = capped<kSoftcap>(x[i], z);
     FSL_UNROLL for (int i = 0; i < 8; ++i) u[i] = fma(x[i], reference.unit_log2, -reference.rounded);
     FSL_UNROLL for (int i = 0; i < 8; ++i) e[i] = exp2(u[i]);
     total += sum_eight(e);
@@ -78,7 +81,7 @@ FSL_DEVICE void accumulate(Running& s, const Eight& eight, const Sum& sum, int f
   s.top = top;
 }
 
-template <class T, int kStatistics, bool kSoftcap, bool kShifted>
+template <class T, int kStatistics, int kSoftcap, bool kShifted>
 struct RowStats {
   // A tile whose chunks all lie in the row: kRuns independent loads, then the arithmetic.
   static FSL_DEVICE void whole_tile(Running& s, const Row& row, int first, const Units& z) {
@@ -87,9 +90,10 @@ struct RowStats {
     FSL_UNROLL for (int r = 0; r < kRuns; ++r)
         load_eight<T, kShifted>(words[r], row.start + int64_t{first + r * stride} * T::kBytes, row.skew);
     const auto eight = [&](float* x, int r) {
-      FSL_UNROLL for (int i = 0; i < 8; ++i) x[i] = capped<kSoftcap>(T::element(words[r], i), z);
+      FSL_UNROLL for (int i = 0; i < 8; ++i) x[i] = T::element(words[r], i);
     };
-    accumulate<kStatistics>(s, eight, [](const float* x, int) { return sum_eight(x); }, first, stride, z);
+    accumulate<kStatistics, kSoftcap>(
+        s, eight, [](const float* x, int) { return sum_eight(x); }, first, stride, z);
   }
 
   // The tile at either end of a row. Vectors that lie in the row are loaded whole, others logit by logit.
@@ -108,14 +112,14 @@ struct RowStats {
       }
     }
     const auto eight = [&](float* x, int r) {
-      FSL_UNROLL for (int i = 0; i < 8; ++i) x[i] = capped<kSoftcap>(T::element(words[r], i), z);
+      FSL_UNROLL for (int i = 0; i < 8; ++i) x[i] = T::element(words[r], i);
     };
     const auto sum = [&](const float* x, int r) {
       float there[8];
       FSL_UNROLL for (int i = 0; i < 8; ++i) there[i] = first + r * stride + i < end ? x[i] : 0.0f;
       return sum_eight(there);
     };
-    accumulate<kStatistics>(s, eight, sum, first, stride, z);
+    accumulate<kStatistics, kSoftcap>(s, eight, sum, first, stride, z);
   }
 
   // Adds columns [begin, end) to `s`.
@@ -162,13 +166,13 @@ struct RowStats {
 };
 
 // x of the row's target, 0 if this shard does not hold it.
-template <class T, bool kSoftcap>
+template <class T, int kSoftcap>
 FSL_DEVICE float target_value(const StatsArgs& a, const Row& row, uint32_t n, const Units& z) {
   const int own = own_column(a.target[n], a.math.vocab_start, a.logits);
   return own < 0 ? 0.0f : capped<kSoftcap>(load_one<T>(row, own), z);
 }
 
-template <class T, int kStatistics, bool kSoftcap, bool kShifted>
+template <class T, int kStatistics, int kSoftcap, bool kShifted>
 FSL_KERNEL(512, kStatistics > kSum || kSoftcap ? 4 : 8)
 row_stats_kernel(StatsArgs a, Units z, RowSplit split) {
   const uint32_t n = block_id() / split.blocks, part = block_id() % split.blocks;

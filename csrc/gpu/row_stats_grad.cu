@@ -50,7 +50,7 @@ void row_stats_grad(const StatsGradArgs& a, const Chip& chip, void* stream) {
       holding.columns = room.columns;
       grid.shared_bytes = room.bytes;
     }
-    with_bool(a.grad.math.softcap > 0, [&](auto softcap) {
+    with_cap(a.grad.math, [&](auto softcap) {
       with_bool(shifted, [&](auto moved) {
         constexpr bool kShifted = decltype(moved)::value && !kUnalignedAccess;
         launch("row_stats_grad", row_stats_grad_kernel<T, softcap(), kShifted>, grid, stream, a,

@@ -28,15 +28,15 @@ constexpr int kHeldWords = 64;
 
 // Adds kRuns vectors on the chip to the statistics. `there(r)` says whether vector r exists; the words of the
 // others are -inf.
-template <bool kSoftcap, class T, class There>
+template <int kSoftcap, class T, class There>
 FSL_DEVICE void held_tile(Running& s, uint32_t (&words)[kRuns][T::kWords], T, const There& there,
                           const Units& z) {
   const auto eight = [&](float* x, int r) {
     FSL_UNROLL for (int i = 0; i < T::kWords; ++i) optimisation_barrier(words[r][i]);
-    FSL_UNROLL for (int i = 0; i < 8; ++i) x[i] = capped<kSoftcap>(T::element(words[r], i), z);
+    FSL_UNROLL for (int i = 0; i < 8; ++i) x[i] = T::element(words[r], i);
   };
   const auto sum = [&](const float* x, int r) { return there(r) ? sum_eight(x) : 0.0f; };
-  accumulate<4>(s, eight, sum, 0, 0, z);
+  accumulate<4, kSoftcap>(s, eight, sum, 0, 0, z);
 }
 
 template <class T>
@@ -47,7 +47,7 @@ FSL_DEVICE void nothing(uint32_t* words) {
 }
 
 // Columns [begin, end) of a row in shared memory: whole vectors, one after the other.
-template <class T, bool kSoftcap, bool kShifted>
+template <class T, int kSoftcap, bool kShifted>
 struct HeldInShared {
   char* memory;
   int begin, end;
@@ -136,7 +136,7 @@ struct HeldInShared {
 // Columns [begin, end) of a row, whole vectors, in the registers of the lanes that compute their statistics
 // and gradient. Optimisation barriers make the compiler recompute addresses and fp32 logits; otherwise it
 // would keep them in registers that should hold logits.
-template <class T, bool kSoftcap>
+template <class T, int kSoftcap>
 struct HeldInRegisters {
   static constexpr int kTiles = (kSoftcap ? kHeldWords / 2 : kHeldWords) / T::kWords / kRuns;
   uint32_t words[kTiles][kRuns][T::kWords];
@@ -233,7 +233,7 @@ FSL_DEVICE Stats reduce_cluster(const Stats& mine, int cluster, float unit) {
   return all;
 }
 
-template <class T, bool kSoftcap, bool kShifted>
+template <class T, int kSoftcap, bool kShifted>
 FSL_KERNEL(FSL_VENDOR(512, 1024), 4)
 row_stats_grad_kernel(StatsGradArgs a, Units z, Holding holding) {
   using Held =

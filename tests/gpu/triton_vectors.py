@@ -7,12 +7,13 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from capped import CAPS, assert_capped, assert_slope, logits_of_every_size
 from fused_sft_loss.triton_kernels import arithmetic, merge
 from fused_sft_loss.triton_kernels import row_targets as row_targets_kernel
 
 from fused_sft_loss import shards, targets
 from fused_sft_loss.backends import triton as kernels
-from fused_sft_loss.rowmath import RowMath
+from fused_sft_loss.rowmath import MOST_SMALL_CAP, RowMath
 from fused_sft_loss.scoring import Scoring
 
 INF, NAN = float("inf"), float("nan")
@@ -45,26 +46,22 @@ def test_rounding_to_nearest_even_and_back(dtype):
 
 
 @triton.jit
-def cap_kernel(x, value, slope, inward, cap, N: tl.constexpr):
+def cap_kernel(x, value, slope, inward, cap, SOFTCAP: tl.constexpr, N: tl.constexpr):
     at = tl.arange(0, N)
-    z, dz = arithmetic.cap_and_slope(tl.load(x + at), inward, cap)
+    z, dz = arithmetic.cap_and_slope(tl.load(x + at), inward, cap, SOFTCAP)
     tl.store(value + at, z)
     tl.store(slope + at, dz)
 
 
-def test_softcap_to_the_last_digits():
-    x = torch.cat(
-        [torch.linspace(-40, 40, 4085), torch.tensor([0.0, -0.0, 1e-6, -1e-20, 2.0, NAN])]
-    )
-    x = torch.cat([x, torch.tensor([INF, -INF, 1e4, -1e4, 3e38])])
-    value, slope = torch.empty(4096), torch.empty(4096)
-    cap_kernel[(1,)](x, value, slope, 0.125, 8.0, N=4096)
-    u = x.double() * 0.125
-    want = torch.where(x.isinf(), x.double(), 8 * u.tanh())
-    torch.testing.assert_close(value.double(), want, rtol=5e-7, atol=0, equal_nan=True)
-    want = u.cosh() ** -2.0
-    torch.testing.assert_close(slope.double(), want, rtol=2e-6, atol=1e-30, equal_nan=True)
-    assert (value[:4085].diff() >= 0).all()  # monotone: the largest logit stays the largest
+@pytest.mark.parametrize("scale", [1.0, 0.7])
+@pytest.mark.parametrize("cap", CAPS)
+def test_softcap_of_every_size_of_logit(cap, scale):
+    x = logits_of_every_size(cap, 2**17)
+    value, slope = torch.empty_like(x), torch.empty_like(x)
+    math = RowMath(0, 1, softcap=cap, logit_scale=scale)
+    cap_kernel[(1,)](x, value, slope, **arithmetic.cap_arguments(math), N=x.numel())
+    assert_capped(value, x, math, cap * 2.0**-21 if cap <= MOST_SMALL_CAP else 0.0)
+    assert_slope(slope, x, math)
 
 
 LABELS = [torch.int64, torch.int32, torch.int16, torch.uint8]

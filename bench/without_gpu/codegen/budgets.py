@@ -22,7 +22,7 @@ TRITON = {
     ("sm_90", "row_stats"): Budget(48, 45, 40),
     ("sm_90", "row_grad"): Budget(40, 56, 48),
     ("sm_100", "row_stats"): Budget(53, 53, 72),
-    ("sm_100", "row_stats softcap"): Budget(52, 68, 18),
+    ("sm_100", "row_stats softcap"): Budget(40, 40, 48),
     ("sm_100", "row_stats metrics"): Budget(50, 40, 18),
     ("sm_100", "row_grad"): Budget(40, 56, 48),
     ("gfx90a", "row_stats"): Budget(41, 43, 64),

@@ -19,6 +19,7 @@ TEMPLATES = {
     "row_targets": (),
     "reduce": (),
 }
+NO_CAP, SMALL_CAP, LARGE_CAP = CAPS = range(3)  # enum Cap of csrc/gpu/row_math.cuh
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 # _ZN 3fsl 3gpu 16row_stats_kernel I NS0_4BF16E Li3E Lb0E Lb0E E ...
@@ -33,7 +34,7 @@ class Instance:
     kernel: str
     dtype: str | None = None
     statistics: int | None = None  # number of statistics per row
-    softcap: bool = False
+    softcap: int = 0  # enum Cap: none, small, large
     shifted: bool = False
 
     @property
@@ -42,7 +43,7 @@ class Instance:
             self.kernel,
             self.dtype,
             self.statistics and f"x{self.statistics}",
-            self.softcap and "softcap",
+            (None, "softcap", "softcap large")[self.softcap],
             self.shifted and "shifted",
         )
         return " ".join(filter(None, words))
@@ -64,5 +65,6 @@ def instance(mangled: str) -> Instance:
         raise ValueError(f"expected a kernel that TEMPLATES of {__file__} names, got {mangled}")
     arguments = [DTYPES.get(a) or int(b) for a, b in _ARGUMENT.findall(found[2] or "")]
     named = dict(zip(TEMPLATES[found[1]], arguments, strict=True))
-    flags = {k: bool(v) for k, v in named.items() if k in ("softcap", "shifted")}
-    return Instance(found[1], **{**named, **flags})
+    if "shifted" in named:
+        named["shifted"] = bool(named["shifted"])
+    return Instance(found[1], **named)

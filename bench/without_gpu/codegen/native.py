@@ -5,7 +5,7 @@ from pathlib import Path
 
 from . import compiled_cache, record, toolchains
 from .collect import PASSES
-from .instances import Instance, instance
+from .instances import SMALL_CAP, Instance, instance
 from .launch_table import Line, launch_table, lines
 from .loops import Shifted
 
@@ -68,7 +68,11 @@ def _record(kernel, target: str, line: Line, one: Instance) -> dict:
 
 def _shifted(target: str, one: Instance) -> Shifted | None:
     """AMD loads 16 bytes from any address and shifts nothing; see kUnalignedAccess."""
-    return Shifted(2 if one.softcap else 1) if one.shifted and target.startswith("sm_") else None
+    return (
+        Shifted(2 if one.softcap == SMALL_CAP else 1)
+        if one.shifted and target.startswith("sm_")
+        else None
+    )
 
 
 def _lines(target: str, kernel, one: Instance) -> list[Line]:

@@ -42,7 +42,7 @@ def modules() -> dict[str, str]:
 
 
 @cache
-def kernel(name: str, dtype=None, statistics=None, softcap=False, shifted=False) -> Kernel:
+def kernel(name: str, dtype=None, statistics=None, softcap=0, shifted=False) -> Kernel:
     wanted = instances.Instance(name, dtype, statistics, softcap, shifted)
     mangled = next(m for m in modules() if instances.instance(m) == wanted)
     return Kernel(modules()[mangled], mangled)
@@ -73,7 +73,7 @@ class Run(Passes):
         math = rowmath.RowMath(0, self.vocab_size, **options)
         self.math = RowMath(*math)
         self.wanted = statistics_for(math)
-        self.options = {"dtype": str(logits.dtype)[6:], "softcap": math.softcap > 0}
+        self.options = {"dtype": str(logits.dtype)[6:], "softcap": math.cap}
         self.counts = {}
 
     def targets(self):
@@ -174,6 +174,8 @@ class Run(Passes):
         unit_log2 = np.float32(unit) * LOG2E
         far = 2.0 ** min(31 - np.frexp(unit_log2)[1], 127)
         inward = np.float32(logit_scale) / np.float32(cap) if cap else 0.0
+        if self.math.cap == instances.SMALL_CAP:
+            inward *= 2 * LOG2E
         return Units(unit, unit_log2, far, inward, cap, logit_scale)
 
     def _unit(self) -> float:

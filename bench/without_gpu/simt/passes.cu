@@ -109,5 +109,6 @@ int main(int, char** arguments) {
   Problem problem(std::atoi(arguments[1]));
   problem.run(Want::loss, 0, 0);
   problem.run(Want::smoothing, 20.0f, 0.1f);
+  problem.run(Want::loss, 40.0f, 0);
   problem.run(Want::metrics, 0, 0);
 }

@@ -37,6 +37,7 @@ FSL_DEVICE T shuffle_xor(T value, int mask, simt::Site site = simt::here()) {
 }
 FSL_DEVICE float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 FSL_DEVICE float max(float a, float b) { return __builtin_fmaxf(a, b); }  // ignores a NaN, like the GPU
+FSL_DEVICE float min(float a, float b) { return __builtin_fminf(a, b); }
 FSL_DEVICE float exp2(float x) { return __builtin_exp2f(x); }
 FSL_DEVICE float log(float x) { return __builtin_logf(x); }
 FSL_DEVICE float reciprocal(float x) { return 1.0f / x; }
