@@ -42,6 +42,13 @@ struct RowMath {
   }
 };
 
+// The numbers of one row. `scale` is null, or holds the logit_scale of each row. Rows with their own scale
+// have no softcap, smoothing and z-loss.
+inline RowMath of_row(RowMath math, const float* scale, int64_t row) {
+  if (scale) math.logit_scale = scale[row];
+  return math;
+}
+
 // Targets that are not vocabulary ids. kNotScored: the row is not scored. kOutOfVocabulary: the label is out
 // of range, so the row's loss is NaN.
 constexpr int64_t kNotScored = -1, kOutOfVocabulary = -2;
@@ -60,7 +67,8 @@ struct StatsArgs {
   const int64_t* target;  // [N] global vocabulary id; < 0: none
   const float* weight;    // [N] 0: the row is not read and its statistics are zeros
   Want want;
-  float* stats;  // [N, want]
+  float* stats;                  // [N, want]
+  const float* scale = nullptr;  // [N] or null: see of_row. Needs Want::metrics
 };
 
 // The two numbers per row that the gradient needs: max x over the whole vocabulary (see RowMath::unit) and
@@ -77,6 +85,14 @@ struct RowFactor {
   const float* weight_sum;  // [1] divisor of a mean, where 0 counts as 1; null: 1
 };
 
+// The upstream gradient of each row's entropy, and the entropy itself. The gradient of the entropy is added
+// to that of the loss (docs/design.md, The entropy). It is 0 where RowFactor::weight is 0.
+struct EntropyGrad {
+  const float* grad;  // null: no gradient of an entropy; that of row n is at n * stride
+  int64_t stride;
+  const float* entropy;  // [N]
+};
+
 struct GradArgs {
   Rows logits;
   Rows grad;  // may be the same memory as logits
@@ -87,6 +103,8 @@ struct GradArgs {
   // [N] or null. Where it equals the row's factor, `grad` already holds the gradient: the row is neither read
   // nor written.
   const float* stored;
+  const float* scale = nullptr;  // [N] or null: see of_row
+  EntropyGrad entropy = {};      // needs the same as a scale
 };
 
 // Loss and gradient of each row from one read of it. Needs the whole vocabulary on this device.
@@ -126,6 +144,7 @@ struct MergeArgs {
   RowMath math;
   float* loss;        // [N]: weight * loss
   float* normalizer;  // [N, kNormalizer]; 0 where the weight is 0, NaN where the label is out of range
+  const float* scale = nullptr;  // [N] or null: see of_row
 };
 
 // The sum of N losses, or their mean.

@@ -13,6 +13,9 @@ struct Plain {
   FSL_MEMBER float value(float x) const { return x; }
 };
 
+// Plain, with the gradient of an entropy.
+struct Tilted : Plain {};
+
 struct Capped {
   static constexpr float unit = 1, unit_log2 = kLog2e;
   float inward;  // logit_scale / softcap
@@ -193,7 +196,11 @@ void stats_range(const Z& z, const void* row, int64_t begin, int64_t end, Partia
 
 template <class T, class Z>
 FSL_INLINE float grad_of(const Z& z, const RowConstants& g, float x) {
-  if constexpr (__is_same(Z, Plain)) {
+  if constexpr (__is_same(Z, Tilted)) {
+    const float u = x - g.reference, p = exp_nonpositive(u, z.unit_log2);
+    const float there = p == 0.0f ? 0.0f : u * z.unit;  // u may be -inf
+    return p * multiply_add(there, g.tilt, g.softmax_factor) - g.smoothing;
+  } else if constexpr (__is_same(Z, Plain)) {
     return exp_nonpositive(x - g.reference, z.unit_log2) * g.softmax_factor - g.smoothing;
   } else {
     const Tanh bent = z.bend(x);
@@ -267,7 +274,9 @@ void grad(const GradArgs& a, const RowConstants& g, const void* row, void* out, 
       scaled.softmax_factor *= z.unit;
       scaled.smoothing *= z.unit;
       scaled.target_factor *= z.unit;
-      grad_range<decltype(tag)>(z, scaled, row, out, begin, end);
+      scaled.tilt *= z.unit;
+      if (a.entropy.grad) grad_range<decltype(tag)>(Tilted{z}, scaled, row, out, begin, end);
+      else grad_range<decltype(tag)>(z, scaled, row, out, begin, end);
     } else {
       grad_range<decltype(tag)>(z, g, row, out, begin, end);
     }
