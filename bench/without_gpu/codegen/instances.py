@@ -11,7 +11,7 @@ FOLDER = Path(__file__).parents[3] / "csrc/gpu"
 #: Template arguments of each kernel, in order.
 TEMPLATES = {
     "row_stats": ("dtype", "statistics", "softcap", "shifted"),
-    "row_grad": ("dtype", "softcap", "shifted"),
+    "row_grad": ("dtype", "softcap", "shifted", "entropy"),
     "row_stats_grad": ("dtype", "softcap", "shifted"),
     "row_rescale": ("dtype",),
     "fold_segments": ("statistics",),
@@ -35,6 +35,7 @@ class Instance:
     statistics: int | None = None  # number of statistics per row
     softcap: bool = False
     shifted: bool = False
+    entropy: bool = False
 
     @property
     def name(self) -> str:
@@ -43,6 +44,7 @@ class Instance:
             self.dtype,
             self.statistics and f"x{self.statistics}",
             self.softcap and "softcap",
+            self.entropy and "entropy",
             self.shifted and "shifted",
         )
         return " ".join(filter(None, words))
@@ -54,7 +56,7 @@ class Instance:
     @property
     def plain(self) -> bool:
         """Whether plain training, with no options and aligned rows, launches it."""
-        return self.statistics in (None, 3) and not self.softcap and not self.shifted
+        return self.statistics in (None, 3) and not (self.softcap or self.shifted or self.entropy)
 
 
 def instance(mangled: str) -> Instance:
@@ -64,5 +66,5 @@ def instance(mangled: str) -> Instance:
         raise ValueError(f"expected a kernel that TEMPLATES of {__file__} names, got {mangled}")
     arguments = [DTYPES.get(a) or int(b) for a, b in _ARGUMENT.findall(found[2] or "")]
     named = dict(zip(TEMPLATES[found[1]], arguments, strict=True))
-    flags = {k: bool(v) for k, v in named.items() if k in ("softcap", "shifted")}
+    flags = {k: bool(v) for k, v in named.items() if k in ("softcap", "shifted", "entropy")}
     return Instance(found[1], **{**named, **flags})
