@@ -42,13 +42,6 @@ struct RowMath {
   }
 };
 
-// The numbers of one row. `scale` is null, or holds the logit_scale of each row. Rows with their own scale
-// have no softcap, smoothing and z-loss.
-inline RowMath of_row(RowMath math, const float* scale, int64_t row) {
-  if (scale) math.logit_scale = scale[row];
-  return math;
-}
-
 // Targets that are not vocabulary ids. kNotScored: the row is not scored. kOutOfVocabulary: the label is out
 // of range, so the row's loss is NaN.
 constexpr int64_t kNotScored = -1, kOutOfVocabulary = -2;
@@ -67,8 +60,9 @@ struct StatsArgs {
   const int64_t* target;  // [N] global vocabulary id; < 0: none
   const float* weight;    // [N] 0: the row is not read and its statistics are zeros
   Want want;
-  float* stats;                  // [N, want]
-  const float* scale = nullptr;  // [N] or null: see of_row. Needs Want::metrics
+  float* stats;  // [N, want]
+  const float* scale =
+      nullptr;  // [N] or null: the logit_scale of each row, without a softcap. Needs Want::metrics
 };
 
 // The two numbers per row that the gradient needs: max x over the whole vocabulary (see RowMath::unit) and
@@ -103,8 +97,8 @@ struct GradArgs {
   // [N] or null. Where it equals the row's factor, `grad` already holds the gradient: the row is neither read
   // nor written.
   const float* stored;
-  const float* scale = nullptr;  // [N] or null: see of_row
-  EntropyGrad entropy = {};      // needs the same as a scale
+  const float* scale = nullptr;  // [N] or null: the logit_scale of each row
+  EntropyGrad entropy = {};      // neither this nor a scale goes with a softcap, smoothing or z-loss
 };
 
 // Loss and gradient of each row from one read of it. Needs the whole vocabulary on this device.
@@ -144,7 +138,7 @@ struct MergeArgs {
   RowMath math;
   float* loss;        // [N]: weight * loss
   float* normalizer;  // [N, kNormalizer]; 0 where the weight is 0, NaN where the label is out of range
-  const float* scale = nullptr;  // [N] or null: see of_row
+  const float* scale = nullptr;  // [N] or null: the logit_scale of each row
 };
 
 // The sum of N losses, or their mean.

@@ -82,7 +82,7 @@ def logprobs(
     rows: the temperature of each row; None: math.logit_scale is its reciprocal. Without `entropy`
     that result has no elements.
     """
-    math, kernels = math.read(), selection.load(backend)
+    math, kernels = temperature.read(math), selection.load(backend)
     targets = agreed_targets(scoring, logits, math, rows, call, group_name, backend)
     target, weight = targets.target, targets.weight
     scale = None if rows is None else temperature.reciprocal(rows)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import checks
 from .options import FP32, expect
+from .rowmath import RowMath
 
 #: A temperature and its reciprocal must be normal in fp32, in which the kernels compute.
 LEAST, MOST = FP32.tiny, 1 / FP32.tiny
@@ -72,6 +73,16 @@ def logit_scale(temperature: float | Tensor | None) -> float | Tensor:
         return temperature.double().reciprocal()
     number = float(temperature) if isinstance(temperature, Real | Tensor) else 1.0
     return 1.0 / number if LEAST <= number <= MOST else 1.0
+
+
+def read(math: RowMath) -> RowMath:
+    """math.read(). A compiled call has not checked a 0-d temperature yet; its reciprocal is
+    math.logit_scale."""
+    if isinstance(math.logit_scale, Tensor):
+        scale = float(math.logit_scale)
+        temperature = 1 / scale if scale else float("inf")
+        expect(LEAST <= temperature <= MOST, EXPECTED, temperature)
+    return math.read()
 
 
 def of_rows(temperature: object, labels: Tensor, shift: bool) -> Tensor | None:

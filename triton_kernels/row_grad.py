@@ -80,7 +80,8 @@ def tilt_of(row, grad_entropy, weight, entropy_stride):
 
 
 @triton.jit(do_not_specialize=["upstream_stride", "entropy_stride", "seq", "stride_b", "stride_s",
-                               "out_stride_b", "out_stride_s", "vocab_start", "splits"])  # fmt: skip
+                               "out_stride_b", "out_stride_s", "vocab_start",
+                               "splits"])  # fmt: skip
 def row_grad_kernel(
     logits,  # row n at (n // seq) * stride_b + (n % seq) * stride_s
     grad,  # row n at (n // seq) * out_stride_b + (n % seq) * out_stride_s; may be the logits

@@ -125,9 +125,7 @@ def _stats(chip, shape, dtype, options) -> Iterator[Variant]:
         split = " split" * (len(plan) > 1)
         yield Variant(chip, shape, use, f"row_stats {name}{split}", plan[0])
         for launch in plan[1:]:
-            yield Variant(
-                chip, None, None, f"fold_segments x{wanted}{' scaled' * scaled}", launch
-            )
+            yield Variant(chip, None, None, f"fold_segments x{wanted}{' scaled' * scaled}", launch)
 
 
 def _grad(chip, shape, dtype, options) -> Iterator[Variant]:

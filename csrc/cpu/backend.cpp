@@ -98,15 +98,15 @@ void write_stats(const StatsArgs& a, const RowKernels& kernels, int64_t row, con
 
 // The arguments of one row, which may have its own scale.
 template <class Args>
-Args of_row(const Args& a, int64_t row) {
+Args for_row(const Args& a, int64_t row) {
   Args own = a;
-  own.math = fsl::of_row(a.math, a.scale, row);
+  own.math = cpu::of_row(a.math, a.scale, row);
   return own;
 }
 
 void whole_row_stats(const StatsArgs& a, const RowKernels& kernels, int64_t row) {
   Partial partial;
-  kernels.stats(of_row(a, row), at(a.logits, row), 0, a.logits.valid, &partial);
+  kernels.stats(for_row(a, row), at(a.logits, row), 0, a.logits.valid, &partial);
   write_stats(a, kernels, row, partial);
 }
 
@@ -197,7 +197,7 @@ void write_grad(const GradArgs& a, const RowKernels& kernels, int64_t row, int64
     return;
   }
   const int64_t begin = part * width, end = std::min(begin + width, valid);
-  kernels.grad(of_row(a, row), row_constants(a, row, factor), at(a.logits, row), at(a.grad, row), begin, end);
+  kernels.grad(for_row(a, row), row_constants(a, row, factor), at(a.logits, row), at(a.grad, row), begin, end);
   if (end == valid) zero(a.grad, row, valid, columns);
 }
 
@@ -224,11 +224,11 @@ void row_stats(const StatsArgs& a, int threads) {
     const int64_t begin = item % chunks * kChunk;
     const int64_t end = std::min(begin + kChunk, a.logits.valid);
     const int64_t row = busy[item / chunks];
-    kernels.stats(of_row(a, row), at(a.logits, row), begin, end, &partials[item]);
+    kernels.stats(for_row(a, row), at(a.logits, row), begin, end, &partials[item]);
   });
   for (size_t i = 0; i < busy.size(); ++i) {
     Partial row;
-    const float unit = of_row(a, busy[i]).math.unit();
+    const float unit = for_row(a, busy[i]).math.unit();
     for (int64_t c = 0; c < chunks; ++c) kernels.merge(&row, partials[i * chunks + c], unit);
     write_stats(a, kernels, busy[i], row);
   }

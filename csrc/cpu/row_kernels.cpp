@@ -140,6 +140,9 @@ void move_maximum(Partial* p, float delta, float factor) {
 // Sums of e^(unit * (x - reference)) cannot overflow if every z is at most this far above the reference.
 constexpr float kHeadroom = 64.0f;
 constexpr int64_t kGuess = 64;
+// Making the moment relative to the maximum subtracts (max - reference) * sum_exp, which nearly cancels the
+// term of a maximum far above the reference. Such a moment is added up again, relative to the maximum.
+constexpr float kMomentHeadroom = 4.0f;
 
 // One pass over the chunk. The reference of the exponentials is guessed from the first columns, and the sums
 // are made relative to the maximum afterwards. So arithmetic and memory overlap; with a separate pass for the
@@ -162,6 +165,10 @@ Partial chunk_stats(const Z& z, const void* row, int64_t begin, int64_t end) {
     // Dividing by the maximum's own computed exponential cancels its error: its term in the sum is 1.
     move_maximum(&out, (reference - max) * z.unit, 1.0f / exp_nonpositive(max - reference, z.unit_log2));
     if (out.sum_exp < 1) out.sum_exp = 1;  // undo a last rounding, or a loss could be negative
+    if constexpr (want == Want::metrics) {
+      if ((max - reference) * z.unit > kMomentHeadroom)
+        out.moment = sums_against<T, want>(z, row, begin, end, max).moment * z.unit;
+    }
   }
   if constexpr (want == Want::metrics) {
     while (out.argmax < end - 1 && element<T>(row, out.argmax) != top) ++out.argmax;
