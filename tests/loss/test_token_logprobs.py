@@ -19,17 +19,18 @@ from logprob_cases import (
     oracle,
     temperature_of,
 )
+from tiers import sampled
 
 import fused_sft_loss as fsl
 from bench.memory import MemoryRecord
 from fused_sft_loss import scoring
 
 INF = float("inf")
-VOCABULARIES = (1, 2, 31, 33, 1000, 20011)
+VOCABULARIES = (1, 2, 31, 33, 1000)  # the long test has all
 
 
 @pytest.mark.parametrize("name", ON_CPU)
-@settings(PRODUCT, max_examples=25)
+@settings(PRODUCT, max_examples=12)
 @given(drawn=calls(vocabularies=VOCABULARIES))
 def test_values_and_gradients_agree_with_the_oracle(name, drawn):
     with using(name) as backend:
@@ -135,6 +136,7 @@ def test_entropy_of_sure_rows_is_not_negative_and_close(name):
             log_probs, entropies = fsl.token_logprobs(
                 leaf, labels, shift=False, return_entropy=True, backend=backend
             )
+            entropies.sum().backward()
         wanted = leaf.detach().double().requires_grad_()
         log_p = wanted.log_softmax(-1)
         want = -(log_p.exp() * log_p).sum(-1)
@@ -143,7 +145,6 @@ def test_entropy_of_sure_rows_is_not_negative_and_close(name):
         assert ((log_probs - log_p[..., 77]).abs() <= 1e-6 * size).all()
         assert (entropies >= -1e-7).all()
         want.sum().backward()
-        entropies.sum().backward()
         torch.testing.assert_close(leaf.grad.double(), wanted.grad, rtol=1e-5, atol=1e-6)
 
 
@@ -372,7 +373,7 @@ def test_a_temperature_at_the_first_token_is_ignored_as_that_token_is_never_scor
         wrong(temperature=at((0, 0), 0.0), shift=False)()
 
 
-@pytest.mark.parametrize("kind", TEMPERATURES)
+@pytest.mark.parametrize("kind", sampled(TEMPERATURES, ("0-d", "tokens")))
 @pytest.mark.parametrize("backend", BUILT)
 def test_compiled_step_equals_the_eager_one(backend, kind):
     torch._dynamo.reset()
