@@ -25,12 +25,12 @@ def check(temperature: object, labels: Tensor) -> None:
         if of_tokens(temperature) or torch.compiler.is_compiling():
             return
         temperature = float(temperature)
-    elif not isinstance(temperature, Real) or isinstance(temperature, bool):
+    elif isinstance(temperature, bool) or not isinstance(temperature, Real):
         raise TypeError(
             "expected temperature to be None, a number, or a tensor that is 0-d or in the labels' "
             f"shape, got {type(temperature).__name__} {temperature!r}"
         )
-    expect(LEAST <= temperature <= MOST, EXPECTED, temperature)
+    expect(LEAST <= float(temperature) <= MOST, EXPECTED, temperature)
 
 
 def _check_tensor(temperature: Tensor, labels: Tensor) -> None:

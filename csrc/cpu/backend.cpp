@@ -197,7 +197,8 @@ void write_grad(const GradArgs& a, const RowKernels& kernels, int64_t row, int64
     return;
   }
   const int64_t begin = part * width, end = std::min(begin + width, valid);
-  kernels.grad(for_row(a, row), row_constants(a, row, factor), at(a.logits, row), at(a.grad, row), begin, end);
+  kernels.grad(for_row(a, row), row_constants(a, row, factor), at(a.logits, row), at(a.grad, row), begin,
+               end);
   if (end == valid) zero(a.grad, row, valid, columns);
 }
 

@@ -184,7 +184,7 @@ struct GradWriter {
 
 // kEntropy: also the gradient of an entropy, and rows that may have their own scale.
 template <class T, bool kSoftcap, bool kShifted, bool kEntropy>
-FSL_KERNEL(512, kSoftcap ? 4 : kEntropy ? 6 : 8)
+FSL_KERNEL(512, (kSoftcap ? 4 : (kEntropy ? 6 : 8)))
 row_grad_kernel(GradArgs a, Units z_of_all, int splits, int segment) {
   using Kernel = GradWriter<T, kSoftcap, kShifted, kEntropy>;
   // Start with the last row: forward read it last, so the L2 or Infinity Cache may still hold it. Measured on
