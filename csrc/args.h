@@ -61,6 +61,8 @@ struct StatsArgs {
   const float* weight;    // [N] 0: the row is not read and its statistics are zeros
   Want want;
   float* stats;  // [N, want]
+  const float* scale =
+      nullptr;  // [N] or null: the logit_scale of each row, without a softcap. Needs Want::metrics
 };
 
 // The two numbers per row that the gradient needs: max x over the whole vocabulary (see RowMath::unit) and
@@ -77,6 +79,14 @@ struct RowFactor {
   const float* weight_sum;  // [1] divisor of a mean, where 0 counts as 1; null: 1
 };
 
+// The upstream gradient of each row's entropy, and the entropy itself. The gradient of the entropy is added
+// to that of the loss (docs/design.md, The entropy). It is 0 where RowFactor::weight is 0.
+struct EntropyGrad {
+  const float* grad;  // null: no gradient of an entropy; that of row n is at n * stride
+  int64_t stride;
+  const float* entropy;  // [N]
+};
+
 struct GradArgs {
   Rows logits;
   Rows grad;  // may be the same memory as logits
@@ -87,6 +97,8 @@ struct GradArgs {
   // [N] or null. Where it equals the row's factor, `grad` already holds the gradient: the row is neither read
   // nor written.
   const float* stored;
+  const float* scale = nullptr;  // [N] or null: the logit_scale of each row
+  EntropyGrad entropy = {};      // neither this nor a scale goes with a softcap, smoothing or z-loss
 };
 
 // Loss and gradient of each row from one read of it. Needs the whole vocabulary on this device.
@@ -126,6 +138,7 @@ struct MergeArgs {
   RowMath math;
   float* loss;        // [N]: weight * loss
   float* normalizer;  // [N, kNormalizer]; 0 where the weight is 0, NaN where the label is out of range
+  const float* scale = nullptr;  // [N] or null: the logit_scale of each row
 };
 
 // The sum of N losses, or their mean.

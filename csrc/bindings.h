@@ -99,19 +99,35 @@ inline Want want(int statistics) {
   return static_cast<Want>(statistics);
 }
 
+// Throws unless there are kernels for rows with their own scale, or for the gradient of their entropy.
+inline void check_rows_of_tokens(const RowMath& math) {
+  if (math.softcap != 0 || math.label_smoothing != 0 || math.z_loss != 0)
+    throw std::invalid_argument(
+        "expected no softcap, label_smoothing and z_loss with a scale of rows or a gradient of entropies");
+}
+
 inline StatsArgs stats_args(const Tensor3& logits, const RowMath& math, uintptr_t target, uintptr_t weight,
-                            int statistics, uintptr_t stats) {
-  return {logits.rows(math),    math, pointer<int64_t>(target), pointer<float>(weight), want(statistics),
-          pointer<float>(stats)};
+                            int statistics, uintptr_t stats, uintptr_t scale) {
+  if (scale) {
+    check_rows_of_tokens(math);
+    if (want(statistics) != Want::metrics)
+      throw std::invalid_argument("expected 6 statistics with a scale of rows, got " +
+                                  std::to_string(statistics));
+  }
+  return {logits.rows(math),        math,
+          pointer<int64_t>(target), pointer<float>(weight),
+          want(statistics),         pointer<float>(stats),
+          pointer<float>(scale)};
 }
 
 inline MergeArgs merge_args(const Gathered& gathered, const RowMath& math, uintptr_t target, uintptr_t weight,
-                            uintptr_t loss, uintptr_t normalizer) {
+                            uintptr_t loss, uintptr_t normalizer, uintptr_t scale) {
   return {gathered.stats,         gathered.ranks,
           gathered.rows,          gathered.statistics,
           gathered.rank_stride,   pointer<int64_t>(target),
           pointer<float>(weight), math,
-          pointer<float>(loss),   pointer<float>(normalizer)};
+          pointer<float>(loss),   pointer<float>(normalizer),
+          pointer<float>(scale)};
 }
 
 inline ReduceArgs reduce_args(uintptr_t loss, int64_t rows, uintptr_t weight_sum, uintptr_t result) {
@@ -131,14 +147,18 @@ inline LossArgs loss_args(const TargetsArgs& targets, const Tensor3& logits, con
 }
 
 inline GradArgs grad_args(const Tensor3& logits, const Tensor3& grad, const RowMath& math, uintptr_t target,
-                          uintptr_t normalizer, const RowFactor& factor, uintptr_t stored) {
+                          uintptr_t normalizer, const RowFactor& factor, uintptr_t stored, uintptr_t scale,
+                          const EntropyGrad& entropy) {
+  if (scale || entropy.grad) check_rows_of_tokens(math);
   return {logits.rows(math),
           grad.rows(math),
           math,
           pointer<int64_t>(target),
           pointer<float>(normalizer),
           factor,
-          pointer<float>(stored)};
+          pointer<float>(stored),
+          pointer<float>(scale),
+          entropy};
 }
 
 inline StatsGradArgs stats_grad_args(const GradArgs& grad, uintptr_t weight, uintptr_t loss) {
@@ -165,6 +185,9 @@ struct type_caster<fsl::Gathered> : fsl::TupleCaster<fsl::Gathered> {};
 
 template <>
 struct type_caster<fsl::RowFactor> : fsl::TupleCaster<fsl::RowFactor> {};
+
+template <>
+struct type_caster<fsl::EntropyGrad> : fsl::TupleCaster<fsl::EntropyGrad> {};
 
 template <>
 struct type_caster<fsl::TargetsArgs> : fsl::TupleCaster<fsl::TargetsArgs> {};

@@ -4,6 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from .api import SFTLoss, TokenMetrics, sft_loss, token_metrics
 from .linear.loss import linear_sft_loss
+from .logprobs import token_logprobs
 from .targets import shift_targets
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "linear_sft_loss",
     "sft_loss",
     "shift_targets",
+    "token_logprobs",
     "token_metrics",
 ]
 

@@ -39,10 +39,12 @@ def agreed_targets(
     math: RowMath,
     call: str,
     group_name: str,
+    more: Callable[[Targets], dict[str, Any]] = lambda found: {},
 ) -> Targets:
     """`find()`, of a call on which all ranks of the group agree.
 
-    logits: a tensor of their dtype, whose last dimension is this rank's columns.
+    logits: a tensor of their dtype, whose last dimension is this rank's columns. more: `more(found)
+    -> dict` of further facts.
     """
 
     def facts(found: Targets) -> dict[str, Any]:
@@ -58,6 +60,7 @@ def agreed_targets(
             SHARD: (start, start + logits.shape[-1], size),
             ROWS: [fingerprint(tensor) for tensor in found[:2]],
             **{name: fingerprint(getattr(scoring, name)) for name in INPUTS},
+            **more(found),
         }
 
     return agreed(find, groups.by_name(group_name), facts, scoring.labels)

@@ -1,6 +1,7 @@
 """sft_loss, SFTLoss and token_metrics: they check their arguments and call the operators."""
 
 import contextlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -152,7 +153,7 @@ def sft_loss(
         grad_in_forward=grad_in_forward,
         backend=backend,
     )
-    call = _prepared(logits, labels, loss_mask, options, f"{reduction} loss", per_sample)
+    call = prepared(logits, labels, loss_mask, options, f"{reduction} loss", per_sample)
     if not call.one_read:
         result = call.loss(of_kernels)[0]
         return result.view(labels.shape) if of_kernels == "none" else result
@@ -167,7 +168,7 @@ def loss_terms(
     logits: Tensor, labels: Tensor, loss_mask: Tensor | None, options: Options
 ) -> LossTerms:
     """Per-token losses, their sum of weights and count. The losses have a graph."""
-    call = _prepared(logits, labels, loss_mask, options, "loss")
+    call = prepared(logits, labels, loss_mask, options, "loss")
     if call.one_read:
         return call.one_read_terms(labels.shape)
     found = call.loss("none")
@@ -183,7 +184,7 @@ def loss_terms_and_metrics(
             "expected no grad_in_forward where more than the loss is reported, got "
             f"{options.grad_in_forward!r}; drop it, or report the loss alone"
         )
-    call = _prepared(logits, labels, loss_mask, options, "loss and metrics")
+    call = prepared(logits, labels, loss_mask, options, "loss and metrics")
     losses, metrics = call.loss_and_metrics()
     terms = LossTerms(losses.result.view(labels.shape), losses.weight_sum, losses.count)
     return terms, TokenMetrics(*(figure.view(labels.shape).detach() for figure in metrics))
@@ -198,7 +199,7 @@ def token_metrics(
     `grad_in_forward`, and raises the same errors. The results have no graph.
     """
     with torch.no_grad():
-        vectors = _prepared(logits, labels, loss_mask, Options(**options), METRICS).metrics()
+        vectors = prepared(logits, labels, loss_mask, Options(**options), METRICS).metrics()
     return TokenMetrics(*(vector.view(labels.shape) for vector in vectors))
 
 
@@ -247,7 +248,7 @@ class SFTLoss(torch.nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in given.items())
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
     """A call whose options and shapes are checked."""
 
     logits: Tensor  # [b, s, v]: a view, without a copy
@@ -305,21 +306,26 @@ class _Call(NamedTuple):
         )
 
 
-def _prepared(
+def prepared(
     logits: Tensor,
     labels: Tensor,
     loss_mask: Tensor | None,
     options: Options,
     name: str,
     per_sample: bool = False,
-) -> _Call:
-    """Check the arguments. Wrong ones raise, and ranks that share the vocabulary are told."""
+    check_more: Callable[[Tensor], None] = lambda labels: None,
+) -> Call:
+    """Check the arguments. Wrong ones raise, and ranks that share the vocabulary are told.
+
+    `check_more(labels)` checks arguments that are not in `options`.
+    """
     try:
         if dtensor.is_dtensor(logits):
             options = dtensor.placed(logits, options)
             logits, labels, loss_mask, options = dtensor.local(logits, labels, loss_mask, options)
         options.validate(per_sample)
         math, group_name, backend = _validated(logits, labels, loss_mask, options, name)
+        check_more(labels)
     except Exception as error:
         agreement.tell(error, options.tp_group, logits)
         raise
@@ -329,7 +335,7 @@ def _prepared(
         logits = logits.unsqueeze(0)
     elif options.layout == "sbv":
         logits = logits.transpose(0, 1)
-    return _Call(logits, scoring, math, options, name, group_name, backend)
+    return Call(logits, scoring, math, options, name, group_name, backend)
 
 
 def _validated(

@@ -100,9 +100,10 @@ def check(held: list[tuple[int, int, int]]) -> None:
         )
 
 
-def merge_exponentials(gathered: Tensor, unit: float) -> tuple[Tensor, Tensor, Tensor]:
+def merge_exponentials(gathered: Tensor, unit: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(maximum, sum of exp(unit * (x - maximum)), shift `[ranks, N]`) from `[ranks, N, k]`.
 
+    `unit` is a number, or `[N]`.
     A shard's shift is unit * (its maximum - maximum). A shard or a whole row may be all -inf; its
     shift is then -inf, because -inf - -inf would be NaN.
     """
@@ -136,7 +137,9 @@ def _moment(gathered: Tensor, shift: Tensor) -> Tensor:
     return _ordered_sum((gathered[..., MOMENT] + shift * gathered[..., SUM_EXP]) * shrink)
 
 
-def merge(gathered: Tensor, target: Tensor, weight: Tensor, math: RowMath) -> tuple[Tensor, Tensor]:
+def merge(
+    gathered: Tensor, target: Tensor, weight: Tensor, math: RowMath, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """(weight * loss `[N]`, normalizer `[N, 2]`), fp32, from the shards' statistics `[ranks, N,
     k]`.
 
@@ -145,18 +148,19 @@ def merge(gathered: Tensor, target: Tensor, weight: Tensor, math: RowMath) -> tu
     probability by exp of that error: from |z| = 1e8 on, probabilities would have no correct digit.
 
     Loss and normalizer are exactly 0 in rows with weight 0, whatever their statistics. A label
-    outside the vocabulary makes both NaN.
+    outside the vocabulary makes both NaN. `scale`: see :class:`.contract.Backend`.
     """
-    maximum, denominator, _ = merge_exponentials(gathered, math.unit)
+    unit = math.unit if scale is None else scale
+    maximum, denominator, _ = merge_exponentials(gathered, unit)
     log_denominator = denominator.log()
     # (maximum - x_y) first: both are logits, so the difference is exact if they are close.
-    loss = (maximum - _ordered_sum(gathered[..., TARGET])) * math.unit + log_denominator
+    loss = (maximum - _ordered_sum(gathered[..., TARGET])) * unit + log_denominator
     if math.label_smoothing:
         mean = _ordered_sum(gathered[..., SUM]) / math.vocab_size
-        smooth = (maximum - mean) * math.unit + log_denominator
+        smooth = (maximum - mean) * unit + log_denominator
         loss = (1 - math.label_smoothing) * loss + math.label_smoothing * smooth
     if math.z_loss:
-        loss = loss + math.z_loss * (maximum * math.unit + log_denominator).square()
+        loss = loss + math.z_loss * (maximum * unit + log_denominator).square()
     poisoned, scored = target == OUT_OF_VOCABULARY, weight != 0
     loss = torch.where(scored, (weight * loss).masked_fill(poisoned, torch.nan), 0.0)
     normalizer = torch.stack([maximum, denominator], -1)
@@ -165,7 +169,7 @@ def merge(gathered: Tensor, target: Tensor, weight: Tensor, math: RowMath) -> tu
 
 
 def merge_metrics(
-    gathered: Tensor, target: Tensor, weight: Tensor, math: RowMath
+    gathered: Tensor, target: Tensor, weight: Tensor, math: RowMath, scale: Tensor | None = None
 ) -> tuple[Tensor, ...]:
     """(loss, log_prob, lse, correct, entropy) `[N]`; 0 or False where weight is 0. The loss is
     unweighted.
@@ -173,13 +177,13 @@ def merge_metrics(
     entropy = lse - sum of p*z; with u = z - max z that is log(denominator) - sum(u * e^u) /
     denominator.
     """
-    scored = weight != 0
-    loss, _ = merge(gathered, target, scored.float(), math)
-    maximum, denominator, shift = merge_exponentials(gathered, math.unit)
+    scored, unit = weight != 0, math.unit if scale is None else scale
+    loss, _ = merge(gathered, target, scored.float(), math, scale)
+    maximum, denominator, shift = merge_exponentials(gathered, unit)
     log_denominator = denominator.log()
     entropy = log_denominator - _moment(gathered, shift) / denominator
-    lse = maximum * math.unit + log_denominator
-    log_prob = (_ordered_sum(gathered[..., TARGET]) - maximum) * math.unit - log_denominator
+    lse = maximum * unit + log_denominator
+    log_prob = (_ordered_sum(gathered[..., TARGET]) - maximum) * unit - log_denominator
     correct = scored & (_argmax(gathered, maximum) == target)
     poisoned = target == OUT_OF_VOCABULARY
     lse, log_prob, entropy = (

@@ -25,6 +25,7 @@ def merge_kernel(
     stride_rank: tl.int64,
     stride_row: tl.int64,
     unit,  # z = unit * x
+    scale,  # [N] fp32: the unit of each row; or None
     vocab_size,  # fp32
     label_smoothing,
     z_loss,
@@ -39,6 +40,8 @@ def merge_kernel(
     row_weight = tl.load(weight + row, mask=inside, other=0.0)
     row_target = tl.load(target + row, mask=inside, other=0)
     scored = row_weight != 0.0
+    if scale is not None:
+        unit = tl.load(scale + row, mask=scored, other=1.0)
     top = tl.full([BLOCK], -INF, tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     x_target = tl.zeros([BLOCK], tl.float32)
@@ -91,6 +94,8 @@ def plan(
     log_prob: torch.Tensor | None = None,  # [N] fp32
     correct: torch.Tensor | None = None,  # [N] bool
     entropy: torch.Tensor | None = None,  # [N] fp32
+    *,
+    scale: torch.Tensor | None = None,  # [N] fp32
 ) -> list[Launch]:
     """The launch that merges the statistics, in a list."""
     ranks, rows, statistics = gathered.shape
@@ -109,6 +114,7 @@ def plan(
         "stride_rank": gathered.stride(0),
         "stride_row": gathered.stride(1),
         "unit": math.unit,
+        "scale": scale,
         "vocab_size": float(math.vocab_size),
         "label_smoothing": math.label_smoothing,
         "z_loss": math.z_loss,

@@ -160,6 +160,7 @@ def row_stats_kernel(
     vocab_start: tl.int64,
     splits,  # programs per row
     unit,  # z = unit * x, with x capped first if SOFTCAP
+    scale,  # [N] fp32: the unit of each row; or None
     inward,
     cap,
     STATISTICS: tl.constexpr,
@@ -179,6 +180,8 @@ def row_stats_kernel(
             store_stats(stats, 0.0, 0.0, 0.0, 0.0, 0.0, None, STATISTICS)
             tl.store(stats + TARGET, 0.0)
         return
+    if scale is not None:
+        unit = tl.load(scale + row)
     logits = row_pointer(logits, row, seq, stride_b, stride_s, ALIGNED)
     top = -INF
     total = 0.0
@@ -220,12 +223,15 @@ def fold_segments_kernel(
     rows,
     segments,
     unit,  # z = unit * x
+    scale,  # [N] fp32: the unit of each row; or None
     STATISTICS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = row < rows
     scored = inside & (tl.load(weight + row, mask=inside, other=0.0) != 0.0)
+    if scale is not None:
+        unit = tl.load(scale + row, mask=scored, other=1.0)
     row = row.to(tl.int64)
     top = tl.full([BLOCK], -INF, tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
@@ -267,6 +273,7 @@ def plan(
     target: torch.Tensor,  # [N] int64
     weight: torch.Tensor,  # [N] fp32
     stats: torch.Tensor,  # [N, statistics] fp32, written
+    scale: torch.Tensor | None = None,  # [N] fp32
 ) -> list[Launch]:
     """The launches that fill `stats`: one, or two if there are few rows."""
     statistics = stats.shape[1]
@@ -292,6 +299,7 @@ def plan(
                 "vocab_start": math.vocab_start,
                 "splits": parts_per_row,
                 "unit": math.unit,
+                "scale": scale,
                 "STATISTICS": statistics,
                 **cap_arguments(math),
                 "ALIGNED": aligned(logits),
@@ -315,6 +323,7 @@ def plan(
                     "rows": rows,
                     "segments": segments,
                     "unit": math.unit,
+                    "scale": scale,
                     "STATISTICS": statistics,
                     "BLOCK": VECTOR_BLOCK,
                 },

@@ -11,6 +11,7 @@ NAMES = {  # heading -> (module, names)
             "sft_loss",
             "linear_sft_loss",
             "SFTLoss",
+            "token_logprobs",
             "token_metrics",
             "TokenMetrics",
             "shift_targets",

@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from fused_sft_loss.backends.contract import RowFactor, normalizer_like
+from fused_sft_loss.backends.contract import METRICS, EntropyGrad, RowFactor, normalizer_like
 from fused_sft_loss.rowmath import RowMath
 from fused_sft_loss.scoring import Scoring
 from fused_sft_loss.targets import Targets
@@ -106,9 +106,11 @@ def _number():
 
 def _stats(chip, shape, dtype, options) -> Iterator[Variant]:
     few, many = 64, 64 * chip.multiprocessors  # few rows are split over programs, many are not
-    flags = product((3, 4, 6), CAPS, (False, True), (many, few)) if options else ()
+    uses = [(wanted, cap, False) for wanted in (3, 4, 6) for cap in CAPS]
+    uses.append((METRICS, 0.0, True))
+    flags = product(uses if options else uses[:1], (False, True)[: 1 + options], (many, few))
     columns = shape.columns or WIDEST
-    for wanted, softcap, unaligned, rows in flags or [(3, 0.0, False, many), (3, 0.0, False, few)]:
+    for (wanted, softcap, scaled), unaligned, rows in flags:
         use = row_stats.table_name(wanted, softcap)
         if shape_for(chip, use, columns) != shape:
             continue
@@ -119,12 +121,14 @@ def _stats(chip, shape, dtype, options) -> Iterator[Variant]:
             _logits(dtype, columns, rows, unaligned),
             *_vectors(rows, torch.int64, torch.float32),
             torch.empty(rows, wanted, dtype=torch.float32, device="meta"),
+            *_vectors(rows, *[torch.float32] * scaled),
         )
-        name = f"{dtype} x{wanted}{CAPS[softcap]}{' unaligned' * unaligned}"
+        name = f"{dtype} x{wanted}{CAPS[softcap]}{' scaled' * scaled}"
+        name += " unaligned" * unaligned
         split = " split" * (len(plan) > 1)
         yield Variant(chip, shape, use, f"row_stats {name}{split}", plan[0])
         for launch in plan[1:]:
-            yield Variant(chip, None, None, f"fold_segments x{wanted}", launch)
+            yield Variant(chip, None, None, f"fold_segments x{wanted}{' scaled' * scaled}", launch)
 
 
 def _grad(chip, shape, dtype, options) -> Iterator[Variant]:
@@ -132,9 +136,11 @@ def _grad(chip, shape, dtype, options) -> Iterator[Variant]:
     if shape_for(chip, "row_grad", columns) != shape:
         return
     few, many = 64, 64 * chip.multiprocessors  # many: over 2 GiB of fp32 logits
-    flags = product(CAPS, (False, True), (many, few)) if options else ()
-    for softcap, unaligned, rows in flags or [(0.0, False, many), (0.0, False, few)]:
+    uses = [*((cap, False) for cap in CAPS), (0.0, True)] if options else [(0.0, False)]
+    flags = product(uses, (False, True)[: 1 + options], (many, few))
+    for (softcap, entropy), unaligned, rows in flags:
         logits = _logits(dtype, columns, rows, unaligned)
+        of_tokens = _vectors(rows, *[torch.float32] * 3) if entropy else None
         (launch,) = row_grad.plan(
             chip,
             shape,
@@ -144,14 +150,17 @@ def _grad(chip, shape, dtype, options) -> Iterator[Variant]:
             *_vectors(rows, torch.int64),
             RowFactor(_number(), *_vectors(rows, torch.float32), _number()),
             logits,
+            *((of_tokens[0], EntropyGrad(*of_tokens[1:])) if of_tokens else ()),
         )
-        name = f"row_grad {dtype}{CAPS[softcap]}{' unaligned' * unaligned}"
+        name = f"row_grad {dtype}{CAPS[softcap]}{' entropy' * entropy}"
+        name += " unaligned" * unaligned
         yield Variant(chip, shape, "row_grad", name + " few rows" * (rows == few), launch)
 
 
 def _merge(chip, options) -> Iterator[Variant]:
     rows = 4096
-    for columns, metrics in ((3, False), (4, False), (6, True)) if options else ((3, False),):
+    uses = ((3, False), (4, False), (6, True), (6, True, True)) if options else ((3, False),)
+    for columns, metrics, *scaled in uses:
         extra = (torch.float32, torch.float32, torch.bool, torch.float32) if metrics else ()
         numbers = {"label_smoothing": 0.1, "z_loss": 1e-4} if columns > 3 else {}
         (launch,) = merge.plan(
@@ -161,8 +170,9 @@ def _merge(chip, options) -> Iterator[Variant]:
             *_vectors(rows, torch.int64, torch.float32, torch.float32),
             _normalizer(rows),
             *_vectors(rows, *extra),
+            scale=_vectors(rows, torch.float32)[0] if scaled else None,
         )
-        yield Variant(chip, None, None, f"merge x{columns}", launch)
+        yield Variant(chip, None, None, f"merge x{columns}{' scaled' * bool(scaled)}", launch)
 
 
 def _reduce(chip) -> Iterator[Variant]:

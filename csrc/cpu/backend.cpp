@@ -96,9 +96,17 @@ void write_stats(const StatsArgs& a, const RowKernels& kernels, int64_t row, con
   }
 }
 
+// The arguments of one row, which may have its own scale.
+template <class Args>
+Args for_row(const Args& a, int64_t row) {
+  Args own = a;
+  own.math = cpu::of_row(a.math, a.scale, row);
+  return own;
+}
+
 void whole_row_stats(const StatsArgs& a, const RowKernels& kernels, int64_t row) {
   Partial partial;
-  kernels.stats(a, at(a.logits, row), 0, a.logits.valid, &partial);
+  kernels.stats(for_row(a, row), at(a.logits, row), 0, a.logits.valid, &partial);
   write_stats(a, kernels, row, partial);
 }
 
@@ -111,14 +119,34 @@ float factor_of(const RowFactor& f, int64_t row) {
   return f.weight ? grad * f.weight[row] : grad;
 }
 
+// The negative upstream gradient of the row's entropy.
+float tilt_of(const GradArgs& a, int64_t row) {
+  if (!a.entropy.grad || (a.factor.weight && a.factor.weight[row] == 0)) return 0;
+  return -a.entropy.grad[row * a.entropy.stride];
+}
+
+bool has_gradient(const GradArgs& a, int64_t row) {
+  return factor_of(a.factor, row) != 0 || tilt_of(a, row) != 0;
+}
+
 RowConstants row_constants(const GradArgs& a, int64_t row, float any_factor) {
   const RowMath& math = a.math;
   const float* normalizer = a.normalizer + row * kNormalizer;
   const float factor = quiet(any_factor), max = quiet(normalizer[kRowMax]), sum = quiet(normalizer[kRowSum]);
   const float eps = math.label_smoothing;
   const float of_z_loss = math.z_loss > 0 ? 2 * math.z_loss * (max * math.unit() + std::log(sum)) : 0.0f;
-  return {max, factor * (1 + of_z_loss) / sum, factor * (eps / static_cast<float>(math.vocab_size)),
-          factor * (1 - eps), a.target[row] < 0 ? -1 : a.target[row] - math.vocab_start};
+  RowConstants constants{max,
+                         factor * (1 + of_z_loss) / sum,
+                         factor * (eps / static_cast<float>(math.vocab_size)),
+                         factor * (1 - eps),
+                         a.target[row] < 0 ? -1 : a.target[row] - math.vocab_start,
+                         0};
+  if (a.entropy.grad) {
+    const float tilt = quiet(tilt_of(a, row)), mean = std::log(sum) - quiet(a.entropy.entropy[row]);
+    constants.softmax_factor = (factor - tilt * mean) / sum;
+    constants.tilt = tilt / sum;
+  }
+  return constants;
 }
 
 // From this size in bytes, zeros of a gradient are written with stores that bypass the caches. An ordinary
@@ -164,12 +192,13 @@ void write_grad(const GradArgs& a, const RowKernels& kernels, int64_t row, int64
   const int64_t columns = a.logits.columns, valid = a.logits.valid;
   const float factor = factor_of(a.factor, row);
   if (a.stored && a.stored[row] == factor) return;
-  if (factor == 0) {
+  if (factor == 0 && tilt_of(a, row) == 0) {
     if (part == 0) zero(a.grad, row, 0, columns);
     return;
   }
   const int64_t begin = part * width, end = std::min(begin + width, valid);
-  kernels.grad(a, row_constants(a, row, factor), at(a.logits, row), at(a.grad, row), begin, end);
+  kernels.grad(for_row(a, row), row_constants(a, row, factor), at(a.logits, row), at(a.grad, row), begin,
+               end);
   if (end == valid) zero(a.grad, row, valid, columns);
 }
 
@@ -195,11 +224,13 @@ void row_stats(const StatsArgs& a, int threads) {
   parallel_for(static_cast<int64_t>(partials.size()), threads, [&](int64_t item) {
     const int64_t begin = item % chunks * kChunk;
     const int64_t end = std::min(begin + kChunk, a.logits.valid);
-    kernels.stats(a, at(a.logits, busy[item / chunks]), begin, end, &partials[item]);
+    const int64_t row = busy[item / chunks];
+    kernels.stats(for_row(a, row), at(a.logits, row), begin, end, &partials[item]);
   });
   for (size_t i = 0; i < busy.size(); ++i) {
     Partial row;
-    for (int64_t c = 0; c < chunks; ++c) kernels.merge(&row, partials[i * chunks + c], a.math.unit());
+    const float unit = for_row(a, busy[i]).math.unit();
+    for (int64_t c = 0; c < chunks; ++c) kernels.merge(&row, partials[i * chunks + c], unit);
     write_stats(a, kernels, busy[i], row);
   }
 }
@@ -208,7 +239,7 @@ void row_grad(const GradArgs& a, int threads) {
   const RowKernels& kernels = *chosen();
   const int64_t rows = a.logits.count(), valid = a.logits.valid;
   const bool split =
-      valid > kChunk && too_few([&](int64_t row) { return factor_of(a.factor, row); }, rows, threads);
+      valid > kChunk && too_few([&](int64_t row) { return has_gradient(a, row); }, rows, threads);
   const int64_t parts = split ? chunks_of(a.logits) : 1;
   const int64_t width = split ? kChunk : valid;
   claim_gradient(a, threads);

@@ -8,6 +8,12 @@
 
 namespace fsl::cpu {
 
+// The numbers of one row, given the logit_scale of each row, or null.
+inline RowMath of_row(RowMath math, const float* scale, int64_t row) {
+  if (scale) math.logit_scale = scale[row];
+  return math;
+}
+
 void row_stats(const StatsArgs& args, int threads);
 void row_grad(const GradArgs& args, int threads);
 void row_stats_grad(const StatsGradArgs& args, int threads);

@@ -22,19 +22,22 @@ PYBIND11_MODULE(_cpu, m) {
   m.def(
       "row_stats",
       [](const Tensor3& logits, const RowMath& math, uintptr_t target, uintptr_t weight, int statistics,
-         uintptr_t stats, int threads) {
-        cpu::row_stats(stats_args(logits, math, target, weight, statistics, stats), at_least_one(threads));
+         uintptr_t stats, uintptr_t scale, int threads) {
+        cpu::row_stats(stats_args(logits, math, target, weight, statistics, stats, scale),
+                       at_least_one(threads));
       },
       "Write the statistics of each row of this shard.", py::arg("logits"), py::arg("math"),
-      py::arg("target"), py::arg("weight"), py::arg("statistics"), py::arg("stats"), py::arg("threads"),
-      released());
+      py::arg("target"), py::arg("weight"), py::arg("statistics"), py::arg("stats"), py::arg("scale"),
+      py::arg("threads"), released());
   m.def(
       "merge",
       [](const Gathered& gathered, const RowMath& math, uintptr_t target, uintptr_t weight, uintptr_t loss,
-         uintptr_t normalizer) { cpu::merge(merge_args(gathered, math, target, weight, loss, normalizer)); },
+         uintptr_t normalizer, uintptr_t scale) {
+        cpu::merge(merge_args(gathered, math, target, weight, loss, normalizer, scale));
+      },
       "Write weighted loss and normalizer of each row, from the statistics of all shards.",
       py::arg("gathered"), py::arg("math"), py::arg("target"), py::arg("weight"), py::arg("loss"),
-      py::arg("normalizer"));
+      py::arg("normalizer"), py::arg("scale"));
   m.def(
       "reduce",
       [](uintptr_t loss, int64_t rows, uintptr_t weight_sum, uintptr_t result) {
@@ -55,18 +58,19 @@ PYBIND11_MODULE(_cpu, m) {
   m.def(
       "row_grad",
       [](const Tensor3& logits, const Tensor3& grad, const RowMath& math, uintptr_t target,
-         uintptr_t normalizer, const RowFactor& factor, uintptr_t stored, int threads) {
-        cpu::row_grad(grad_args(logits, grad, math, target, normalizer, factor, stored),
+         uintptr_t normalizer, const RowFactor& factor, uintptr_t stored, uintptr_t scale,
+         const EntropyGrad& entropy, int threads) {
+        cpu::row_grad(grad_args(logits, grad, math, target, normalizer, factor, stored, scale, entropy),
                       at_least_one(threads));
       },
       "Write the gradient of each row; it may overwrite the logits.", py::arg("logits"), py::arg("grad"),
       py::arg("math"), py::arg("target"), py::arg("normalizer"), py::arg("factor"), py::arg("stored"),
-      py::arg("threads"), released());
+      py::arg("scale"), py::arg("entropy"), py::arg("threads"), released());
   m.def(
       "row_stats_grad",
       [](const Tensor3& logits, const Tensor3& grad, const RowMath& math, uintptr_t target, uintptr_t weight,
          const RowFactor& factor, uintptr_t loss, uintptr_t normalizer, int threads) {
-        const GradArgs args = grad_args(logits, grad, math, target, normalizer, factor, 0);
+        const GradArgs args = grad_args(logits, grad, math, target, normalizer, factor, 0, 0, {});
         cpu::row_stats_grad(stats_grad_args(args, weight, loss), at_least_one(threads));
       },
       "Write loss and gradient of each row, from one read of it.", py::arg("logits"), py::arg("grad"),

@@ -15,6 +15,9 @@ struct Plain {
   FSL_MEMBER float times_slope(float grad, float) const { return grad; }  // the row's constants contain it
 };
 
+// Plain, with the gradient of an entropy.
+struct Tilted : Plain {};
+
 struct Capped {
   static constexpr float unit = 1, unit_log2 = kLog2e;
   float inward;  // logit_scale / softcap
@@ -177,6 +180,9 @@ void move_maximum(Partial* p, float delta, float factor) {
 // Sums of e^(unit * (x - reference)) cannot overflow if every z is at most this far above the reference.
 constexpr float kHeadroom = 64.0f;
 constexpr int64_t kGuess = 64;
+// Making the moment relative to the maximum subtracts (max - reference) * sum_exp, which nearly cancels the
+// term of a maximum far above the reference. Such a moment is added up again, relative to the maximum.
+constexpr float kMomentHeadroom = 4.0f;
 
 // One pass over the chunk. The reference of the exponentials is guessed from the first columns, and the sums
 // are made relative to the maximum afterwards. So arithmetic and memory overlap; with a separate pass for the
@@ -199,6 +205,10 @@ Partial chunk_stats(const Z& z, const void* row, int64_t begin, int64_t end) {
     // Dividing by the maximum's own computed exponential cancels its error: its term in the sum is 1.
     move_maximum(&out, (reference - max) * z.unit, 1.0f / exp_nonpositive(max - reference, z.unit_log2));
     if (out.sum_exp < 1) out.sum_exp = 1;  // undo a last rounding, or a loss could be negative
+    if constexpr (want == Want::metrics) {
+      if ((max - reference) * z.unit > kMomentHeadroom)
+        out.moment = sums_against<T, want>(z, row, begin, end, max).moment * z.unit;
+    }
   }
   if constexpr (want == Want::metrics) {
     while (out.argmax < end - 1 && element<T>(row, out.argmax) != top) ++out.argmax;
@@ -234,8 +244,14 @@ void stats_range(const Z& z, const void* row, int64_t begin, int64_t end, Partia
 // The gradient of a logit; `bent` is z.bend(x).
 template <class Z>
 FSL_INLINE float grad_of(const Z& z, const RowConstants& g, float x, float bent) {
-  const float p = exp_nonpositive(z.value(x, bent) - g.reference, z.unit_log2);
-  return z.times_slope(p * g.softmax_factor - g.smoothing, bent);
+  if constexpr (__is_same(Z, Tilted)) {
+    const float u = x - g.reference, p = exp_nonpositive(u, z.unit_log2);
+    const float there = p == 0.0f ? 0.0f : u * z.unit;  // u may be -inf
+    return p * multiply_add(there, g.tilt, g.softmax_factor) - g.smoothing;
+  } else {
+    const float p = exp_nonpositive(z.value(x, bent) - g.reference, z.unit_log2);
+    return z.times_slope(p * g.softmax_factor - g.smoothing, bent);
+  }
 }
 
 template <class T, class Z>
@@ -309,7 +325,9 @@ void grad(const GradArgs& a, const RowConstants& g, const void* row, void* out, 
       scaled.softmax_factor *= z.unit;
       scaled.smoothing *= z.unit;
       scaled.target_factor *= z.unit;
-      grad_range<decltype(tag)>(z, scaled, row, out, begin, end);
+      scaled.tilt *= z.unit;
+      if (a.entropy.grad) grad_range<decltype(tag)>(Tilted{z}, scaled, row, out, begin, end);
+      else grad_range<decltype(tag)>(z, scaled, row, out, begin, end);
     } else {
       grad_range<decltype(tag)>(z, g, row, out, begin, end);
     }

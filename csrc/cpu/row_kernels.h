@@ -21,11 +21,13 @@ struct Partial {
 };
 
 // The constants of one row's gradient, which is
-// dz/dx * (p * softmax_factor - smoothing - [target] * target_factor) with p = exp(unit * (x - reference)).
-// softmax_factor includes the division by the sum of p.
+// dz/dx * (p * (softmax_factor + tilt * u) - smoothing - [target] * target_factor) with p = exp(u) and
+// u = unit * (x - reference). softmax_factor and tilt include the division by the sum of p. Without the
+// gradient of an entropy tilt is not used.
 struct RowConstants {
   float reference, softmax_factor, smoothing, target_factor;
   int64_t target_column;  // outside the row: none
+  float tilt;
 };
 
 struct RowKernels {

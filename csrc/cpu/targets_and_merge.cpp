@@ -56,7 +56,7 @@ int row_targets(const TargetsArgs& a) {
 // The same arithmetic as fused_sft_loss.shards.merge; see there. Shards are added in rank order, so that
 // every rank gets the same bits.
 void merge_row(const MergeArgs& a, int64_t row) {
-  const RowMath& math = a.math;
+  const RowMath math = of_row(a.math, a.scale, row);
   const float eps = math.label_smoothing, unit = math.unit();
   float* normalizer = a.normalizer + row * kNormalizer;
   a.loss[row] = normalizer[kRowMax] = normalizer[kRowSum] = 0;

@@ -34,26 +34,26 @@ PYBIND11_MODULE(FSL_MODULE, m) {
   m.def(
       "row_stats_parts",
       [](const Tensor3& logits, const RowMath& math, int statistics, const gpu::Chip& chip) -> int64_t {
-        return gpu::row_stats_parts(stats_args(logits, math, 0, 0, statistics, 0), chip);
+        return gpu::row_stats_parts(stats_args(logits, math, 0, 0, statistics, 0, 0), chip);
       },
       "Return how many fp32 numbers of scratch row_stats needs.", py::arg("logits"), py::arg("math"),
       py::arg("statistics"), py::arg("chip"));
   m.def(
       "row_stats",
       [](const Tensor3& logits, const RowMath& math, uintptr_t target, uintptr_t weight, int statistics,
-         uintptr_t stats, uintptr_t parts, const gpu::Chip& chip, uintptr_t stream) {
-        gpu::row_stats(stats_args(logits, math, target, weight, statistics, stats), pointer<float>(parts),
-                       chip, pointer<void>(stream));
+         uintptr_t stats, uintptr_t parts, uintptr_t scale, const gpu::Chip& chip, uintptr_t stream) {
+        gpu::row_stats(stats_args(logits, math, target, weight, statistics, stats, scale),
+                       pointer<float>(parts), chip, pointer<void>(stream));
       },
       "Write the statistics of each row of this shard.", py::arg("logits"), py::arg("math"),
       py::arg("target"), py::arg("weight"), py::arg("statistics"), py::arg("stats"), py::arg("parts"),
-      py::arg("chip"), py::arg("stream"));
+      py::arg("scale"), py::arg("chip"), py::arg("stream"));
   m.def(
       "merge",
       [](const Gathered& gathered, const RowMath& math, uintptr_t target, uintptr_t weight, uintptr_t loss,
          uintptr_t normalizer, uintptr_t lse, uintptr_t log_prob, uintptr_t correct, uintptr_t entropy,
-         uintptr_t stream) {
-        gpu::merge(merge_args(gathered, math, target, weight, loss, normalizer),
+         uintptr_t scale, uintptr_t stream) {
+        gpu::merge(merge_args(gathered, math, target, weight, loss, normalizer, scale),
                    {pointer<float>(lse), pointer<float>(log_prob), pointer<uint8_t>(correct),
                     pointer<float>(entropy)},
                    pointer<void>(stream));
@@ -63,7 +63,7 @@ PYBIND11_MODULE(FSL_MODULE, m) {
       "unweighted loss, normalizer and metrics.",
       py::arg("gathered"), py::arg("math"), py::arg("target"), py::arg("weight"), py::arg("loss"),
       py::arg("normalizer"), py::arg("lse"), py::arg("log_prob"), py::arg("correct"), py::arg("entropy"),
-      py::arg("stream"));
+      py::arg("scale"), py::arg("stream"));
   m.def(
       "reduce",
       [](uintptr_t loss, int64_t rows, uintptr_t weight_sum, uintptr_t result, uintptr_t stream) {
@@ -91,20 +91,20 @@ PYBIND11_MODULE(FSL_MODULE, m) {
   m.def(
       "row_grad",
       [](const Tensor3& logits, const Tensor3& grad, const RowMath& math, uintptr_t target,
-         uintptr_t normalizer, const RowFactor& factor, uintptr_t stored, const gpu::Chip& chip,
-         uintptr_t stream) {
-        gpu::row_grad(grad_args(logits, grad, math, target, normalizer, factor, stored), chip,
+         uintptr_t normalizer, const RowFactor& factor, uintptr_t stored, uintptr_t scale,
+         const EntropyGrad& entropy, const gpu::Chip& chip, uintptr_t stream) {
+        gpu::row_grad(grad_args(logits, grad, math, target, normalizer, factor, stored, scale, entropy), chip,
                       pointer<void>(stream));
       },
       "Write the gradient of each row; it may overwrite the logits.", py::arg("logits"), py::arg("grad"),
       py::arg("math"), py::arg("target"), py::arg("normalizer"), py::arg("factor"), py::arg("stored"),
-      py::arg("chip"), py::arg("stream"));
+      py::arg("scale"), py::arg("entropy"), py::arg("chip"), py::arg("stream"));
   m.def(
       "row_stats_grad",
       [](const Tensor3& logits, const Tensor3& grad, const RowMath& math, uintptr_t target, uintptr_t weight,
          const RowFactor& factor, uintptr_t loss, uintptr_t normalizer, const gpu::Chip& chip,
          uintptr_t stream) {
-        const GradArgs args = grad_args(logits, grad, math, target, normalizer, factor, 0);
+        const GradArgs args = grad_args(logits, grad, math, target, normalizer, factor, 0, 0, {});
         gpu::row_stats_grad(stats_grad_args(args, weight, loss), chip, pointer<void>(stream));
       },
       "Write loss and gradient of each row, from one read of it.", py::arg("logits"), py::arg("grad"),

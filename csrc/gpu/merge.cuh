@@ -39,7 +39,8 @@ FSL_KERNEL(256, 4)
 merge_kernel(MergeArgs a, Metrics metrics) {
   const int64_t n = int64_t{block_id()} * block_threads() + thread_id();
   if (n >= a.rows) return;
-  const float weight = a.weight[n], unit = a.math.softcap > 0 ? 1.0f : a.math.logit_scale;
+  const float weight = a.weight[n], unit_of_all = a.math.softcap > 0 ? 1.0f : a.math.logit_scale;
+  const float unit = a.scale ? a.scale[n] : unit_of_all;
   const int64_t target = a.target[n];
   Stats all;
   float x_target = 0;

@@ -13,11 +13,14 @@ void row_grad(const GradArgs& a, const Chip& chip, void* stream) {
   const int parts = splits(chip, a.logits.count(), segments);
   const Grid grid{a.logits.count() * parts, line.threads};
   with_dtype(a.logits.dtype, [&](auto dtype) {
-    with_cap(a.math, [&](auto softcap) {
-      with_bool(!same_skew(a.logits, a.grad), [&](auto shifted) {
-        launch("row_grad", row_grad_kernel<decltype(dtype), softcap(), shifted()>, grid, stream, a,
+    with_bool(!same_skew(a.logits, a.grad), [&](auto shifted) {
+      const auto run = [&](auto softcap, auto entropy) {
+        launch("row_grad", row_grad_kernel<decltype(dtype), softcap(), shifted(), entropy()>, grid, stream, a,
                units_of(a.math), parts, line.segment);
-      });
+      };
+      // There is no kernel with both; bindings.h has refused such a call.
+      if (a.entropy.grad || a.scale) run(std::integral_constant<int, kNoCap>{}, std::true_type{});
+      else with_cap(a.math, [&](auto softcap) { run(softcap, std::false_type{}); });
     });
   });
 }

@@ -6,16 +6,19 @@
 // before it (the head) and after the last whole vector are written one by one.
 #pragma once
 
+#include "row_units.cuh"
 #include "rows.cuh"
 
 namespace fsl::gpu {
 
 // The constants of a row's gradient, which is
-// dz/dx * (p * softmax_factor - smoothing - [target] * target_factor) with p = 2^(x * unit_log2 - reference).
-// softmax_factor includes the division by the sum and the factor 2^-rest (see reference_of).
+// dz/dx * (p * (softmax_factor + tilt * w) - smoothing - [target] * target_factor) with p = 2^w and
+// w = x * unit_log2 - reference. softmax_factor and tilt include the division by the sum and the factor
+// 2^-rest (see reference_of). tilt is the part of the gradient of an entropy that depends on w.
 struct GradConstants {
   float unit_log2, reference, softmax_factor, smoothing, target_factor;
-  int own;  // the target's column, -1 if it is not in this shard
+  int own;     // the target's column, -1 if it is not in this shard
+  float tilt;  // with kEntropy only
 };
 
 FSL_DEVICE float factor_of(const RowFactor& f, uint32_t n) {
@@ -23,6 +26,12 @@ FSL_DEVICE float factor_of(const RowFactor& f, uint32_t n) {
   float grad = f.grad[n * f.stride];
   if (f.weight_sum && *f.weight_sum > 0) grad /= *f.weight_sum;
   return f.weight ? grad * f.weight[n] : grad;
+}
+
+// The negative upstream gradient of the row's entropy.
+FSL_DEVICE float tilt_of(const GradArgs& a, uint32_t n) {
+  if (!a.entropy.grad || (a.factor.weight && a.factor.weight[n] == 0)) return 0.0f;
+  return -a.entropy.grad[n * a.entropy.stride];
 }
 
 template <int kSoftcap>
@@ -38,20 +47,35 @@ FSL_DEVICE GradConstants grad_constants(const GradArgs& a, const Units& z, uint3
           factor * (1.0f + of_z_loss) * exp2(-reference.rest) * reciprocal(total) * slope,
           factor * (math.label_smoothing * reciprocal(static_cast<float>(math.vocab_size))) * slope,
           factor * (1.0f - math.label_smoothing) * slope,
-          own_column(a.target[n], math.vocab_start, a.logits)};
+          own_column(a.target[n], math.vocab_start, a.logits),
+          0.0f};
 }
 
-template <int kSoftcap>
+// Adds the gradient of the row's entropy: p * tilt * (u - mean) with u = (w - rest) * ln 2 and the mean of u
+// over p. `any_total` is the row's sum.
+FSL_DEVICE void add_entropy(GradConstants& g, const GradArgs& a, const Units& z, uint32_t n, float any_tilt,
+                            float any_top, float any_total) {
+  if (!a.entropy.grad) return;
+  const float total = quiet(any_total), tilt = quiet(any_tilt), rest = reference_of(quiet(any_top), z).rest;
+  const float of_p = tilt * exp2(-rest) * reciprocal(total) * z.logit_scale;
+  const float mean = log(total) - quiet(a.entropy.entropy[n]);
+  g.softmax_factor = fma(-of_p, fma(rest, kLn2, mean), g.softmax_factor);
+  g.tilt = of_p * kLn2;
+}
+
+template <int kSoftcap, bool kEntropy = false>
 FSL_DEVICE float gradient(float x, const GradConstants& g, const Units& z, bool target) {
   const Capped c = capped_and_slope<kSoftcap>(x, z);
-  const float p = exp2(fma(c.value, g.unit_log2, -g.reference));
-  const float grad = fma(p, g.softmax_factor, target ? -(g.smoothing + g.target_factor) : -g.smoothing);
+  const float w = fma(c.value, g.unit_log2, -g.reference), p = exp2(w);
+  // w may be -inf where p is 0.
+  const float slope = kEntropy ? fma(p == 0 ? 0.0f : w, g.tilt, g.softmax_factor) : g.softmax_factor;
+  const float grad = fma(p, slope, target ? -(g.smoothing + g.target_factor) : -g.smoothing);
   return kSoftcap ? grad * (c.slope * z.logit_scale) : grad;
 }
 
 // Writes columns [begin, end) of one row; columns from `valid` on are padding. At `begin` the output is
 // aligned to 16 bytes, and the logits are `skew` bytes past a multiple of 16.
-template <class T, int kSoftcap, bool kShifted>
+template <class T, int kSoftcap, bool kShifted, bool kEntropy = false>
 struct GradWriter {
   static FSL_DEVICE void zeros(const Row& out, int begin, int end) {
     const uint32_t words[T::kWords] = {};
@@ -64,7 +88,8 @@ struct GradWriter {
   static FSL_DEVICE void each(const Row& in, const Row& out, const GradConstants& g, const Units& z,
                               int column, int end, int valid) {
     FSL_UNROLL_BY(1) for (; column < end; ++column) {
-      const float grad = column < valid ? gradient<kSoftcap>(load_one<T>(in, column), g, z, false) : 0.0f;
+      const float grad =
+          column < valid ? gradient<kSoftcap, kEntropy>(load_one<T>(in, column), g, z, false) : 0.0f;
       T::put(out.start + int64_t{column} * T::kBytes, grad);
     }
   }
@@ -73,7 +98,8 @@ struct GradWriter {
                                             const Units& z) {
     float x[8];
     scheduling_barrier();
-    FSL_UNROLL for (int i = 0; i < 8; ++i) x[i] = gradient<kSoftcap>(T::element(words, i), g, z, false);
+    FSL_UNROLL for (int i = 0; i < 8; ++i) x[i] =
+        gradient<kSoftcap, kEntropy>(T::element(words, i), g, z, false);
     T::put(words, x);
   }
 
@@ -155,15 +181,16 @@ struct GradWriter {
   }
 };
 
-template <class T, int kSoftcap, bool kShifted>
-FSL_KERNEL(512, kSoftcap ? 4 : 8)
-row_grad_kernel(GradArgs a, Units z, int splits, int segment) {
-  using Kernel = GradWriter<T, kSoftcap, kShifted>;
+// kEntropy: also the gradient of an entropy, and rows that may have their own scale.
+template <class T, int kSoftcap, bool kShifted, bool kEntropy>
+FSL_KERNEL(512, (kSoftcap ? 4 : (kEntropy ? 6 : 8)))
+row_grad_kernel(GradArgs a, Units z_of_all, int splits, int segment) {
+  using Kernel = GradWriter<T, kSoftcap, kShifted, kEntropy>;
   // Start with the last row: forward read it last, so the L2 or Infinity Cache may still hold it. Measured on
   // an H100: no difference at 1 GiB of logits, up to a quarter of both passes' time saved at 250 to 800 MB.
   const uint32_t program = grid_blocks() - 1 - block_id();
   const uint32_t n = program / splits, part = program % splits;
-  const float factor = factor_of(a.factor, n);
+  const float factor = factor_of(a.factor, n), tilt = kEntropy ? tilt_of(a, n) : 0.0f;
   if (a.stored && a.stored[n] == factor) return;
   const int width = static_cast<int>(a.grad.columns), valid = static_cast<int>(a.logits.valid);
   const Row out = row_at<T>(a.grad, n), in = row_at<T>(a.logits, n);
@@ -171,13 +198,15 @@ row_grad_kernel(GradArgs a, Units z, int splits, int segment) {
   const int segments = (width + segment - 1) / segment, per_part = (segments + splits - 1) / splits * segment;
   const int begin = head + part * per_part, end = width - begin < per_part ? width : begin + per_part;
   const bool in_head = part == 0 && thread_id() < head;
-  if (factor == 0) {
+  if (factor == 0 && tilt == 0) {
     if (in_head) T::put(out.start + thread_id() * T::kBytes, 0.0f);
     Kernel::zeros(out, begin, end);
     return;
   }
   const float* normalizer = a.normalizer + int64_t{n} * kNormalizer;
-  const GradConstants g = grad_constants<kSoftcap>(a, z, n, factor, normalizer[kRowMax], normalizer[kRowSum]);
+  const Units z = kEntropy ? units_of_row(z_of_all, a.scale, n) : z_of_all;
+  GradConstants g = grad_constants<kSoftcap>(a, z, n, factor, normalizer[kRowMax], normalizer[kRowSum]);
+  if (kEntropy) add_entropy(g, a, z, n, tilt, normalizer[kRowMax], normalizer[kRowSum]);
   // The thread that writes the target's column computes its gradient again, so that no other thread compares
   // columns. It reads the logit first, because in place the gradient overwrites it.
   const bool owner =
@@ -187,7 +216,7 @@ row_grad_kernel(GradArgs a, Units z, int splits, int segment) {
   const float own = owner ? load_one<T>(in, g.own) : 0.0f;
   if (in_head) Kernel::each(in, out, g, z, thread_id(), thread_id() + 1, valid);
   Kernel::columns(in, out, g, z, begin, end, valid, (in.skew + head * T::kBytes) % 16);
-  if (owner) T::put(out.start + int64_t{g.own} * T::kBytes, gradient<kSoftcap>(own, g, z, true));
+  if (owner) T::put(out.start + int64_t{g.own} * T::kBytes, gradient<kSoftcap, kEntropy>(own, g, z, true));
 }
 
 }  // namespace fsl::gpu

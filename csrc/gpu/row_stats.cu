@@ -47,7 +47,7 @@ void row_stats(const StatsArgs& a, float* parts, const Chip& chip, void* stream)
   const int64_t rows = a.logits.count();
   with_statistics(a.want, [&](auto statistics) {
     launch("fold_segments", fold_segments_kernel<statistics()>, {(rows + threads - 1) / threads, threads},
-           stream, parts, a.weight, a.stats, rows, static_cast<int>(plan.segments), a.math.unit());
+           stream, parts, a.weight, a.stats, rows, static_cast<int>(plan.segments), a.math.unit(), a.scale);
   });
 }
 

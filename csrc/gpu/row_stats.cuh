@@ -9,6 +9,7 @@
 #pragma once
 
 #include "block.cuh"
+#include "row_units.cuh"
 #include "rows.cuh"
 
 namespace fsl::gpu {
@@ -174,7 +175,7 @@ FSL_DEVICE float target_value(const StatsArgs& a, const Row& row, uint32_t n, co
 
 template <class T, int kStatistics, int kSoftcap, bool kShifted>
 FSL_KERNEL(512, kStatistics > kSum || kSoftcap ? 4 : 8)
-row_stats_kernel(StatsArgs a, Units z, RowSplit split) {
+row_stats_kernel(StatsArgs a, Units z_of_all, RowSplit split) {
   const uint32_t n = block_id() / split.blocks, part = block_id() % split.blocks;
   const int valid = static_cast<int>(a.logits.valid), segments = (valid + split.segment - 1) / split.segment;
   float* stats = a.stats + int64_t{n} * kStatistics;
@@ -182,6 +183,9 @@ row_stats_kernel(StatsArgs a, Units z, RowSplit split) {
     if (part == 0 && thread_id() < kStatistics) stats[thread_id()] = 0;
     return;
   }
+  // Only the kernels for metrics have registers to spare for units of the row.
+  constexpr bool kScaled = kStatistics > kArgmax && !kSoftcap;
+  const Units z = kScaled ? units_of_row(z_of_all, a.scale, n) : z_of_all;
   const Row row = row_at<T>(a.logits, n);
   Stats all;
   const int per_part = (segments + split.blocks - 1) / split.blocks, from = part * per_part;
@@ -203,9 +207,10 @@ row_stats_kernel(StatsArgs a, Units z, RowSplit split) {
 template <int kStatistics>
 FSL_KERNEL(256, 4)
 fold_segments_kernel(const float* parts, const float* weight, float* stats, int64_t rows, int segments,
-                     float unit) {
+                     float unit, const float* scale) {
   const int64_t n = int64_t{block_id()} * block_threads() + thread_id();
   if (n >= rows || weight[n] == 0) return;
+  if (kStatistics > kArgmax && scale) unit = scale[n];
   Stats all;
   for (int segment = 0; segment < segments; ++segment)
     all = fold(all, load_stats<kStatistics>(parts + (n * segments + segment) * kStatistics), unit);

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..scoring import Scoring
 from ..targets import Targets
-from .contract import RowFactor
+from .contract import EntropyGrad, RowFactor
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Dtype of csrc/args.h
 
@@ -68,5 +68,14 @@ def gathered(stats: Tensor) -> tuple:
 def row_factor(factor: RowFactor) -> tuple:
     """struct RowFactor."""
     grad, weight, weight_sum = factor
-    stride = grad.stride(0) if grad.dim() else 0
-    return grad.data_ptr(), stride, address(weight), address(weight_sum)
+    return *_per_row(grad), address(weight), address(weight_sum)
+
+
+def entropy_grad(entropy: EntropyGrad | None) -> tuple:
+    """struct EntropyGrad."""
+    return (0, 0, 0) if entropy is None else (*_per_row(entropy.grad), entropy.entropy.data_ptr())
+
+
+def _per_row(values: Tensor) -> tuple[int, int]:
+    """Address and stride of a number for each row, or of one for all rows."""
+    return values.data_ptr(), values.stride(0) if values.dim() else 0

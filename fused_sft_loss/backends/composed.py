@@ -36,7 +36,8 @@ def gathered_statistics(
     math: RowMath,
     group_name: str,
     statistics: int,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """The statistics of all shards, `[ranks, N, statistics]`, not merged yet."""
-    stats = kernels.row_stats(logits, targets.target, targets.weight, math, statistics)
+    stats = kernels.row_stats(logits, targets.target, targets.weight, math, statistics, scale)
     return shards.gather(stats, group_name)

@@ -86,26 +86,59 @@ class RowFactor(NamedTuple):
         )
 
 
+class EntropyGrad(NamedTuple):
+    """The upstream gradient of each row's entropy, and what its gradient needs.
+
+    With u = z - max z, H = log(sum of exp(u)) - sum of p*u, and dH/dz = -p * (log p + H), which is
+    -p * (u - sum of p*u). The sum of p*u is log(sum of exp(u)) - H.
+    """
+
+    grad: Tensor  # fp32, `[N]` with any stride; not read where RowFactor.weight is 0
+    entropy: Tensor  # H, `[N]` fp32
+
+
 class Backend(Protocol):
-    """The kernels of a loss. ``backends/eager.py`` implements each in plain PyTorch."""
+    """The kernels of a loss. ``backends/eager.py`` implements each in plain PyTorch.
+
+    `scale`, `[N]` fp32, takes the place of math.logit_scale: one for each row. It is read only for
+    scored rows. Kernels with a scale exist for METRICS only, and for no softcap, smoothing and
+    z-loss; so does the gradient of an entropy. Thus the gradient has one more compiled kernel for
+    each dtype, and the statistics have none.
+    """
 
     def row_targets(self, scoring: Scoring, vocab_size: int) -> Targets:
         """See :func:`fused_sft_loss.targets.row_targets`."""
 
     def row_stats(
-        self, logits: Tensor, target: Tensor, weight: Tensor, math: RowMath, statistics: int
+        self,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor,
+        math: RowMath,
+        statistics: int,
+        scale: Tensor | None = None,
     ) -> Tensor:
         """The first `statistics` of STATISTICS, `[N, statistics]` fp32. A row with weight 0 is not
         read (eager on an accelerator reads it); its statistics are 0."""
 
     def merge(
-        self, gathered: Tensor, target: Tensor, weight: Tensor, math: RowMath
+        self,
+        gathered: Tensor,
+        target: Tensor,
+        weight: Tensor,
+        math: RowMath,
+        scale: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Losses `[N]` and normalizer, from the statistics of all shards `[ranks, N, statistics]`;
         see :func:`fused_sft_loss.shards.merge`."""
 
     def merge_metrics(
-        self, gathered: Tensor, target: Tensor, weight: Tensor, math: RowMath
+        self,
+        gathered: Tensor,
+        target: Tensor,
+        weight: Tensor,
+        math: RowMath,
+        scale: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """See :func:`fused_sft_loss.shards.merge_metrics`."""
 
@@ -120,11 +153,15 @@ class Backend(Protocol):
         factor: RowFactor,
         math: RowMath,
         out: Tensor,
+        *,
+        scale: Tensor | None = None,
+        entropy: EntropyGrad | None = None,
     ) -> None:
         """Write the gradient of factor * loss to `out`, which may be `logits` itself.
 
         It is computed in fp32 and rounded once. A row with factor 0 is not read (eager on an
-        accelerator reads it); its gradient is 0.
+        accelerator reads it); its gradient is 0. With `entropy` the gradient of entropy.grad * H
+        is added, and a row is not read if both factors are 0.
         """
 
 

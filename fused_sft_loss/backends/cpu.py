@@ -8,7 +8,15 @@ from ..rowmath import RowMath
 from ..scoring import Scoring
 from ..targets import Targets
 from . import arguments
-from .contract import REDUCTIONS, Losses, RowFactor, losses_like, normalizer_like, result_like
+from .contract import (
+    REDUCTIONS,
+    EntropyGrad,
+    Losses,
+    RowFactor,
+    losses_like,
+    normalizer_like,
+    result_like,
+)
 from .eager import merge_metrics
 
 #: Version, compiler, instruction sets (fastest first) and the one in use, threading.
@@ -60,7 +68,12 @@ def loss(scoring: Scoring, logits: Tensor, math: RowMath, reduction: str) -> Los
 
 
 def row_stats(
-    logits: Tensor, target: Tensor, weight: Tensor, math: RowMath, statistics: int
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    math: RowMath,
+    statistics: int,
+    scale: Tensor | None = None,
 ) -> Tensor:
     stats = weight.new_empty(weight.numel(), statistics)
     _cpu.row_stats(
@@ -70,12 +83,15 @@ def row_stats(
         weight.data_ptr(),
         statistics,
         stats.data_ptr(),
+        arguments.address(scale),
         torch.get_num_threads(),
     )
     return stats
 
 
-def merge(gathered: Tensor, target: Tensor, weight: Tensor, math: RowMath) -> tuple[Tensor, Tensor]:
+def merge(
+    gathered: Tensor, target: Tensor, weight: Tensor, math: RowMath, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     losses, normalizer = losses_like(weight)
     _cpu.merge(
         arguments.gathered(gathered),
@@ -84,6 +100,7 @@ def merge(gathered: Tensor, target: Tensor, weight: Tensor, math: RowMath) -> tu
         weight.data_ptr(),
         losses.data_ptr(),
         normalizer.data_ptr(),
+        arguments.address(scale),
     )
     return losses, normalizer
 
@@ -102,6 +119,9 @@ def row_grad(
     math: RowMath,
     out: Tensor,
     stored: Tensor | None = None,
+    *,
+    scale: Tensor | None = None,
+    entropy: EntropyGrad | None = None,
 ) -> None:
     _cpu.row_grad(
         arguments.rows(logits),
@@ -111,6 +131,8 @@ def row_grad(
         normalizer.data_ptr(),
         arguments.row_factor(factor),
         arguments.address(stored),
+        arguments.address(scale),
+        arguments.entropy_grad(entropy),
         torch.get_num_threads(),
     )
 

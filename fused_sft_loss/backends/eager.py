@@ -15,7 +15,7 @@ from ..scoring import Scoring
 from ..shards import merge, merge_metrics
 from ..targets import Targets, weighted_mean
 from ..targets import row_targets as targets_of
-from .contract import ARGMAX, MAXIMUM, MOMENT, SUM, SUM_EXP, TARGET, RowFactor
+from .contract import ARGMAX, MAXIMUM, MOMENT, SUM, SUM_EXP, TARGET, EntropyGrad, RowFactor
 
 __all__ = [
     "merge",
@@ -118,11 +118,11 @@ def transform(x: Tensor, spare: Tensor, math: RowMath) -> tuple[Tensor, Tensor |
     return x.add_(bent, alpha=math.softcap), bent
 
 
-def chain(grad: Tensor, bent: Tensor | None, math: RowMath) -> Tensor:
+def chain(grad: Tensor, bent: Tensor | None, scale: float | Tensor) -> Tensor:
     """Turn the gradient of z into the gradient of the logits, in place. Overwrites `bent`."""
     if bent is not None:
         grad.mul_(bent.square_().neg_().add_(1))
-    return grad if math.logit_scale == 1 else grad.mul_(math.logit_scale)
+    return scaled(grad, scale)
 
 
 def at_targets(logits: Tensor, target: Tensor, scored: Tensor, math: RowMath) -> tuple:
@@ -141,12 +141,25 @@ def at_targets(logits: Tensor, target: Tensor, scored: Tensor, math: RowMath) ->
     return rows, (rows // seq, rows % seq, column.clamp(0, columns - 1)), here
 
 
-def scaled(z: Tensor, unit: float) -> Tensor:
-    """unit * z, in place."""
+def scaled(z: Tensor, unit: float | Tensor) -> Tensor:
+    """unit * z `[rows, columns]`, in place. `unit` is a number, or `[rows]`."""
+    if isinstance(unit, Tensor):
+        return z.mul_(unit.unsqueeze(-1))
     return z if unit == 1 else z.mul_(unit)
 
 
-def tile_stats(x: Tensor, first: int, statistics: int, unit: float) -> Tensor:
+def of_rows(unit: float | Tensor, rows: Rows) -> float | Tensor:
+    """The unit of some of the rows."""
+    return unit[rows] if isinstance(unit, Tensor) else unit
+
+
+def weighted_exponents(u: Tensor, e: Tensor) -> Tensor:
+    """u where e = exp(u) is not 0, else 0, in place: a masked-out column (u = -inf) adds nothing
+    to an entropy and its gradient."""
+    return u.masked_fill_(e == 0, 0.0)
+
+
+def tile_stats(x: Tensor, first: int, statistics: int, unit: float | Tensor) -> Tensor:
     """Statistics `[rows, statistics]` of one tile, whose first column has the global id `first`.
     TARGET stays 0. Overwrites `x`."""
     maximum = x.amax(-1, keepdim=True)
@@ -158,12 +171,12 @@ def tile_stats(x: Tensor, first: int, statistics: int, unit: float) -> Tensor:
     exponentials = shifted.exp() if statistics > ARGMAX else shifted.exp_()
     denominator = exponentials.sum(-1, keepdim=True)
     if statistics > ARGMAX:
-        weighted = torch.where(exponentials == 0, 0.0, shifted.mul_(exponentials))
+        weighted = weighted_exponents(shifted, exponentials).mul_(exponentials)
         sums.append(weighted.sum(-1, keepdim=True))
     return torch.cat([maximum, denominator, torch.zeros_like(maximum), *sums], -1)
 
 
-def merge_tiles(left: Tensor, right: Tensor, unit: float) -> Tensor:
+def merge_tiles(left: Tensor, right: Tensor, unit: float | Tensor) -> Tensor:
     """Statistics of two neighbouring column ranges of the same rows, `[rows, statistics]` each."""
     both = torch.stack([left, right])
     maximum = both[..., MAXIMUM].amax(0)
@@ -199,21 +212,37 @@ def reduce(losses: Tensor, weight_sum: Tensor | None) -> Tensor:
 
 
 def row_stats(
-    logits: Tensor, target: Tensor, weight: Tensor, math: RowMath, statistics: int
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    math: RowMath,
+    statistics: int,
+    scale: Tensor | None = None,
 ) -> Tensor:
+    unit_of_all = math.unit if scale is None else scale
     batch, seq, width = logits.shape
     valid, scored = math.valid_columns(width), weight != 0
     stats = empty_stats(weight.numel(), statistics, like=logits)
     memory = scratch(valid, logits.device)
     for index, rows in tiles(scored, batch, seq, valid):
         x, _ = transform(*load(logits[index], memory), math)
-        part = tile_stats(x, math.vocab_start + index[-1].start, statistics, math.unit)
+        unit = of_rows(unit_of_all, rows)
+        part = tile_stats(x, math.vocab_start + index[-1].start, statistics, unit)
         first = index[-1].start == 0
-        stats[rows] = part if first else merge_tiles(stats[rows], part, math.unit)
+        stats[rows] = part if first else merge_tiles(stats[rows], part, unit)
     rows, targets, here = at_targets(logits, target, scored, math)
     x, _ = transform(*load(logits[targets]), math)
     stats[rows, TARGET] = torch.where(here, x, 0.0)
     return torch.where(scored.unsqueeze(-1), stats, 0.0)
+
+
+def tilts(entropy: EntropyGrad, weight: Tensor | None, total: Tensor) -> tuple[Tensor, Tensor]:
+    """(-upstream gradient of each row's entropy `[N]`, 0 where the weight is 0; sum of p*u `[N,
+    1]`), from the sums of exp(u) `[N, 1]`."""
+    tilt = -entropy.grad.float()
+    if weight is not None:
+        tilt = torch.where(weight != 0, tilt, 0.0)
+    return tilt, total.log() - entropy.entropy.unsqueeze(-1)
 
 
 def row_grad(
@@ -223,29 +252,43 @@ def row_grad(
     factor: RowFactor,
     math: RowMath,
     out: Tensor,
+    *,
+    scale: Tensor | None = None,
+    entropy: EntropyGrad | None = None,
 ) -> None:
+    unit = math.unit if scale is None else scale
+    outer = math.logit_scale if scale is None else scale
     batch, seq, width = logits.shape
     factors = factor.values()
     valid, scored = math.valid_columns(width), factors != 0
     maximum, total = normalizer.unsqueeze(1).unbind(-1)
     softmax_factor = factors.unsqueeze(-1) / total
+    if entropy is not None:
+        tilt, mean = tilts(entropy, factor.weight, total)
+        scored = scored | (tilt != 0)
+        tilt = tilt.unsqueeze(-1) / total
+        softmax_factor -= tilt * mean
     if math.z_loss:
         softmax_factor *= 1 + 2 * math.z_loss * (maximum * math.unit + total.log())
     smoothing = (factors * (math.label_smoothing / math.vocab_size)).unsqueeze(-1)
 
     def softmax_part(x: Tensor, rows: Rows) -> Tensor:
-        grad = scaled(x.sub_(maximum[rows]), math.unit).exp_().mul_(softmax_factor[rows])
+        u = scaled(x.sub_(maximum[rows]), of_rows(unit, rows))
+        if entropy is not None:
+            p = u.exp()
+            return weighted_exponents(u, p).mul_(tilt[rows]).add_(softmax_factor[rows]).mul_(p)
+        grad = u.exp_().mul_(softmax_factor[rows])
         return grad.sub_(smoothing[rows]) if math.label_smoothing else grad
 
     # Read the targets before `out` is written: it may be the logits.
     rows, targets, here = at_targets(logits, target, scored, math)
     x, bent = transform(*load(logits[targets].unsqueeze(-1)), math)
     grad = softmax_part(x, rows).sub_((factors[rows] * (1 - math.label_smoothing)).unsqueeze(-1))
-    grad_of_target = chain(grad, bent, math).squeeze(-1).to(out.dtype)
+    grad_of_target = chain(grad, bent, of_rows(outer, rows)).squeeze(-1).to(out.dtype)
     memory = scratch(valid, logits.device)
     for index, rows in tiles(scored, batch, seq, valid):
         x, bent = transform(*load(logits[index], memory), math)
-        grad = chain(softmax_part(x, rows), bent, math)
+        grad = chain(softmax_part(x, rows), bent, of_rows(outer, rows))
         if not chooses_rows(logits):
             grad.masked_fill_(~scored[rows].unsqueeze(-1), 0.0)
         out[index] = grad.to(out.dtype) if isinstance(rows, Tensor) else grad

@@ -16,7 +16,15 @@ from ..rowmath import RowMath
 from ..scoring import Scoring
 from ..targets import Targets
 from . import arguments
-from .contract import REDUCTIONS, Losses, RowFactor, losses_like, normalizer_like, result_like
+from .contract import (
+    REDUCTIONS,
+    EntropyGrad,
+    Losses,
+    RowFactor,
+    losses_like,
+    normalizer_like,
+    result_like,
+)
 from .current_device import on, stream
 
 
@@ -81,7 +89,13 @@ class Gpu:
         return Losses.of(result, found, normalizer)
 
     def row_stats(
-        self, logits: Tensor, target: Tensor, weight: Tensor, math: RowMath, statistics: int
+        self,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor,
+        math: RowMath,
+        statistics: int,
+        scale: Tensor | None = None,
     ) -> Tensor:
         rows, chip = arguments.rows(logits), self.chip_of(logits.device)
         stats = weight.new_empty(weight.numel(), statistics)
@@ -96,25 +110,37 @@ class Gpu:
                 statistics,
                 stats.data_ptr(),
                 arguments.address(parts),
+                arguments.address(scale),
                 chip,
                 stream(logits.device),
             )
         return stats
 
     def merge(
-        self, gathered: Tensor, target: Tensor, weight: Tensor, math: RowMath
+        self,
+        gathered: Tensor,
+        target: Tensor,
+        weight: Tensor,
+        math: RowMath,
+        scale: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         results = losses_like(weight)
-        self._merge(gathered, target, weight, math, results)
+        self._merge(gathered, target, weight, math, scale, results)
         return results
 
     def merge_metrics(
-        self, gathered: Tensor, target: Tensor, weight: Tensor, math: RowMath
+        self,
+        gathered: Tensor,
+        target: Tensor,
+        weight: Tensor,
+        math: RowMath,
+        scale: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         results = loss, _ = losses_like(weight)
         lse, log_prob, entropy = (torch.empty_like(weight) for _ in range(3))
         correct = torch.empty_like(weight, dtype=torch.bool)
-        self._merge(gathered, target, weight, math, results, lse, log_prob, correct, entropy)
+        metrics = lse, log_prob, correct, entropy
+        self._merge(gathered, target, weight, math, scale, results, *metrics)
         return loss, log_prob, lse, correct, entropy
 
     def reduce(self, losses: Tensor, weight_sum: Tensor | None) -> Tensor:
@@ -138,6 +164,9 @@ class Gpu:
         math: RowMath,
         out: Tensor,
         stored: Tensor | None = None,
+        *,
+        scale: Tensor | None = None,
+        entropy: EntropyGrad | None = None,
     ) -> None:
         self._launch(
             self.module.row_grad,
@@ -149,6 +178,8 @@ class Gpu:
             normalizer.data_ptr(),
             arguments.row_factor(factor),
             arguments.address(stored),
+            arguments.address(scale),
+            arguments.entropy_grad(entropy),
         )
 
     row_regrad = row_grad
@@ -197,6 +228,7 @@ class Gpu:
         target: Tensor,
         weight: Tensor,
         math: RowMath,
+        scale: Tensor | None,
         results: tuple[Tensor, Tensor],
         *metrics: Tensor,
     ) -> None:
@@ -210,5 +242,6 @@ class Gpu:
                 losses.data_ptr(),
                 normalizer.data_ptr(),
                 *(map(arguments.address, metrics or (None,) * 4)),
+                arguments.address(scale),
                 stream(weight.device),
             )

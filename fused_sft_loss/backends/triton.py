@@ -16,7 +16,7 @@ from ..triton_kernels import row_targets as row_targets_kernels
 from ..triton_kernels.launch import INTERPRETED as _INTERPRETED
 from ..triton_kernels.launch import Launch, Shape, chip_of
 from ..triton_kernels.tune import choose
-from .contract import RowFactor, losses_like
+from .contract import EntropyGrad, RowFactor, losses_like
 from .current_device import on
 
 __all__ = [
@@ -40,13 +40,18 @@ def row_targets(scoring: Scoring, vocab_size: int) -> Targets:
 
 
 def row_stats(
-    logits: Tensor, target: Tensor, weight: Tensor, math: RowMath, statistics: int
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    math: RowMath,
+    statistics: int,
+    scale: Tensor | None = None,
 ) -> Tensor:
     chip = chip_of(logits.device)
     stats = weight.new_empty(weight.numel(), statistics)
 
     def launch(shape: Shape) -> None:
-        plan = row_stats_kernels.plan(chip, shape, math, logits, target, weight, stats)
+        plan = row_stats_kernels.plan(chip, shape, math, logits, target, weight, stats, scale)
         _run(logits, plan)
 
     name = row_stats_kernels.table_name(statistics, math.softcap)
@@ -54,19 +59,22 @@ def row_stats(
     return stats
 
 
-def merge(gathered: Tensor, target: Tensor, weight: Tensor, math: RowMath) -> tuple[Tensor, Tensor]:
+def merge(
+    gathered: Tensor, target: Tensor, weight: Tensor, math: RowMath, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     results = losses_like(weight)
-    _merge(gathered, target, weight, math, results)
+    _merge(gathered, target, weight, math, scale, results)
     return results
 
 
 def merge_metrics(
-    gathered: Tensor, target: Tensor, weight: Tensor, math: RowMath
+    gathered: Tensor, target: Tensor, weight: Tensor, math: RowMath, scale: Tensor | None = None
 ) -> tuple[Tensor, ...]:
     loss, normalizer = losses_like(weight)
     lse, log_prob, entropy = (torch.empty_like(weight) for _ in range(3))
     correct = torch.empty_like(weight, dtype=torch.bool)
-    _merge(gathered, target, weight, math, (loss, normalizer, lse, log_prob, correct, entropy))
+    results = loss, normalizer, lse, log_prob, correct, entropy
+    _merge(gathered, target, weight, math, scale, results)
     return loss, log_prob, lse, correct, entropy
 
 
@@ -83,12 +91,15 @@ def row_grad(
     factor: RowFactor,
     math: RowMath,
     out: Tensor,
+    *,
+    scale: Tensor | None = None,
+    entropy: EntropyGrad | None = None,
 ) -> None:
     chip = chip_of(logits.device)
 
     def launch(shape: Shape, out: Tensor = out) -> None:
-        plan = row_grad_kernels.plan(chip, shape, math, logits, normalizer, target, factor, out)
-        _run(logits, plan)
+        arguments = logits, normalizer, target, factor, out, scale, entropy
+        _run(logits, row_grad_kernels.plan(chip, shape, math, *arguments))
 
     # Autotuning runs the kernel repeatedly, so it writes to a scratch tensor; in-place logits would
     # be destroyed.
@@ -96,10 +107,15 @@ def row_grad(
 
 
 def _merge(
-    gathered: Tensor, target: Tensor, weight: Tensor, math: RowMath, results: tuple[Tensor, ...]
+    gathered: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    math: RowMath,
+    scale: Tensor | None,
+    results: tuple[Tensor, ...],
 ) -> None:
     chip = chip_of(weight.device)
-    _run(weight, merge_kernels.plan(chip, math, gathered, target, weight, *results))
+    _run(weight, merge_kernels.plan(chip, math, gathered, target, weight, *results, scale=scale))
 
 
 def _run(tensor: Tensor, launches: Iterable[Launch]) -> None:

@@ -32,6 +32,7 @@ RUNS = {  # name -> (what is run, how many tests there are at least)
     "extremes": (" ".join(f"{LOGITS}::test_{name}" for name in EXTREMES), 13),
     "sharded": ("loss/test_sharded.py", 5),
     "others": (f"loss/test_module_and_metrics.py loss/test_determinism.py {OPCHECK}", 9),
+    "logprobs": ("loss/test_token_logprobs.py loss/test_token_logprobs_sharded.py", 40),
     "linear": ("linear/test_linear_against_oracle.py", 25),
     "rows": ("gpu/triton_rows.py gpu/triton_vectors.py", 140),
 }

@@ -75,6 +75,9 @@ def operator_arguments(backend):
     labels, mask = torch.randint(0, 90, (2, 3)), torch.rand(2, 3)
     scoring = (labels, mask, torch.tensor([0, 4, 6]), True, -100, False)
     given, plain = (*scoring, *math.packed()), logits.detach()
+    hot = (*scoring, *RowMath(0, 90, logit_scale=1.5).packed())
+    rows, grads = torch.rand(6) + 0.5, torch.randn(2, 6)
+    of_logprobs = (target, weight, rest[0], torch.rand(6), rows, *hot[5:], backend)
     return {
         "row_targets": (*scoring[:-1], True, 90, backend),
         "loss": (plain, *given, "none", "loss", "", backend),
@@ -83,6 +86,10 @@ def operator_arguments(backend):
         "differentiable_loss_and_metrics": (logits, *given, "none", "loss", "", backend, False),
         "row_grad": (plain, torch.randn(6), *gradient),
         "row_grad_": (plain.clone(), torch.tensor(0.5), *of_mean),
+        "logprobs": (plain, *hot, rows, True, "logprobs", "", backend),
+        "differentiable_logprobs": (logits, *hot, None, True, "logprobs", "", backend, False),
+        "logprob_grad": (plain, *grads, *of_logprobs),
+        "logprob_grad_": (plain.clone(), None, grads[1], *of_logprobs),
         "token_metrics": (plain, *given, "metrics", "", backend),
     }
 

@@ -27,6 +27,7 @@ mask[0, 1::3] = 0
 labels[0, 2] = -100
 unread = [row for row in range(ROWS) if mask[0, row] == 0 or row == 2]
 small = logits.clone()
+temperature = torch.rand(1, ROWS) + 0.5
 
 def run(x):
     leaf = x.detach().requires_grad_()
@@ -34,7 +35,10 @@ def run(x):
         losses = fsl.sft_loss(leaf, labels, mask, shift=False, reduction="none", backend=backend)
         metrics = fsl.token_metrics(x, labels, mask, shift=False, backend=backend)
         (grad,) = torch.autograd.grad(losses.sum(), leaf)
-    results = [losses.detach(), grad, *metrics]
+        both = fsl.token_logprobs(leaf, labels, mask, temperature=temperature,
+                                  return_entropy=True, shift=False, backend=backend)
+        of_both = torch.autograd.grad(sum(both).sum(), leaf)
+    results = [losses.detach(), grad, *metrics, *(x.detach() for x in both), *of_both]
     if name.partition("-")[0] in selection.ONE_READ:
         with using(name) as backend:
             losses = fsl.sft_loss(leaf, labels, mask, shift=False, reduction="none",

@@ -154,7 +154,7 @@ def test_sft_loss_passes_every_option_on(monkeypatch):
     def prepared(logits, labels, loss_mask, options, name):
         raise Reached(options)
 
-    monkeypatch.setattr(api, "_prepared", prepared)
+    monkeypatch.setattr(api, "prepared", prepared)
     marks = {field.name: object() for field in dataclasses.fields(Options)}
     with pytest.raises(Reached) as reached:
         fsl.sft_loss(None, None, **marks)

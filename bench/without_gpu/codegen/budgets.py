@@ -35,10 +35,10 @@ TRITON = {
 
 #: By chip and kernel. clang 19 does not know gfx950.
 CSRC = {
-    ("sm_80", "row_stats"): Budget(59, 64, 64),
+    ("sm_80", "row_stats"): Budget(57, 62, 64),
     ("sm_80", "row_grad"): Budget(56, 72, 72),
     ("sm_80", "row_stats_grad"): Budget(83, 80, 32),
-    ("sm_90", "row_stats"): Budget(62, 64, 64),
+    ("sm_90", "row_stats"): Budget(60, 63, 64),
     ("sm_90", "row_grad"): Budget(56, 72, 72),
     ("sm_90", "row_stats_grad"): Budget(88, 91, 40),
     ("sm_100", "row_stats"): Budget(71, 80, 56),

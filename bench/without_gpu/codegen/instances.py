@@ -11,7 +11,7 @@ FOLDER = Path(__file__).parents[3] / "csrc/gpu"
 #: Template arguments of each kernel, in order.
 TEMPLATES = {
     "row_stats": ("dtype", "statistics", "softcap", "shifted"),
-    "row_grad": ("dtype", "softcap", "shifted"),
+    "row_grad": ("dtype", "softcap", "shifted", "entropy"),
     "row_stats_grad": ("dtype", "softcap", "shifted"),
     "row_rescale": ("dtype",),
     "fold_segments": ("statistics",),
@@ -36,6 +36,7 @@ class Instance:
     statistics: int | None = None  # number of statistics per row
     softcap: int = 0  # enum Cap: none, small, large
     shifted: bool = False
+    entropy: bool = False
 
     @property
     def name(self) -> str:
@@ -44,6 +45,7 @@ class Instance:
             self.dtype,
             self.statistics and f"x{self.statistics}",
             (None, "softcap", "softcap large")[self.softcap],
+            self.entropy and "entropy",
             self.shifted and "shifted",
         )
         return " ".join(filter(None, words))
@@ -55,7 +57,7 @@ class Instance:
     @property
     def plain(self) -> bool:
         """Whether plain training, with no options and aligned rows, launches it."""
-        return self.statistics in (None, 3) and not self.softcap and not self.shifted
+        return self.statistics in (None, 3) and not (self.softcap or self.shifted or self.entropy)
 
 
 def instance(mangled: str) -> Instance:
@@ -65,6 +67,5 @@ def instance(mangled: str) -> Instance:
         raise ValueError(f"expected a kernel that TEMPLATES of {__file__} names, got {mangled}")
     arguments = [DTYPES.get(a) or int(b) for a, b in _ARGUMENT.findall(found[2] or "")]
     named = dict(zip(TEMPLATES[found[1]], arguments, strict=True))
-    if "shifted" in named:
-        named["shifted"] = bool(named["shifted"])
-    return Instance(found[1], **named)
+    flags = {name: bool(named[name]) for name in ("shifted", "entropy") if name in named}
+    return Instance(found[1], **{**named, **flags})

@@ -166,6 +166,6 @@ def pairs(ours: list[dict], theirs: list[dict]):
 
 def is_plain(record: dict) -> bool:
     """Whether it is a pass of plain training: no options, rows at multiples of 16 bytes."""
-    options = ("softcap", "x4", "x6")  # softcap, label smoothing, metrics
+    options = ("softcap", "x4", "x6", "entropy")  # x4: label smoothing; x6: metrics
     named = any(word in record["name"] for word in options)
     return bool(record["pass"]) and record["aligned"] and not named

@@ -43,16 +43,18 @@ StatsArgs = _struct(
     math=RowMath,
     **_of(POINTER, "target weight"),
     want=c_int,
-    stats=POINTER,
+    **_of(POINTER, "stats scale"),
 )
 RowFactor = _struct("RowFactor", grad=POINTER, stride=c_int64, **_of(POINTER, "weight weight_sum"))
+EntropyGrad = _struct("EntropyGrad", grad=POINTER, stride=c_int64, entropy=POINTER)
 GradArgs = _struct(
     "GradArgs",
     **_of(Rows, "logits grad"),
     math=RowMath,
     **_of(POINTER, "target normalizer"),
     factor=RowFactor,
-    stored=POINTER,
+    **_of(POINTER, "stored scale"),
+    entropy=EntropyGrad,
 )
 StatsGradArgs = _struct("StatsGradArgs", grad=GradArgs, **_of(POINTER, "weight loss normalizer"))
 RescaleArgs = _struct("RescaleArgs", grad=Rows, factor=RowFactor, stored=POINTER)
@@ -71,7 +73,7 @@ MergeArgs = _struct(
     **_of(c_int64, "ranks rows statistics rank_stride"),
     **_of(POINTER, "target weight"),
     math=RowMath,
-    **_of(POINTER, "loss normalizer"),
+    **_of(POINTER, "loss normalizer scale"),
 )
 ReduceArgs = _struct("ReduceArgs", loss=POINTER, rows=c_int64, **_of(POINTER, "weight_sum result"))
 Metrics = _struct("Metrics", **_of(POINTER, "lse log_prob correct entropy"))
@@ -82,7 +84,7 @@ Holding = _struct("Holding", **_of(c_int32, "cluster columns"))
 #: The structs by their C++ names.
 STRUCTS = {
     **{f"fsl::{s.__name__}": s for s in (Rows, RowMath, RowFactor, StatsArgs, GradArgs)},
-    **{f"fsl::{s.__name__}": s for s in (StatsGradArgs, RescaleArgs, TargetsArgs)},
+    **{f"fsl::{s.__name__}": s for s in (EntropyGrad, StatsGradArgs, RescaleArgs, TargetsArgs)},
     **{f"fsl::{s.__name__}": s for s in (MergeArgs, ReduceArgs)},
     **{f"fsl::gpu::{s.__name__}": s for s in (Metrics, Units, RowSplit, Holding)},
 }

@@ -66,7 +66,7 @@ struct Problem {
                {lse.data(), metrics ? log_prob.data() : nullptr, correct.data(), entropy.data()}, nullptr);
     print("loss", loss);
     print("entropy", entropy);
-    if (metrics) return;
+    if (metrics) return tokens(args);
     std::vector<uint16_t> apart(logits.size() + 1),
         same = logits;  // out of place, with another alignment; and in place
     Rows grad = rows(apart);
@@ -83,6 +83,32 @@ struct Problem {
     print("grad", same);
     if (same != apart) std::printf("in place is another gradient\n");
     one_read(math, same, loss);
+  }
+
+  // Statistics and gradient of rows with their own scale and the gradient of their entropy.
+  void tokens(StatsArgs args) {
+    std::vector<float> scale{0.5f, 1.5f, 0}, loss(kRows), normalizer(kRows * kNormalizer), entropy(kRows),
+        lse(kRows), log_prob(kRows), of_entropy{0.25f, -2, 1};
+    std::vector<uint8_t> correct(kRows);
+    std::vector<uint16_t> same = logits;
+    args.scale = scale.data();
+    std::vector<float> parts(gpu::row_stats_parts(args, chip));
+    gpu::row_stats(args, parts.data(), chip, nullptr);
+    gpu::merge({args.stats, 1, kRows, static_cast<int>(args.want), 0, target.data(), weight.data(), args.math,
+                loss.data(), normalizer.data(), scale.data()},
+               {lse.data(), log_prob.data(), correct.data(), entropy.data()}, nullptr);
+    print("entropy of tokens", entropy);
+    gpu::row_grad({rows(same),
+                   rows(same),
+                   args.math,
+                   target.data(),
+                   normalizer.data(),
+                   factor(),
+                   nullptr,
+                   scale.data(),
+                   {of_entropy.data(), 1, entropy.data()}},
+                  chip, nullptr);
+    print("grad of tokens", same);
   }
 
   // The same by row_stats_grad, then rescaled to twice the factor, which is exact for a power of two.
