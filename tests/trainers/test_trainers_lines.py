@@ -156,23 +156,16 @@ def test_trainers_that_compute_logprobs(name, given):
 
 
 def trl():
-    """TRL's SFTTrainer on the real Trainer. By default it reads results of its own loss."""
+    """TRL's SFTTrainer on the real Trainer. It runs the model once more for its metrics."""
     from transformers import Trainer
-
-    class SFTConfig:
-        def __new__(cls, folder, loss_type="chunked_nll"):
-            arguments = hugging_face.training_arguments(folder)
-            arguments.loss_type = loss_type
-            return arguments
 
     class SFTTrainer(Trainer):
         def compute_loss(self, model, inputs, return_outputs=False, **more):
-            loss, outputs = super().compute_loss(model, inputs, True, **more)
-            if self.args.loss_type == "chunked_nll":
-                assert "num_valid_tokens" in outputs
-            return (loss, outputs) if return_outputs else loss
+            with torch.no_grad():
+                model(**inputs)
+            return super().compute_loss(model, inputs, return_outputs, **more)
 
-    return {"trl": {"SFTConfig": SFTConfig, "SFTTrainer": SFTTrainer}}
+    return {"trl": {"SFTConfig": hugging_face.training_arguments, "SFTTrainer": SFTTrainer}}
 
 
 def run_trl(snippet, model, data, folder):
@@ -196,10 +189,11 @@ HUGGING_FACE = {"trl": run_trl, "axolotl": run_axolotl}
 
 
 def check_hugging_face(snippet, monkeypatch):
-    """The weights after training are those of the Trainer alone, and the loss is this package's."""
+    """The weights after training are those of the Trainer alone, the loss is this package's, and
+    the model runs once for each batch."""
     from transformers import Trainer
 
-    used, original = [], hf.sft_loss
+    used, ran, original = [], [], hf.sft_loss
 
     def watched(*args, **options):
         used.append(options)
@@ -208,9 +202,10 @@ def check_hugging_face(snippet, monkeypatch):
     monkeypatch.setattr(hf, "sft_loss", watched)
     model, data = hugging_face.causal(), hugging_face.examples()
     plain = copy.deepcopy(model)
+    model.register_forward_hook(lambda *_: ran.append(True))
     with tempfile.TemporaryDirectory() as folder:
         HUGGING_FACE[snippet.name](snippet, model, data, folder)
-        assert len(used) == hugging_face.STEPS * hugging_face.ACCUMULATED
+        assert len(used) == len(ran) == hugging_face.STEPS * hugging_face.ACCUMULATED
         Trainer(plain, hugging_face.training_arguments(folder), train_dataset=data).train()
     for key, weight in plain.state_dict().items():
         torch.testing.assert_close(model.state_dict()[key], weight, **CLOSE)
@@ -277,8 +272,8 @@ def test_a_step_that_is_not_replaced_is_noticed(name, labelled):
 @pytest.mark.parametrize(
     "name, right, wrong",
     [
-        ("trl", ', loss_type="nll"', ""),
-        ("trl", "compute_loss_func=partial(compute_loss_func, inplace_backward=True),", ""),
+        ("trl", "compute_loss = Trainer.compute_loss", "pass"),
+        ("trl", "trainer.compute_loss_func", "trainer.loss_func"),
         ("axolotl", "trainer.compute_loss_func", "trainer.loss_func"),
     ],
 )
