@@ -79,9 +79,9 @@ rocm7() {  # HIP's headers, and a clang that runs with the libraries of its own 
         patchelf --set-interpreter "$root/lib64/ld-linux-x86-64.so.2" --force-rpath \
             --set-rpath "$root/usr/lib/llvm-$CLANG/lib:$libraries" "$root/usr/lib/llvm-$CLANG/bin/$name"
     done
-    rm -rf "$to" && mkdir -p "$to"
+    rm -rf "$to" && mkdir -p "$to/include"
     ln -s "$root/usr/lib/llvm-$CLANG" "$to/llvm"
-    ln -s "$root/usr/include" "$to/include"
+    ln -s "$root/usr/include/hip" "$to/include"  # and not the C library's headers
     "$to/llvm/bin/clang++" --version | head -n 1
     grep -E 'define HIP_VERSION_M(AJ|IN)OR' "$to/include/hip/hip_version.h"
 }

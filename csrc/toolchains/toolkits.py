@@ -212,7 +212,10 @@ def hip_compiler(root: str) -> tuple[str, ...] | None:
     clangs = ["clang++", *(f"clang++-{release}" for release in range(30, 16, -1))]
     inside = [f"{root}/llvm/bin/clang++", f"{root}/lib/llvm/bin/clang++"]
     names = [f"{root}/bin/hipcc", *inside, "hipcc", *clangs]
-    compilers = [(name, f"--rocm-path={root}") for name in names if shutil.which(name)]
+    # clang looks into --rocm-path last, after HIP's headers that a distribution put into /usr.
+    headers = [] if root == "/usr" else ["-isystem", f"{root}/include"]
+    flags = [f"--rocm-path={root}", *headers]
+    compilers = [(name, *flags) for name in names if shutil.which(name)]
     variable, default = wanted("hip")
     targets = named_targets(variable) or default.split(";")
 

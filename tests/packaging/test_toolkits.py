@@ -6,6 +6,7 @@ The compilers are scripts that know some targets. `make wheel` uses the real one
 import os
 import re
 import shutil
+import subprocess
 
 import pytest
 from test_build import ROOT
@@ -190,7 +191,7 @@ def test_rocm_of_pip_is_found_by_its_variable(machine, monkeypatch, variable, co
     root = rocm(machine / "_rocm_sdk_devel", "7.15", "gfx942", "gfx950", compiler=compiler)
     monkeypatch.setenv(variable, str(root))
     found = next(toolkits.hips())
-    assert found.command == (f"{root}/{compiler}", f"--rocm-path={root}")
+    assert found.command[:2] == (f"{root}/{compiler}", f"--rocm-path={root}")
     assert found.label == "rocm7" and found.targets() == ["gfx942", "gfx950"]
 
 
@@ -202,6 +203,21 @@ def test_rocm_of_pip_is_found_by_its_command_without_a_variable(machine, monkeyp
     assert dict(next(toolkits.hips()).variables) == {"ROCM_PATH": str(root)}
     script(machine.parent / "path/rocm-sdk", "#!/bin/sh\necho not initialised >&2; exit 1\n")
     assert dict(next(toolkits.hips()).variables) == {"ROCM_PATH": str(machine / "usr")}
+
+
+@pytest.mark.skipif(not shutil.which("clang++-19"), reason="no clang++-19")
+def test_headers_of_a_distribution_do_not_mix_with_those_of_the_toolkit(machine, monkeypatch):
+    """A module was labelled +rocm7 and compiled with HIP 5.2 of /usr/include."""
+    root = rocm(machine / "rocm", "99.0", "gfx942", compiler="unused")
+    (machine.parent / "path/clang++").symlink_to(shutil.which("clang++-19", path=os.defpath))
+    usual = machine / "usr/include"
+    rocm(usual.parent, "5.2", compiler="unused")
+    monkeypatch.setenv("CPLUS_INCLUDE_PATH", str(usual))  # searched like /usr/include
+    toolkit = toolkits.hip_toolkit(str(root), toolkits.hip_compiler(str(root)))
+    command = [*toolkit.command, "-nogpuinc", "-x", "c++", "-E", "-dM", "-"]
+    text = "#include <hip/hip_version.h>"
+    done = subprocess.run(command, input=text, capture_output=True, text=True, check=True)
+    assert "#define HIP_VERSION_MAJOR 99" in done.stdout
 
 
 def test_no_page_sets_rocm_path_to_a_folder_that_an_image_may_lack():
