@@ -228,7 +228,8 @@ def hip_compiler(root: str) -> tuple[str, ...] | None:
 def hip_toolkit(root: str, command: tuple[str, ...]) -> Toolkit:
     header = Path(root, HIP_VERSION_H).read_text()
     major, minor = re.findall(r"define HIP_VERSION_M(?:AJ|IN)OR\s+(\d+)", header)
-    name = f"{command[0]} {version(command[0])} with HIP {major}.{minor}"
+    # Without the folder: the name is compiled into the wheel.
+    name = f"{Path(command[0]).name} {version(command[0])} with HIP {major}.{minor}"
     number = (int(major), int(minor))
     return Toolkit("hip", command, name, number, f"rocm{major}", (("ROCM_PATH", root),))
 
