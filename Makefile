@@ -99,16 +99,14 @@ $(VENV)/.docs: pyproject.toml | $(VENV)/.installed
 	$(BIN)/pip install --quiet --editable ".[docs]"
 	touch $@
 
-# FUSED_SFT_LOSS_BUILD and the variables of docs/install.md choose which, and for what. A GPU's runtime is never
-# put into a wheel; where auditwheel finds no manylinux system that has all a wheel needs, the tag stays `linux`.
-WHEEL := $(BIN)/python -m build --wheel --no-isolation --outdir build/wheels
+# FUSED_SFT_LOSS_BUILD and the variables of docs/install.md choose which, and for what. TOOLCHAINS=folder adds the
+# toolkits in a folder, as csrc/toolchains/chroots.sh makes them. A GPU's runtime is never put into a wheel; where
+# auditwheel finds no manylinux system that has all a wheel needs, the tag stays `linux`.
 REPAIR := PATH="$(CURDIR)/$(BIN):$$PATH" auditwheel repair --exclude 'libamdhip64.so*' --exclude 'libcuda*.so*'
 wheel: $(VENV)/.installed
 	rm -rf build/wheels dist/*.whl
 	mkdir -p dist
-	backends=$$($(BIN)/python setup.py -q toolchains) && for backend in $$backends; do \
-	    FUSED_SFT_LOSS_BUILD=cpu,$$backend $(WHEEL) || exit 1; \
-	done
+	$(BIN)/python -m csrc.toolchains.wheels --outdir build/wheels $(if $(TOOLCHAINS),--toolchains '$(TOOLCHAINS)')
 	for wheel in build/wheels/*.whl; do $(REPAIR) -w dist $$wheel || cp $$wheel dist; done
 	$(BIN)/python tests/support/wheel_check.py dist/*.whl
 

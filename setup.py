@@ -3,20 +3,22 @@
 FUSED_SFT_LOSS_BUILD   some of cpu, cuda, hip, separated by commas, or none. A missing toolchain
                        fails the build. Unset: every backend that has a toolchain; the build prints
                        what it leaves out, and why.
-TORCH_CUDA_ARCH_LIST   like "8.0;9.0a;10.0+PTX".
+TORCH_CUDA_ARCH_LIST   like "8.0;9.0a;10.0+PTX;12.0".
 PYTORCH_ROCM_ARCH      like "gfx90a;gfx942". If the toolchain cannot compile for a target that is
                        named here or in TORCH_CUDA_ARCH_LIST, the build fails. If it cannot compile
                        for a default target, the build leaves that target out.
-CUDA_HOME, CUDA_PATH, ROCM_PATH, CXX, CXXFLAGS, MAX_JOBS   as usual. A variable that names something
-                       wrong fails the build; an empty one counts as unset.
+CUDA_HOME, CUDA_PATH, ROCM_PATH, ROCM_HOME, CXX, CXXFLAGS, MAX_JOBS   as usual. A variable that
+                       names something wrong fails the build; an empty one counts as unset.
 
 A wheel's version ends in the backends that it contains (+cpu, +cu13, +rocm7). An sdist's does not.
+`make wheel` builds one of each (csrc/toolchains/wheels.py).
 
 csrc/toolchains/ finds the compilers and their commands. This file writes them for ninja and runs
 ninja.
 """
 
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -50,15 +52,19 @@ class NinjaBuild(build_ext):
     def build_extension(self, ext):
         from ninja import BIN_DIR
 
-        backend = ext.name.rpartition("_")[2]
-        folder = self.objects_folder() / backend
+        module = MODULES[ext.name.rpartition("_")[2]]
+        # Each toolkit has its own folder, so that building +cu12 and +cu13 in turn compiles once.
+        # Ninja would not notice that the other one has overwritten a file, so it links in there.
+        folder = self.objects_folder() / module.label
         folder.mkdir(parents=True, exist_ok=True)
         output = Path(self.get_ext_fullpath(ext.name)).absolute()
         output.parent.mkdir(parents=True, exist_ok=True)
-        self.write(folder / "build.ninja", MODULES[backend], output)
+        self.write(folder / "build.ninja", module, output.name)
         jobs = variables.jobs()
         ninja = [os.path.join(BIN_DIR, "ninja"), "-C", str(folder), "-j", str(jobs)]
         subprocess.run(ninja, env={**os.environ, **self.environment(jobs)}, check=True)
+        output.unlink(missing_ok=True)  # a running process may have mapped the old file
+        shutil.copy(folder / output.name, output)
 
     def environment(self, jobs):
         """Settings for the compilers that are kept from ninja: a change must not recompile."""
@@ -96,7 +102,7 @@ class NinjaBuild(build_ext):
                 ninja.build(
                     f"{name}.o", command, str(compilers.CSRC / source), variables={"flags": flags}
                 )
-            ninja.build(str(output), "link", [f"{name}.o" for name in module.objects])
+            ninja.build(output, "link", [f"{name}.o" for name in module.objects])
 
 
 class EggInfo(egg_info):

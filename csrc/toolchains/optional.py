@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 
-from . import compilers, without
+from . import compilers, toolkits, without
 
 #: Tool -> (what it is, what is skipped without it, how to install it).
 ABOUT = {
@@ -44,7 +44,7 @@ def reason_without_boost() -> str | None:
 def _is_found(find) -> bool:
     try:
         return bool(find())
-    except compilers.Missing:
+    except toolkits.Missing:
         return False
 
 
@@ -52,8 +52,8 @@ def absent() -> list[str]:
     """The tools in ABOUT that are missing on this machine."""
     here = {
         "boost": _is_found(lambda: not reason_without_boost()),
-        "nvcc": _is_found(compilers.find_nvcc),
-        "clang": _is_found(compilers.find_hip),
+        "nvcc": _is_found(lambda: next(toolkits.cudas())),
+        "clang": _is_found(lambda: next(toolkits.hips())),
     }
     return [tool for tool in ABOUT if not here[tool]]
 

@@ -8,10 +8,17 @@ import os
 import re
 import sys
 
+BACKENDS = ("cpu", "cuda", "hip")
+
 
 def given(variable: str) -> str | None:
     """The value of a variable, or None if it is unset or blank."""
     return os.environ.get(variable, "").strip() or None
+
+
+def say(text: str) -> None:
+    """Tell what a build does or leaves out. stdout is for results."""
+    print(f"fused_sft_loss: {text}", file=sys.stderr, flush=True)
 
 
 def refuse(variable: str, text: str):
@@ -22,6 +29,17 @@ def refuse(variable: str, text: str):
 def named_targets(variable: str) -> list[str]:
     """The targets in TORCH_CUDA_ARCH_LIST or PYTORCH_ROCM_ARCH, split as torch splits them."""
     return re.findall(r"[^;,\s]+", given(variable) or "")
+
+
+def named_backends() -> set[str] | None:
+    """The backends in FUSED_SFT_LOSS_BUILD, or None if it is unset: then all that can be built."""
+    named = given("FUSED_SFT_LOSS_BUILD")
+    chosen = set(re.findall(r"[^,\s]+", named or ""))
+    if named and chosen != {"none"} and not (chosen and chosen <= set(BACKENDS)):
+        refuse(
+            "FUSED_SFT_LOSS_BUILD", f"expected names from cpu, cuda, hip, or none, got {named!r}"
+        )
+    return chosen - {"none"} if named else None
 
 
 def jobs() -> int:

@@ -26,13 +26,26 @@ def load(backend: str) -> ModuleType:
 
 
 def loaded_hip_runtimes() -> list[str]:
-    """The files of every libamdhip64 in this process. There must not be more than one."""
+    """A path of every libamdhip64 in this process. There must not be more than one.
+
+    Two names of one file, like hard links, are one runtime.
+    """
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()
     except OSError:  # not Linux, where there is no HIP either
         return []
-    files = {line.split(maxsplit=5)[5] for line in lines if "libamdhip64" in line}
-    return sorted(file for file in files if Path(file).name.startswith("libamdhip64.so"))
+    paths = {line.split(maxsplit=5)[5] for line in lines if "libamdhip64" in line}
+    paths = {path for path in paths if Path(path).name.startswith("libamdhip64.so")}
+    return sorted({_file(path): path for path in sorted(paths, reverse=True)}.values())
+
+
+def _file(path: str) -> tuple[int, int] | str:
+    """Device and inode. They are the same for all names of a file."""
+    try:
+        status = os.stat(path)
+    except OSError:  # deleted since it was loaded
+        return path
+    return status.st_dev, status.st_ino
 
 
 def share_hip_runtime() -> None:

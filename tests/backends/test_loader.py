@@ -94,6 +94,45 @@ loader.share_hip_runtime()
     assert f"HIP runtime: error: 2 copies in one process: {paths[0]}, {paths[1]}" in report.stdout
 
 
+# A profiler or a debugger maps a library's file under another name than the one that was loaded.
+MAP = """
+import mmap
+def map(path):
+    with open(path, "rb") as file:
+        return mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ | mmap.PROT_EXEC)
+"""
+
+
+@pytest.mark.parametrize("link", ["hardlink_to", "symlink_to"])
+def test_two_names_of_one_hip_runtime_are_one(runtime, tmp_path, link):
+    path, other = runtime("one"), tmp_path / "two/libamdhip64.so.7.1"
+    other.parent.mkdir()
+    getattr(other, link)(path)
+    both = """
+from fused_sft_loss.backends import loader
+mapped = map(sys.argv[2])
+names = {line.split()[5] for line in open("/proc/self/maps") if "libamdhip64" in line}
+print(len(names), len(loader.loaded_hip_runtimes()))
+loader.share_hip_runtime()
+"""
+    load = LOAD.replace("sys.argv[1:]", "sys.argv[1:2]")
+    done = python(load + MAP + both, path, other)
+    mapped = 2 if link == "hardlink_to" else 1  # the kernel resolves symbolic links
+    assert done.stdout.split() == [str(mapped), "1"] and done.returncode == 0, done.stderr
+
+
+def test_a_hip_runtime_that_was_deleted_is_still_one(runtime):
+    """An upgrade in a running container: the path in /proc/self/maps ends in " (deleted)"."""
+    show = """
+from fused_sft_loss.backends import loader
+os.unlink(sys.argv[1])
+print(*loader.loaded_hip_runtimes(), sep="|")
+"""
+    path = runtime("one")
+    done = python(LOAD + show, path)
+    assert done.stdout.strip() == f"{path} (deleted)", done.stderr
+
+
 def test_one_hip_runtime_is_in_the_report(runtime):
     path = runtime("one")
     report = python(LOAD + "from fused_sft_loss.__main__ import main; main(['env'])", path)

@@ -31,7 +31,7 @@ def checkout(tmp_path):
 
 
 def make(checkout, *arguments, **variables):
-    unset = ("CXX", "CUDA_HOME", "CUDA_PATH", "ROCM_PATH")
+    unset = ("CXX", "CUDA_HOME", "CUDA_PATH", "ROCM_PATH", "ROCM_HOME")
     unset += ("MAKEFLAGS", "MAKEOVERRIDES", "MAKELEVEL")  # set by the make that runs the tests
     variables = {**dict.fromkeys(unset, ""), **variables}
     return run([MAKE, *arguments], cwd=checkout, PATH=str(checkout / "bin"), **variables)

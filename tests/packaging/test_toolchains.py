@@ -13,7 +13,7 @@ import pytest
 from test_build import ROOT, VERSION, build, run
 from wheel_check import wheel_faults
 
-from csrc.toolchains import compilers, without
+from csrc.toolchains import toolkits, without
 from csrc.toolchains.variables import named_targets
 
 pytestmark = pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler")
@@ -104,7 +104,7 @@ def compiled(tree):
     ],
 )
 def test_a_target_becomes_flags_of_nvcc(target, flags):
-    assert compilers.gencode(target) == flags
+    assert toolkits.gencode(target) == flags
 
 
 @pytest.mark.parametrize("text", ["8.0;9.0a;10.0+PTX", "8.0 9.0a  10.0+PTX ", ";8.0,9.0a;10.0+PTX"])
@@ -127,7 +127,7 @@ def test_toolchain_and_targets_are_printed(tree):
     [
         ("12.0", "cannot make '12.0': nvcc fatal   : Unsupported gpu architecture 'compute_120'"),
         ("7.5", "cannot make '7.5': the kernels need 8.0 or newer"),
-        ("Hopper", "cannot make 'Hopper': expected something like 8.0;9.0a;10.0+PTX"),
+        ("Hopper", "cannot make 'Hopper': expected something like 8.0;9.0a;10.0+PTX;12.0"),
     ],
 )
 @pytest.mark.parametrize("named", ["cuda", None])
@@ -139,7 +139,9 @@ def test_a_named_target_that_cannot_be_made_fails_the_build(tree, target, words,
 def test_a_default_target_that_cannot_be_made_is_left_out_with_a_warning(tree):
     done = setup_py(tree, "toolchains", targets=None)
     assert done.returncode == 0, done.stderr
-    assert "warning: nvcc 13.0.88 cannot make 10.0+PTX, which is left out: nvcc f" in done.stderr
+    for target in ("10.0+PTX", "12.0"):
+        words = f"warning: nvcc 13.0.88 cannot make {target}, which is left out: nvcc f"
+        assert words in done.stderr
     assert "_cuda: nvcc 13.0.88, for 8.0 9.0a\n" in done.stderr
 
 
@@ -149,7 +151,7 @@ def bare(tmp_path):
     folder = tmp_path / "bin"
     folder.mkdir()
     (folder / "c++").symlink_to(shutil.which("c++"))
-    return {"PATH": str(folder), "CUDA_HOME": "", "CUDA_PATH": "", "ROCM_PATH": ""}
+    return {"PATH": str(folder), "CUDA_HOME": "", "CUDA_PATH": "", "ROCM_PATH": "", "ROCM_HOME": ""}
 
 
 @pytest.mark.parametrize(
@@ -168,12 +170,13 @@ def test_a_named_toolchain_that_is_missing_fails_the_build(tree, bare, backends,
 
 
 def test_hip_without_its_headers_says_what_to_install(monkeypatch, tmp_path):
-    monkeypatch.setattr(compilers, "ROCM_PLACES", [str(tmp_path)])
-    for name in ("ROCM_PATH", without.VARIABLE):
+    monkeypatch.setattr(toolkits, "ROCM_PLACES", [str(tmp_path)])
+    monkeypatch.setattr(toolkits, "pip_rocm_roots", lambda: ())
+    for name in (*toolkits.ROCM_VARIABLES, without.VARIABLE):
         monkeypatch.delenv(name, raising=False)
     words = f"no HIP headers in {tmp_path}; install ROCm and set ROCM_PATH, or Debian's clang-19"
-    with pytest.raises(compilers.Missing, match=re.escape(words)):
-        compilers.find_hip()
+    with pytest.raises(toolkits.Missing, match=re.escape(words)):
+        next(toolkits.hips())
 
 
 @pytest.mark.parametrize("build", [None, "", " "])
@@ -195,6 +198,7 @@ def test_unnamed_toolchains_that_are_missing_are_left_out(tree, bare, build):
         ("CUDA_HOME", "/nonexistent", "there is no /nonexistent/bin/nvcc; name the CUDA toolkit's"),
         ("CUDA_PATH", "/nonexistent", "there is no /nonexistent/bin/nvcc; name the CUDA toolkit's"),
         ("ROCM_PATH", "/nonexistent", "there is no /nonexistent/include/hip/hip_version.h; name"),
+        ("ROCM_HOME", "/nonexistent", "there is no /nonexistent/include/hip/hip_version.h; name"),
         ("PYTORCH_ROCM_ARCH", "gfx1", "cannot make 'gfx1'"),
         ("MAX_JOBS", "0", "expected a whole number, 1 or more, got '0'"),
         ("MAX_JOBS", "-2", "expected a whole number, 1 or more, got '-2'"),
@@ -219,8 +223,8 @@ def test_a_variable_that_names_something_wrong_is_an_error(tree, build, variable
 
 def has_hip():
     try:
-        return bool(compilers.find_hip())
-    except compilers.Missing:
+        return bool(next(toolkits.hips()))
+    except toolkits.Missing:
         return False
 
 
@@ -234,6 +238,21 @@ def test_rebuilds_compile_what_changed_and_no_more(tree):
     assert setup_py(tree, "build").returncode == 0 and compiled(tree) == ["one"]
     assert setup_py(tree, "build", targets="8.0").returncode == 0
     assert compiled(tree) == ["one", "two"]
+
+
+def test_two_toolkits_in_turn_do_not_leave_each_other_s_module(tree):
+    """Ninja looks at the age of a file, so the module of +cu12 would look like one of +cu13."""
+    other = tree.parent / "cuda-12/bin/nvcc"
+    other.parent.mkdir(parents=True)
+    other.write_text(NVCC.replace("13.0", "12.4"))
+    other.chmod(0o755)
+    cu12 = {"CUDA_HOME": str(other.parents[1]), "targets": "8.0"}
+    for settings, expected, first in (({}, "8.0 9.0a", 1), (cu12, "8.0", 1), ({}, "8.0 9.0a", 0)):
+        done = setup_py(tree, "build", **settings)
+        assert done.returncode == 0, done.stdout + done.stderr
+        (built,) = tree.glob("build/lib*/fused_sft_loss/_cuda.*.so")
+        assert f"\0{expected}\0".encode() in built.read_bytes()
+        assert settings or compiled(tree) == ["one", "two"] * first
 
 
 def test_editable_installs_share_what_was_compiled(tree, tmp_path):

@@ -1,13 +1,17 @@
 """Each rule of wheel_check.py refuses a bad wheel, and the modules built here pass all rules."""
 
 import importlib.util
+import re
 import shutil
+import struct
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 import wheel_check
+import wheel_code
 from wheel_check import module_faults, read_elf, wheel_faults
 
 needs_cc = pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
@@ -138,3 +142,73 @@ def test_the_modules_built_here_keep_the_rules(name):
         elf = read_elf(file)
     assert f"PyInit_{name}" in elf.symbols and elf.needed
     assert module_faults(name, elf) == []
+
+
+# --- code for GPUs --------------------------------------------------------------------------------
+
+
+def fatbin(*entries):
+    """NVIDIA's fat binary of (kind, chip): 1 is PTX, 2 is machine code."""
+    body = b"".join(
+        struct.pack("<HHIQ", kind, 0x101, 64, 8) + bytes(12) + struct.pack("<I", chip) + bytes(40)
+        for kind, chip in entries
+    )
+    return struct.pack("<IHHQ", wheel_code.FATBIN, 1, 16, len(body)) + body
+
+
+def bundle(*targets):
+    """clang's offload bundle, without the code."""
+    ids = [b"host-x86_64-unknown-linux--"]
+    ids += [f"hipv4-amdgcn-amd-amdhsa--{target}".encode() for target in targets]
+    table = b"".join(struct.pack("<QQQ", 4096, 0, len(one)) + one for one in ids)
+    return wheel_code.BUNDLE + struct.pack("<Q", len(ids)) + table
+
+
+def with_section(module, tmp_path, name, content):
+    """A module whose section `name` is `content`."""
+    (tmp_path / "content").write_bytes(content)
+    section = f'.section {name},\\"a\\"\\n.incbin \\"{tmp_path}/content\\"\\n.text'
+    return module(f'{CLEAN} __asm__("{section}");')
+
+
+@needs_cc
+@pytest.mark.parametrize(
+    "name, content, targets",
+    [
+        (
+            ".nv_fatbin",
+            fatbin((2, 75)) + bytes(24) + fatbin((2, 80), (2, 100), (1, 100)),
+            ["sm_75", "sm_80", "sm_100", "compute_100"],
+        ),
+        (".hip_fatbin", bundle("gfx90a") + bytes(100) + bundle("gfx950"), ["gfx90a", "gfx950"]),
+        (".other", b"nothing", []),
+    ],
+)
+def test_targets_are_read_from_the_code(module, tmp_path, name, content, targets):
+    with open(with_section(module, tmp_path, name, content), "rb") as file:
+        assert wheel_code.code_targets(file) == targets
+
+
+@needs_cc
+def test_a_target_without_code_is_refused(module, tmp_path):
+    content = fatbin((2, 80), (2, 90), (2, 100))
+    code = with_section(module, tmp_path, ".nv_fatbin", content).read_bytes()
+    wheel = archive(tmp_path, "+cu13", {"fused_sft_loss/_cuda.abi.so": code})
+    assert wheel_check.code_faults(wheel, "_cuda is built for 8.0 9.0a 10.0") == []
+    got = "got ['sm_80', 'sm_90', 'sm_100']"
+    assert wheel_check.code_faults(wheel, "_cuda is built for 8.0 10.0+PTX 12.0\n") == [
+        f"_cuda: no code for 10.0+PTX, {got}",
+        f"_cuda: no code for 12.0, {got}",
+    ]
+
+
+@pytest.mark.parametrize("name", ["_cuda", "_hip"])
+def test_the_modules_built_here_have_code_for_their_targets(name):
+    spec = importlib.util.find_spec(f"fused_sft_loss.{name}")
+    if spec is None:
+        pytest.skip(f"{name} was not built here: `python setup.py toolchains` says why")
+    with open(spec.origin, "rb") as file:
+        found = wheel_code.code_targets(file)
+    content = Path(spec.origin).read_bytes()
+    (built,) = set(re.findall(rb"\0((?:\d+\.\d[af]?(?:\+PTX)? ?|gfx\w+ ?)+)\0", content))
+    assert wheel_code.missing_targets(built.decode().split(), found) == []

@@ -1,14 +1,17 @@
 """Check that wheels can be published.
 
     python tests/support/wheel_check.py dist/*.whl         check contents and linked libraries
-    python tests/support/wheel_check.py --use dist/*.whl   also run each in an empty environment
+    python tests/support/wheel_check.py --use dist/*.whl   also run each in an empty environment,
+                                                           and compare targets with GPU code
 
 A wheel serves every torch from 2.6 on and every cluster image, because its modules need only the
 system's C and C++ runtimes. Each rule here keeps out another dependency.
 """
 
 import argparse
+import ctypes.util
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -18,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+import wheel_code
 from elftools.elf.dynamic import DynamicSection
 from elftools.elf.elffile import ELFFile
 from elftools.elf.sections import SymbolTableSection
@@ -132,22 +136,48 @@ torch.testing.assert_close(loss, want)
 print(fsl.__file__, fsl.__version__, selection.resolve(None, "cpu"), float(x.grad.abs().sum()) > 0)
 """
 
-#: _hip needs a HIP runtime in the process. If torch loaded none, the system's runtime is used.
+#: _hip needs a HIP runtime in the process: torch's, or the one that is named first.
 LOAD = """
-import ctypes, ctypes.util, sys, fused_sft_loss
+import ctypes, sys, fused_sft_loss
 from fused_sft_loss.backends import loader
-for module in sys.argv[1:]:
-    runtime = ctypes.util.find_library("amdhip64") if module == "_hip" else None
+runtime, *modules = sys.argv[1:]
+for module in modules:
     if module == "_hip" and not loader.loaded_hip_runtimes():
         if not runtime:
-            print("_hip not loaded: there is no HIP runtime here")
+            print("_hip not loaded: there is neither its HIP runtime nor a C compiler here")
             continue
         ctypes.CDLL(runtime)
     loaded = loader.load(module[1:])
     hooks = {"use_isa", "try_line"} & set(dir(loaded))
     assert not hooks, "hooks for tests are for checkouts alone"
     print(module, "loads:", loaded.build_info())
+    if "targets" in loaded.build_info():
+        print(module, "is built for", loaded.build_info()["targets"])
 """
+
+
+def hip_runtime(wheel: Path, folder: Path) -> str:
+    """A HIP runtime that a wheel's _hip can be loaded with; empty if there is none.
+
+    It is the system's if that has the version of the wheel. Otherwise it is a library with the
+    same symbols, which do nothing: enough to load a module, and to know that it needs no others.
+    """
+    version = re.search(r"rocm(\d+)", wheel.name)
+    with zipfile.ZipFile(wheel) as files:
+        names = [name for name in files.namelist() if name.startswith("fused_sft_loss/_hip.")]
+        if not names or not version:
+            return ""
+        with files.open(names[0]) as file:
+            symbols = [name for name in read_elf(file).unversioned if "hip" in name]
+    name = f"libamdhip64.so.{version[1]}"
+    if ctypes.util.find_library("amdhip64") == name:
+        return name
+    if not shutil.which("cc"):
+        return ""
+    source, library = folder.parent / "hip.c", folder.parent / name
+    source.write_text("".join(f"void* {symbol}() {{ return 0; }}\n" for symbol in symbols))
+    subprocess.run(["cc", "-shared", "-fPIC", "-w", source, "-o", library], check=True)
+    return str(library)
 
 
 def empty_environment(folder: Path) -> Path:
@@ -173,9 +203,20 @@ def install_and_use(wheel: Path, folder: Path) -> tuple[list[str], str]:
     used = subprocess.check_output([python, "-c", USE], text=True, cwd=folder).split()
     report = subprocess.check_output([python, "-m", "fused_sft_loss", "env"], text=True, cwd=folder)
     assert Path(used[0]).is_relative_to(folder), used[0]
-    modules = sorted(expected_modules(wheel.name))
-    report += subprocess.check_output([python, "-c", LOAD, *modules], text=True, cwd=folder)
+    loads = [hip_runtime(wheel, folder), *sorted(expected_modules(wheel.name))]
+    report += subprocess.check_output([python, "-c", LOAD, *loads], text=True, cwd=folder)
     return used, report
+
+
+def code_faults(wheel: Path, report: str) -> list[str]:
+    """GPU targets that the modules were built for, without code for them in the wheel."""
+    faults = []
+    for module, targets in wheel_code.modules(wheel):
+        built = re.search(rf"^{module} is built for (.*)", report, re.MULTILINE)
+        if built:
+            lacking = wheel_code.missing_targets(built[1].split(), targets)
+            faults += [f"{module}: no code for {target}, got {targets}" for target in lacking]
+    return faults
 
 
 def main() -> int:
@@ -185,14 +226,19 @@ def main() -> int:
     arguments = parser.parse_args()
     failed = False
     for wheel in arguments.wheels:
-        faults = wheel_faults(wheel)
-        failed = failed or bool(faults)
-        print(f"{wheel.name}: {wheel.stat().st_size / 1e6:.1f} MB", *faults, sep="\n  refused: ")
+        faults, lines = wheel_faults(wheel), []
+        if not faults:
+            code = [(module, targets) for module, targets in wheel_code.modules(wheel) if targets]
+            lines += [f"{module} has code for {' '.join(targets)}" for module, targets in code]
         if arguments.use and not faults:
             with tempfile.TemporaryDirectory() as folder:
                 used, report = install_and_use(wheel.absolute(), Path(folder).resolve() / "venv")
-            print(f"  installs, and runs the loss with backend {used[2]!r}")
-            print("".join(f"    {line}\n" for line in report.splitlines()))
+            lines.append(f"installs, and runs the loss with backend {used[2]!r}")
+            lines += [f"  {line}" for line in report.splitlines()]
+            faults += code_faults(wheel, report)
+        failed = failed or bool(faults)
+        print(f"{wheel.name}: {wheel.stat().st_size / 1e6:.1f} MB", *lines, sep="\n  ")
+        print(*(f"  refused: {fault}\n" for fault in faults), sep="", end="")
     return int(failed)
 
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from csrc.toolchains import without
+from csrc.toolchains import toolkits, without
+from csrc.toolchains.variables import given
 
 from ...errors import UserError
 from ..chips import AMD, CHIPS, NVIDIA
@@ -120,11 +121,12 @@ def _left_out(backend: str) -> str | None:
 
 def _candidates(backend: str) -> list[str]:
     if backend == "cuda":
-        if home := os.environ.get("CUDA_HOME"):
-            return [f"{home}/bin/nvcc"]
+        for variable in toolkits.CUDA_VARIABLES:
+            if home := given(variable):
+                return [f"{home}/bin/nvcc"]
         return ["nvcc", "/usr/local/cuda/bin/nvcc"]
-    rocm = os.environ.get("ROCM_PATH") or "/opt/rocm"
-    return [f"{rocm}/llvm/bin/clang++", *CLANGS]
+    inside = [f"{root}/llvm/bin/clang++" for root in toolkits.rocm_roots()]
+    return [*inside, *CLANGS]
 
 
 def _makes_hip(clang: str) -> bool:
