@@ -5,7 +5,7 @@ import torch
 from backends import ON_CPU
 
 from fused_sft_loss.backends import arguments, selection
-from fused_sft_loss.backends.contract import RowFactor
+from fused_sft_loss.backends.contract import EntropyGrad, RowFactor
 from fused_sft_loss.rowmath import RowMath
 from fused_sft_loss.scoring import Scoring
 from fused_sft_loss.targets import Targets
@@ -13,7 +13,7 @@ from fused_sft_loss.targets import Targets
 NATIVE = [name for name in ON_CPU if name.startswith("cpu-")]
 pytestmark = pytest.mark.skipif(not NATIVE, reason="the native module is not built")
 
-RECORDS = ("TargetsArgs", "Tensor3", "RowMath", "Gathered", "RowFactor")
+RECORDS = ("TargetsArgs", "Tensor3", "RowMath", "Gathered", "RowFactor", "EntropyGrad")
 
 
 def calls():
@@ -24,8 +24,10 @@ def calls():
     kept += (found := Targets.empty(labels))
     target, normalizer, result = (vector.data_ptr() for vector in vectors)
     rows, math = arguments.rows(logits), tuple(RowMath(0, 6))
-    statistics = rows, math, target, normalizer, 3, result, 1
+    statistics = rows, math, target, normalizer, 3, result, 0, 1
     factor = arguments.row_factor(RowFactor(scale.view(-1)))
+    entropy = arguments.entropy_grad(EntropyGrad(scale.view(-1), scale.view(-1)))
+    gradient = rows, rows, math, target, normalizer, factor, 0, 0, entropy, 1
     return (labels, *kept), {
         "TargetsArgs": (
             module.row_targets,
@@ -36,10 +38,11 @@ def calls():
         "RowMath": (module.row_stats, statistics, 1),
         "Gathered": (
             module.merge,
-            (arguments.gathered(stats), math, target, target, result, normalizer),
+            (arguments.gathered(stats), math, target, target, result, normalizer, 0),
             0,
         ),
-        "RowFactor": (module.row_grad, (rows, rows, math, target, normalizer, factor, 0, 1), 5),
+        "RowFactor": (module.row_grad, gradient, 5),
+        "EntropyGrad": (module.row_grad, gradient, 8),
     }
 
 

@@ -77,7 +77,7 @@ def operator_arguments(backend):
     given, plain = (*scoring, *math.packed()), logits.detach()
     hot = (*scoring, *RowMath(0, 90, logit_scale=1.5).packed())
     rows, grads = torch.rand(6) + 0.5, torch.randn(2, 6)
-    of_logprobs = (target, weight, rest[0], torch.rand(6), rows, *hot[5:], backend)
+    of_logprobs = (target, weight, rest[0], torch.rand(6), rows, *hot[len(scoring) :], backend)
     return {
         "row_targets": (*scoring[:-1], True, 90, backend),
         "loss": (plain, *given, "none", "loss", "", backend),

@@ -151,7 +151,7 @@ def test_sft_loss_passes_every_option_on(monkeypatch):
     class Reached(Exception):
         pass
 
-    def prepared(logits, labels, loss_mask, options, name):
+    def prepared(logits, labels, loss_mask, options, *more):
         raise Reached(options)
 
     monkeypatch.setattr(api, "prepared", prepared)

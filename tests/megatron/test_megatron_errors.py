@@ -297,7 +297,7 @@ def test_errors_of_the_forward_step(batch, options, kind, says):
     [
         ((None, None, True), {}, NotImplementedError, "overlap_moe_expert_parallel_comm=False"),
         ((None, None), {"return_schedule_plan": True}, NotImplementedError, "make_forward_step"),
-        ((None, None, None, True), {}, NotImplementedError, "computes the loss later"),
+        ((None, None, None, True), {}, NotImplementedError, "compute Megatron.s loss when"),
         ((None,), {}, TypeError, r"expected \(data_iterator, model\).*got \(NoneType\)"),
         ((1, 2, 3, 4), {}, TypeError, r"got \(int, int, int, int\)"),
     ],

@@ -174,7 +174,7 @@ class Run(Passes):
         unit_log2 = np.float32(unit) * LOG2E
         far = 2.0 ** min(31 - np.frexp(unit_log2)[1], 127)
         inward = np.float32(logit_scale) / np.float32(cap) if cap else 0.0
-        if self.math.cap == instances.SMALL_CAP:
+        if self.options["softcap"] == instances.SMALL_CAP:
             inward *= 2 * LOG2E
         return Units(unit, unit_log2, far, inward, cap, logit_scale)
 
