@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from backends import BUILT, using
 from cases import build, expected
 from closeness import assert_losses
-from test_sharded import count_collectives
+from collectives import count_collectives
 from tiers import sampled
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import init_device_mesh

@@ -373,8 +373,8 @@ def test_a_temperature_at_the_first_token_is_ignored_as_that_token_is_never_scor
         wrong(temperature=at((0, 0), 0.0), shift=False)()
 
 
-@pytest.mark.parametrize("kind", sampled(TEMPERATURES, ("0-d", "tokens")))
-@pytest.mark.parametrize("backend", BUILT)
+@pytest.mark.parametrize("kind", sampled(TEMPERATURES, ("tokens",)))
+@pytest.mark.parametrize("backend", sampled(BUILT, BUILT[-1:]))
 def test_compiled_step_equals_the_eager_one(backend, kind):
     torch._dynamo.reset()
 

@@ -255,6 +255,7 @@ MISTAKES = [  # (the right words, wrong ones, arguments of the check)
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name, right, wrong, given", MISTAKES, ids=str)
 def test_a_mistake_in_the_lines_is_noticed(name, right, wrong, given):
     with pytest.raises((AssertionError, RankError)):
@@ -269,6 +270,7 @@ def test_a_step_that_is_not_replaced_is_noticed(name, labelled):
 
 
 @hugging_face.needs_transformers
+@pytest.mark.long
 @pytest.mark.parametrize(
     "name, right, wrong",
     [
