@@ -25,6 +25,13 @@ FAMILIES = {  # column of the table -> cases of test_megatron_exactness: it show
     ),
     "3-tuple, per micro-batch": ("per_token per micro-batch",),
     "2-tuple": ("mean", "mean, 1 micro-batch", "own forward_step, mean"),
+    "per-sample": (
+        "per_sample",
+        "per_sample, in_place",
+        "per_sample, head",
+        "per_sample, linear",
+        "per_sample, one context shard masked",
+    ),
     "one CP shard masked": (
         "one context shard masked",
         "head, one context shard masked",
@@ -34,6 +41,7 @@ FAMILIES = {  # column of the table -> cases of test_megatron_exactness: it show
         "all masked, per_token",
         "all masked, per_token per micro-batch",
         "all masked, mean",
+        "all masked, per_sample",
         "in_place, all masked",
         "head, all masked",
         "linear, all masked",
