@@ -22,6 +22,10 @@ COMMANDS = {
         "check and measure a GPU in ten minutes: tests, benchmarks, launch tables",
     ),
     "launches": ("bench.gpu.launches", "time other lines of the launch tables"),
+    "agreement": (
+        "bench.agreement.command",
+        "a long SFT run with each loss: how far bf16 runs are from one in fp32",
+    ),
     "host": ("bench.host", "what a call costs the host, on logits too small to cost anything"),
     "readme": ("bench.readme", "write the generated parts of README.md and docs/"),
     "codegen": (

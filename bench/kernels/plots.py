@@ -38,7 +38,11 @@ LOG_AXIS = "log scale: equal distances are equal factors"
 
 def draw(record, path):
     """Write the picture as SVG or PNG, by the suffix of `path`. UserError if nothing was timed."""
-    figure = compose(record)
+    save(compose(record), record, path)
+
+
+def save(figure, record, path):
+    """Write the figure of a record and close it. A PNG names its record; see `source_of`."""
     if path.suffix == ".svg":
         figure.savefig(path, metadata={"Date": None})
     else:

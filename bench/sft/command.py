@@ -14,18 +14,23 @@ import torch.distributed as dist
 
 from .. import interrupts, machine
 from ..errors import UserError, need, need_installed, writable_folder
-from .losses import TITLES
+from .losses import EVERY_TITLE, TITLES
 from .shapes import SHAPES, Shape, columns
 
 
 def add_arguments(parser):
+    add_run_arguments(parser)
+    parser.add_argument("--loss", nargs="+", choices=TITLES, default=list(TITLES), help=LOSS_HELP)
+
+
+def add_run_arguments(parser):
+    """All arguments but the losses that train."""
     add = parser.add_argument
     add("--model", choices=SHAPES, help="a real model's shape; default: a small one")
     add("--tp", type=int, default=1, help="processes that share the vocabulary")
     add(
         "--dp", type=_positive, help="data-parallel copies; default: 1, under torchrun what is left"
     )
-    add("--loss", nargs="+", choices=TITLES, default=list(TITLES), help=LOSS_HELP)
     add("--steps", type=_positive, default=12, help="optimizer steps of each run")
     add("--data", metavar="FILE.jsonl", help=DATA_HELP)
     add("--out", default="bench-out/sft", metavar="DIR", help="for JSON and PNG")
@@ -55,15 +60,23 @@ BOTH_KINDS = "cpu:gloo,cuda:nccl"  # backend by device of a tensor; on AMD "nccl
 
 
 def run(args):
+    need("rich")
+    from . import report
+
+    return train_and_report(args, report)
+
+
+def train_and_report(args, report):
+    """Train as the arguments say. Returns the exit status.
+
+    report: has build, show, write and verdict, as report.py
+    """
     world = int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else None
     first = world is None or int(os.environ["RANK"]) == 0
     dp = _check(args, world)
     folder = writable_folder(args.out) if first else None
-    need("rich")
     need("matplotlib")
     need_installed("megatron.core", "megatron-core")
-    from . import report
-
     batches, data = _load(args, dp)
     settings = _settings(args, dp, data["vocabulary"], world)
     with interrupts.raised():
@@ -118,7 +131,7 @@ def _settings(args, dp, vocabulary, world):
     if device == "cuda" and gpus < here:
         raise UserError(f"--device cuda: expected a GPU for each of {here} processes, got {gpus}")
     return Settings(
-        losses=tuple(name for name in TITLES if name in args.loss),
+        losses=tuple(name for name in EVERY_TITLE if name in args.loss),
         device=device,
         tp=args.tp,
         dp=dp,

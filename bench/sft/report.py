@@ -11,7 +11,7 @@ from rich.table import Table
 
 from .. import machine
 from . import picture
-from .losses import TITLES
+from .losses import EVERY_TITLE, TITLES
 
 MIB = 2**20
 #: Relative, at step 1: the weights are the same, so only the rounding of sums may differ, and for a
@@ -37,11 +37,11 @@ class Progress:
 
     def update(self, message):
         if "rehearsed" in message:
-            text = f"memory of the loss recorded: {TITLES[message['rehearsed']]}"
+            text = f"memory of the loss recorded: {EVERY_TITLE[message['rehearsed']]}"
             self._bars.update(self._task, description=text)
         else:
             losses = message["losses"].items()
-            text = "loss " + ", ".join(f"{loss:.4f} {TITLES[name]}" for name, loss in losses)
+            text = "loss " + ", ".join(f"{loss:.4f} {EVERY_TITLE[name]}" for name, loss in losses)
             self._bars.update(self._task, description=text, completed=message["step"] + 1)
 
 
@@ -53,11 +53,7 @@ def build(ranks, batches, settings, data, argv):
     batches  batches[step][data-parallel rank]
     """
     names = settings.losses
-    for name in names:
-        if any(rank[name]["losses"] != ranks[0][name]["losses"] for rank in ranks):
-            losses = [rank[name]["losses"] for rank in ranks]
-            raise RuntimeError(f"expected every rank to report the same {name} loss, got {losses}")
-    losses = {name: ranks[0][name]["losses"] for name in names}
+    losses = losses_of(ranks, names)
     differences = _differences(losses) if names[1:] else None
     logits = (ranks[0][name]["logits"] for name in names)
     scored = [sum(batch.scored for batch in step) for step in batches]
@@ -78,6 +74,15 @@ def build(ranks, batches, settings, data, argv):
         "first_difference": differences and differences[0],
         "runs": {name: _summary([rank[name] for rank in ranks], positions) for name in names},
     }
+
+
+def losses_of(ranks, names):
+    """{run: its loss in each step}, the same on all ranks."""
+    for name in names:
+        if any(rank[name]["losses"] != ranks[0][name]["losses"] for rank in ranks):
+            losses = [rank[name]["losses"] for rank in ranks]
+            raise RuntimeError(f"expected every rank to report the same {name} loss, got {losses}")
+    return {name: ranks[0][name]["losses"] for name in names}
 
 
 def _differences(losses):

@@ -74,6 +74,10 @@ class Batch:
             "loss_mask": self.loss_mask.to(device),
         }
 
+    def reversed(self):
+        """The batch with its rows in reverse order."""
+        return replace(self, tokens=self.tokens.flip(0), loss_mask=self.loss_mask.flip(0))
+
     def within(self, vocab):
         """The batch with ids modulo a smaller vocabulary. The amount of work stays the same."""
         return replace(self, tokens=self.tokens % vocab)

@@ -11,7 +11,7 @@ from .. import megatron_cpu
 from ..clock import Clock
 from ..ranks import send_to_parent
 from ..reference import make_reference_forward_step
-from .losses import LINEAR
+from .losses import IN_FP32, LINEAR, REVERSED
 from .matmul import compute_in_fp32_if_faster
 from .shapes import Shape
 from .stage import LossStage
@@ -48,10 +48,7 @@ def run(settings, batches, tell=send_to_parent):
     parallel = megatron_cpu.init(tp=settings.tp)
     mine = [step[parallel.get_data_parallel_rank()] for step in batches]
     steps = _forward_steps(settings, device)
-    runs = {
-        name: _Run(steps[name], settings, device, has_logits=name != LINEAR)
-        for name in settings.losses
-    }
+    runs = {name: _Run(name, steps[name], settings, device) for name in settings.losses}
     first = dist.get_rank() == 0
     for name, this in runs.items():
         this.rehearse(mine[0])
@@ -71,8 +68,13 @@ def _forward_steps(settings, device):
     def get_batch(data_iterator):
         return next(data_iterator).for_megatron(device)
 
+    def get_reversed(data_iterator):
+        return next(data_iterator).reversed().for_megatron(device)
+
     return {
         "reference": make_reference_forward_step(get_batch),
+        IN_FP32: make_reference_forward_step(get_batch),
+        REVERSED: make_reference_forward_step(get_reversed),
         "ours": make_forward_step(get_batch, inplace_backward=settings.inplace),
         LINEAR: make_forward_step(get_batch, head=LinearHead()),
     }
@@ -81,11 +83,12 @@ def _forward_steps(settings, device):
 class _Run:
     """A model, its optimizer and its loss. Megatron's own schedule runs the steps."""
 
-    def __init__(self, forward_step, settings, device, has_logits):
+    def __init__(self, name, forward_step, settings, device):
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
-        self.model = _model(settings).to(device)
-        self.stage, self.clock = LossStage(device, has_logits), Clock(device)
+        dtype = torch.float32 if name == IN_FP32 else torch.bfloat16
+        self.model = _model(settings, dtype).to(device)
+        self.stage, self.clock = LossStage(device, has_logits=name != LINEAR), Clock(device)
         self.forward_step = self.stage.watch(forward_step)
         self.schedule = get_forward_backward_func()
         self.optimizer = _MasterAdamW(self.model.parameters(), settings)
@@ -130,8 +133,8 @@ class _Run:
         }
 
 
-def _model(settings):
-    """A GPTModel of these settings, with bf16 weights on the CPU."""
+def _model(settings, dtype):
+    """A GPTModel of these settings on the CPU. Its weights are bf16 numbers, in any dtype."""
     modern = {
         "normalization": "RMSNorm",
         "gated_linear_unit": True,
@@ -139,7 +142,7 @@ def _model(settings):
         "add_bias_linear": False,
     }
     config = megatron_cpu.config(
-        dtype=torch.bfloat16,
+        dtype=dtype,
         num_layers=settings.layers,
         hidden_size=settings.hidden,
         ffn_hidden_size=settings.ffn,
@@ -148,7 +151,7 @@ def _model(settings):
         kv_channels=settings.head_dim,
         **(modern if settings.gated else {}),
     )
-    return megatron_cpu.build_model(
+    model = megatron_cpu.build_model(
         config,
         settings.vocab,
         settings.seq_length,
@@ -156,6 +159,10 @@ def _model(settings):
         share_embeddings_and_output_weights=True,
         position_embedding_type="rope" if settings.gated else "learned_absolute",
     )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.bfloat16())
+    return model
 
 
 def _averaged(tensor):
