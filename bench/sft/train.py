@@ -12,7 +12,7 @@ from ..clock import Clock
 from ..ranks import send_to_parent
 from ..reference import make_reference_forward_step
 from .losses import IN_FP32, LINEAR, REVERSED
-from .matmul import compute_in_fp32_if_faster
+from .matmul import compute_in_fp32_without_instructions
 from .shapes import Shape
 from .stage import LossStage
 
@@ -44,7 +44,7 @@ def run(settings, batches, tell=send_to_parent):
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     else:
-        compute_in_fp32_if_faster()
+        compute_in_fp32_without_instructions()
     parallel = megatron_cpu.init(tp=settings.tp)
     mine = [step[parallel.get_data_parallel_rank()] for step in batches]
     steps = _forward_steps(settings, device)
