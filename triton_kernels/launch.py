@@ -17,8 +17,9 @@ PROGRAMS = 32
 VECTOR_BLOCK = 256
 
 #: What the launch table distinguishes: the row kernels, and options that need more registers.
-STATS = ("row_stats", "row_stats softcap", "row_stats metrics")
+STATS = ("row_stats", "row_stats softcap", "row_stats large softcap", "row_stats metrics")
 GRAD = ("row_grad",)
+SPILLING = ("row_stats large softcap", "row_stats metrics")
 USES = STATS + GRAD
 
 
@@ -185,7 +186,7 @@ INTERPRETER = Chip("interpreter", 1, 1)
 SHAPES: tuple[Shape, ...] = (
     Shape("sm_", USES, 2048, 128, 1, 2048, "two tiles at most, few columns idle"),
     Shape("sm_", ("row_stats",), None, 128, 4, 16384, "7 % fewer instructions", capability=100),
-    Shape("sm_", ("row_stats metrics",), None, 128, 1, 16384, "2 runs spill", capability=100),
+    Shape("sm_", SPILLING, None, 128, 1, 16384, "2 runs spill", capability=100),
     Shape("sm_", USES, None, 128, 2, 16384, "enough in flight; 4 runs cost occupancy"),
     Shape("gfx", USES, 2048, 256, 1, 2048, "a tile at most"),
     Shape("gfx", USES, None, 256, 2, 32768, "all 8 waves; with 4 runs row_grad gets 5"),

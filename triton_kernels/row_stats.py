@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..rowmath import RowMath
+from ..rowmath import MOST_SMALL_CAP, RowMath
 from .arithmetic import (
     ARGMAX,
     INF,
@@ -262,6 +262,8 @@ def table_name(statistics: int, softcap: float) -> str:
     """The name of this use of the kernel in the launch table."""
     if statistics > ARGMAX.value:
         return "row_stats metrics"
+    if softcap > MOST_SMALL_CAP:
+        return "row_stats large softcap"
     return "row_stats softcap" if softcap else "row_stats"
 
 

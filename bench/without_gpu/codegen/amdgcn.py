@@ -2,7 +2,7 @@
 
 import re
 
-from .machine_code import Access, Code, Compiled, Instruction
+from .machine_code import Access, Code, Compiled, Instruction, innermost_loops
 
 _LABEL = re.compile(r"^(\.?[\w$.]+):")
 _REGISTER = re.compile(r"\bv(?:(\d+)\b|\[(\d+):(\d+)\])")
@@ -22,11 +22,12 @@ def kernels(text: str) -> dict[str, Compiled]:
     for note in re.split(r"^  - ", notes, flags=re.M)[1:]:
         name = re.search(r"^\s+\.name:\s*(\S+)", note, re.M)[1]
         body = re.search(rf"^{re.escape(name)}:.*?^\.Lfunc_end", listing, re.M | re.S)[0]
-        found[name] = Compiled(parse_text(body), _resources(note))
+        code = parse_text(body)
+        found[name] = Compiled(code, _resources(note, code))
     return found
 
 
-def _resources(note: str) -> dict[str, int]:
+def _resources(note: str, code: Code) -> dict[str, int]:
     """Resources, from a kernel's metadata note."""
 
     def number(key):
@@ -36,12 +37,19 @@ def _resources(note: str) -> dict[str, int]:
         "registers": number("vgpr_count"),  # includes AGPRs
         "agprs": number("agpr_count"),
         "sgprs": number("sgpr_count"),
-        # A spilled SGPR goes to a lane of a VGPR: no memory traffic, but two instructions.
-        "spills": number("vgpr_spill_count") + number("sgpr_spill_count"),
+        # A spilled SGPR goes to a lane of a VGPR: no memory traffic, but two instructions. They
+        # count only in an inner loop; elsewhere they run a few times for a row.
+        "spills": number("vgpr_spill_count") + number("sgpr_spill_count") * _moves_lanes(code),
         "scratch_bytes": number("private_segment_fixed_size"),
         "shared_bytes": number("group_segment_fixed_size"),
         "threads_limit": number("max_flat_workgroup_size"),
     }
+
+
+def _moves_lanes(code: Code) -> bool:
+    """Whether an innermost loop moves an SGPR to or from a lane of a VGPR."""
+    inner = (instruction for body in innermost_loops(code) for instruction in body)
+    return any(instruction.name in ("v_readlane_b32", "v_writelane_b32") for instruction in inner)
 
 
 def parse_text(text: str) -> Code:
