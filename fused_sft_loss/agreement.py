@@ -41,7 +41,7 @@ def agreed_targets(
     group_name: str,
     more: Callable[[Targets], dict[str, Any]] = lambda found: {},
 ) -> Targets:
-    """`find()`, of a call on which all ranks of the group agree.
+    """`find()`, of a call on which all ranks of the group agree, if there is one.
 
     logits: a tensor of their dtype, whose last dimension is this rank's columns. more: `more(found)
     -> dict` of further facts.
@@ -63,6 +63,8 @@ def agreed_targets(
             **more(found),
         }
 
+    if not group_name:
+        return find()
     return agreed(find, groups.by_name(group_name), facts, scoring.labels)
 
 

@@ -46,8 +46,6 @@ def agreed_targets(
     def find() -> Targets:
         return scoring.found_by(selection.load(backend).row_targets, math.vocab_size)
 
-    if not group_name:
-        return find()
     return agreement.agreed_targets(find, scoring, logits, math, call, group_name)
 
 

@@ -58,8 +58,6 @@ def agreed_targets(
         used = None if rows is None else torch.where(found.weight != 0, rows, 1.0)
         return {"temperature": agreement.fingerprint(used)}
 
-    if not group_name:
-        return find()
     return agreement.agreed_targets(find, scoring, logits, math, call, group_name, of_scored)
 
 

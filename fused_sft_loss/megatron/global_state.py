@@ -15,6 +15,12 @@ def parallel_state() -> ParallelState | None:
     return parallel if parallel is not None and parallel.model_parallel_is_initialized() else None
 
 
+def context_parallel_size() -> int:
+    """Ranks that share a sequence; 1 before Megatron is initialised."""
+    parallel = parallel_state()
+    return 1 if parallel is None else parallel.get_context_parallel_world_size()
+
+
 def training_args() -> Any:
     """Megatron-LM's global arguments, or None outside its runs. They have the config's fields."""
     global_vars = sys.modules.get("megatron.training.global_vars")

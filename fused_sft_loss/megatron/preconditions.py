@@ -38,8 +38,7 @@ def run(convention: Convention, config: Any, options: Mapping[str, Any]) -> None
             "it sums gradients over data parallelism and never divides them. "
             "Use returns='per_token', or set calculate_per_token_loss=False"
         )
-    parallel = global_state.parallel_state()
-    cp = 1 if parallel is None else parallel.get_context_parallel_world_size()
+    cp = global_state.context_parallel_size()
     if cp > 1 and convention.per_sample and not getattr(config, "calculate_per_token_loss", False):
         raise ValueError(
             f"returns='per_sample' under context parallelism of size {cp}: expected "

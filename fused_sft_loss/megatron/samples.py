@@ -52,7 +52,7 @@ class Samples(NamedTuple):
         """Divide each weight by its sample's sum, over context parallelism too."""
         sums, first = samples.totals(self.weight, self.bounds), True
         parallel = global_state.parallel_state()
-        if parallel is not None and parallel.get_context_parallel_world_size() > 1:
+        if parallel is not None and global_state.context_parallel_size() > 1:
             group = parallel.get_context_parallel_group()
             dist.all_reduce(sums, group=group)
             first = dist.get_rank(group) == 0
@@ -95,8 +95,7 @@ def sample_bounds(
 
 def _not_sliced(name: str) -> None:
     """Raise ValueError under context parallelism, where `name` does not tell a rank its samples."""
-    parallel = global_state.parallel_state()
-    cp = 1 if parallel is None else parallel.get_context_parallel_world_size()
+    cp = global_state.context_parallel_size()
     if cp > 1:
         raise ValueError(
             f"returns='per_sample' with {name} under context parallelism of size {cp}: expected "
