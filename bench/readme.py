@@ -4,11 +4,14 @@ Tables and pictures come from the records in bench/results, docs/api.md from the
 --check nothing is written, and parts that are out of date are an error.
 """
 
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import UserError, need
 from .kernels import record
-from .pages import api, gain, records
+from .pages import agreement, api, gain, records
 
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = "docs/benchmarks.md"
@@ -22,19 +25,20 @@ def add_arguments(parser):
 
 
 def run(args):
-    root, measured = Path(args.root), read_records(Path(args.results))
+    root, results = Path(args.root), Path(args.results)
+    measured, long_runs = read_records(results), read_long_runs(results)
     stale = {}
-    for name, blocks in pages(measured, _read(root / "README.md")).items():
+    for name, blocks in pages(measured, long_runs, _read(root / "README.md")).items():
         before = _read(root / name)
         with_places = with_new_devices(before, measured) if name == BENCHMARKS else before
         after = with_blocks(with_places, blocks, name)
         if after != before:
             stale[name] = after
-    pictures = [name for name in measured if not _drawn(root, name, measured[name])]
+    undrawn = [one for one in _pictures(root, measured, long_runs) if not one.is_drawn()]
     if not args.check:
-        _write(root, stale, {name: measured[name] for name in pictures})
-    elif stale or pictures:
-        names = ", ".join([*stale, *(str(_picture(root, name).name) for name in pictures)])
+        _write(root, stale, undrawn)
+    elif stale or undrawn:
+        names = ", ".join([*stale, *(picture.path.name for picture in undrawn)])
         raise UserError(
             f"out of date: {names}. They are generated; write them with: python -m bench readme"
         )
@@ -49,12 +53,20 @@ def read_records(folder):
     return found
 
 
-def pages(measured, readme):
+def read_long_runs(folder):
+    """{name of a device: its record of `bench agreement`}, of all in `folder`."""
+    paths = sorted((folder / "agreement").glob("*.json"))
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+
+
+def pages(measured, long_runs, readme):
     """{page: {name of a generated block: its Markdown}}."""
+    of_devices = {name: records.section(one, name) for name, one in measured.items()}
+    of_long_runs = {"agreement": agreement.section(long_runs)} if long_runs else {}
     return {
         "README.md": gain.blocks(measured),
         "docs/index.md": {"options": options(readme)},
-        BENCHMARKS: {name: records.section(one, name) for name, one in measured.items()},
+        BENCHMARKS: of_devices | of_long_runs,
         "docs/api.md": api.blocks(ROOT),
     }
 
@@ -101,27 +113,37 @@ def _read(path):
         raise UserError(f"cannot read {path}: {error.strerror}") from error
 
 
-def _picture(root, name):
-    return root / "docs" / "img" / f"{name}.png"
+@dataclass(frozen=True)
+class _Picture:
+    """A picture in docs/img, drawn from a record."""
+
+    path: Path
+    record: dict
+    draw: Callable  # draw(record, path)
+
+    def is_drawn(self):
+        """Whether it exists and was drawn from this record."""
+        from .kernels import plots
+
+        return self.path.exists() and plots.source_of(self.path) == plots.digest(self.record)
 
 
-def _drawn(root, name, measured):
-    """Whether the picture exists and was drawn from this record."""
-    path = _picture(root, name)
+def _pictures(root, measured, long_runs):
     need("matplotlib")
+    from .agreement import picture
     from .kernels import plots
 
-    return path.exists() and plots.source_of(path) == plots.digest(measured)
+    docs = root / "docs"
+    of_losses = [(records.picture(name), one, plots.draw) for name, one in measured.items()]
+    of_runs = [(agreement.picture(name), one, picture.draw) for name, one in long_runs.items()]
+    return [_Picture(docs / name, one, draw) for name, one, draw in of_losses + of_runs]
 
 
 def _write(root, stale, undrawn):
     for name, text in stale.items():
         (root / name).write_text(text, encoding="utf-8")
         print(f"written: {root / name}")
-    for name, measured in undrawn.items():
-        from .kernels import plots
-
-        path = _picture(root, name)
-        path.parent.mkdir(exist_ok=True)
-        plots.draw(measured, path)
-        print(f"written: {path}")
+    for picture in undrawn:
+        picture.path.parent.mkdir(exist_ok=True)
+        picture.draw(picture.record, picture.path)
+        print(f"written: {picture.path}")

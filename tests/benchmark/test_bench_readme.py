@@ -8,12 +8,14 @@ import matplotlib.pyplot as plt
 import pytest
 
 from bench.__main__ import main
+from bench.agreement import picture
 from bench.errors import UserError
 from bench.kernels import plots, record
 from bench.pages import api, gain, records
-from bench.readme import ROOT, markers, pages, read_records, with_blocks
+from bench.readme import ROOT, markers, pages, read_long_runs, read_records, with_blocks
 
 RECORDS = read_records(ROOT / "bench/results")
+LONG_RUNS = read_long_runs(ROOT / "bench/results")
 
 
 @pytest.fixture
@@ -37,6 +39,7 @@ def test_the_committed_pages_are_those_of_their_sources(capsys):
     [
         ("README.md", "gain"),
         ("docs/benchmarks.md", "cpu"),
+        ("docs/benchmarks.md", "agreement"),
         ("docs/index.md", "options"),
         ("docs/api.md", "api"),
     ],
@@ -55,14 +58,21 @@ def test_a_generated_part_that_was_changed_by_hand_is_noticed(page, block, copy,
     assert path.read_text(encoding="utf-8") == before
 
 
-def test_a_picture_of_an_older_record_is_noticed(copy, capsys):
-    path = copy / "docs/img/cpu.png"
-    older = {**RECORDS["cpu"], "finished": None}
-    plots.draw(older, path)
+@pytest.mark.parametrize(
+    "name, measured, draw",
+    [
+        ("cpu.png", RECORDS["cpu"], plots.draw),
+        ("agreement-cpu.png", LONG_RUNS["cpu"], picture.draw),
+    ],
+    ids=["losses", "long run"],
+)
+def test_a_picture_of_an_older_record_is_noticed(name, measured, draw, copy, capsys):
+    path = copy / "docs/img" / name
+    draw({**measured, "finished": None}, path)
     assert check(copy) == 1
-    assert "cpu.png" in capsys.readouterr().err
+    assert name in capsys.readouterr().err
     assert main(["readme", "--root", str(copy)]) == 0
-    assert plots.source_of(path) == plots.digest(RECORDS["cpu"])
+    assert plots.source_of(path) == plots.digest(measured)
     assert check(copy) == 0
 
 
@@ -189,7 +199,8 @@ def test_bars_of_time_are_sorted():
 
 
 def test_every_generated_block_has_its_markers_once():
-    for page, blocks in pages(RECORDS, (ROOT / "README.md").read_text(encoding="utf-8")).items():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for page, blocks in pages(RECORDS, LONG_RUNS, readme).items():
         text = (ROOT / page).read_text(encoding="utf-8")
         assert with_blocks(text, blocks, page) == text
 
@@ -231,3 +242,13 @@ def test_the_committed_record_has_what_the_pages_speak_of():
     assert len(cases) == 50
     for row in data["rows"]:
         assert row["status"] in ("ok", "unavailable") or not row["provider"].startswith("ours-")
+
+
+def test_the_committed_long_run_is_as_near_to_fp32_as_the_reference():
+    run = LONG_RUNS["cpu"]
+    assert len(run["losses"]["fp32"]) == 200 and run["losses"]["fp32"][-1] < 8
+    assert run["too_far"] == [] and max(_rms(run, "ours"), _rms(run, "linear")) < run["allowed_rms"]
+
+
+def _rms(run, name):
+    return run["from_fp32"][name]["rms"]
