@@ -7,12 +7,19 @@
 namespace fsl {
 namespace {
 
-// z = unit * value(x); unit_log2 = unit * log2(e).
+// z = unit * value(x); unit_log2 = unit * log2(e). `values` computes them for kGroup logits. `times_slope`
+// multiplies by dz/dx / logit_scale; the row's constants contain the rest.
+constexpr int kLanes = 16;          // words; see Lanes
+constexpr int kGroup = 2 * kLanes;  // logits
+
 struct Plain {
   float unit, unit_log2;
-  FSL_MEMBER float bend(float x) const { return x; }
-  FSL_MEMBER float value(float x, float) const { return x; }
-  FSL_MEMBER float times_slope(float grad, float) const { return grad; }  // the row's constants contain it
+  FSL_MEMBER float value(float x) const { return x; }
+  FSL_MEMBER void values(const float* x, float* value) const {
+#pragma omp simd
+    for (int l = 0; l < kGroup; ++l) value[l] = x[l];
+  }
+  FSL_MEMBER float times_slope(float grad, float) const { return grad; }
 };
 
 // Plain, with the gradient of an entropy.
@@ -20,31 +27,42 @@ struct Tilted : Plain {};
 
 struct Capped {
   static constexpr float unit = 1, unit_log2 = kLog2e;
+  NearZero near;
   float inward;  // logit_scale / softcap
   int32_t last;  // the bits of the |x| from which the tangent is constant
-  float cap;
-  float logit_scale;
+  float cap, inverse_cap;
 
-  // tanh(x * inward). Magnitudes are compared as integers, because gcc makes no minimum of a float select.
-  FSL_MEMBER float bend(float x) const {
+  // cap * tanh(x * inward); infinities and NaNs stay as they are. Magnitudes are compared as integers,
+  // because gcc makes no minimum of a float select.
+  FSL_MEMBER float far(float x) const {
     const int32_t bits = static_cast<int32_t>(as_bits(x) & 0x7fffffffu);
     const float magnitude = as_float(static_cast<uint32_t>(bits < last ? bits : last));
-    return as_float(as_bits(tanh_of(magnitude * inward)) | (as_bits(x) & 0x80000000u));
+    const float bent = as_float(as_bits(tanh_of(magnitude * inward)) | (as_bits(x) & 0x80000000u));
+    return bits < 0x7f800000 ? cap * bent : x;
   }
-  // Infinities and NaNs stay as they are.
-  FSL_MEMBER float value(float x, float bent) const {
-    return static_cast<int32_t>(as_bits(x) & 0x7fffffffu) < 0x7f800000 ? cap * bent : x;
+  FSL_MEMBER float value(float x) const { return near.holds(bits_of_square(x)) ? near.value(x) : far(x); }
+  // Most logits of a model are small, so most groups take the short formula.
+  FSL_MEMBER void values(const float* x, float* value) const {
+    int32_t most = 0;
+#pragma omp simd reduction(max : most)
+    for (int l = 0; l < kGroup; ++l) {
+      const int32_t bits = bits_of_square(x[l]);
+      most = bits > most ? bits : most;
+    }
+    if (near.holds(most)) {
+#pragma omp simd
+      for (int l = 0; l < kGroup; ++l) value[l] = near.value(x[l]);
+    } else {
+#pragma omp simd
+      for (int l = 0; l < kGroup; ++l) value[l] = far(x[l]);
+    }
   }
-  FSL_MEMBER float times_slope(float grad, float bent) const {
-    const float slope = 1.0f - bent * bent;
-    return grad * ((slope > 0.0f ? slope : 0.0f) * logit_scale);
+  FSL_MEMBER float times_slope(float grad, float value) const {
+    const float bent = value * inverse_cap;
+    const int32_t slope = static_cast<int32_t>(as_bits(1.0f - bent * bent));  // < 0 if the slope is
+    return grad * as_float(static_cast<uint32_t>(slope > 0 ? slope : 0));
   }
 };
-
-template <class Z>
-FSL_INLINE float value_of(const Z& z, float x) {
-  return z.value(x, z.bend(x));
-}
 
 template <class T>
 using Element = typename T::Element;
@@ -84,26 +102,22 @@ struct Sums {
 // u * e with e = exp(u), and 0 if e is 0: a masked-out column (u = -inf) adds nothing to the entropy.
 FSL_INLINE float moment_of(float u, float e) { return e == 0.0f ? 0.0f : u * e; }
 
-// A sum has kLanes partial sums on every instruction set, so that all of them add in the same order. The
-// compiler turns the inner loops over lanes into vectors.
-constexpr int kLanes = 16;                    // words
 constexpr int64_t kLine = 64, kAhead = 4096;  // bytes
 
-// The logits of kLanes words, first the low ones, then the high ones, and z.bend of each. A loop that
+// The logits of kLanes words, first the low ones, then the high ones, and their values. A loop that
 // computes the exponentials too would be a longer chain of dependent instructions: the reorder window would
 // hold fewer of them (measured: 28 ms -> 15 ms for 32 MiB of bf16 on one core).
 template <class T, class Z>
-struct Bent {
-  float x[2 * kLanes], bent[2 * kLanes];
+struct Group {
+  float x[kGroup], value[kGroup];
 
-  FSL_MEMBER Bent(const Z& z, const Word<T>* w) {
+  FSL_MEMBER Group(const Z& z, const Word<T>* w) {
 #pragma omp simd
     for (int l = 0; l < kLanes; ++l) {
       x[l] = T::lo(w[l]);
       x[kLanes + l] = T::hi(w[l]);
     }
-#pragma omp simd
-    for (int l = 0; l < 2 * kLanes; ++l) bent[l] = z.bend(x[l]);
+    z.values(x, value);
   }
 };
 
@@ -115,6 +129,8 @@ FSL_INLINE void prefetch_ahead(const Word<T>* w) {
     __builtin_prefetch(reinterpret_cast<const char*>(w) + kAhead + byte);
 }
 
+// A sum has kLanes partial sums on every instruction set, so that all of them add in the same order. The
+// compiler turns the inner loops over lanes into vectors.
 template <class T, Want want, class Z>
 struct Lanes {
   int32_t top[kLanes];
@@ -127,8 +143,8 @@ struct Lanes {
     }
   }
 
-  FSL_MEMBER void add(const Z& z, float x, float bent, float reference, int l) {
-    const float value = z.value(x, bent), u = value - reference, e = exp_nonpositive(u, z.unit_log2);
+  FSL_MEMBER void add(const Z& z, float x, float value, float reference, int l) {
+    const float u = value - reference, e = exp_nonpositive(u, z.unit_log2);
     const int32_t bits = static_cast<int32_t>(as_bits(x));
     top[l] = bits > top[l] ? bits : top[l];
     sum_exp[l] += e;
@@ -157,15 +173,15 @@ Sums sums_against(const Z& z, const void* row, int64_t begin, int64_t end, float
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
     prefetch_ahead<T>(w + i);
-    const Bent<T, Z> b(local, w + i);
+    const Group<T, Z> g(local, w + i);
 #pragma omp simd
-    for (int l = 0; l < kLanes; ++l) low.add(local, b.x[l], b.bent[l], reference, l);
+    for (int l = 0; l < kLanes; ++l) low.add(local, g.x[l], g.value[l], reference, l);
 #pragma omp simd
-    for (int l = 0; l < kLanes; ++l) high.add(local, b.x[kLanes + l], b.bent[kLanes + l], reference, l);
+    for (int l = 0; l < kLanes; ++l) high.add(local, g.x[kLanes + l], g.value[kLanes + l], reference, l);
   }
   for (int64_t c = begin + i * 2; c < end; ++c) {
     const float x = element<T>(row, c);
-    low.add(local, x, local.bend(x), reference, c % kLanes);
+    low.add(local, x, local.value(x), reference, c % kLanes);
   }
   const Sums a = low.total(), b = high.total();
   return {a.top > b.top ? a.top : b.top, a.sum_exp + b.sum_exp, a.sum + b.sum, a.moment + b.moment};
@@ -192,10 +208,10 @@ template <class T, Want want, class Z>
 Partial chunk_stats(const Z& z, const void* row, int64_t begin, int64_t end) {
   float guess = max_of<T>(row, begin, begin + kGuess < end ? begin + kGuess : end);
   if (guess == -kInf) guess = max_of<T>(row, begin, end);
-  float reference = guess == -kInf ? 0.0f : value_of(z, guess);
+  float reference = guess == -kInf ? 0.0f : z.value(guess);
   Sums sums = sums_against<T, want>(z, row, begin, end, reference);
   const float top = sums.top < 0 ? max_of<T>(row, begin, end) : as_float(static_cast<uint32_t>(sums.top));
-  const float max = value_of(z, top);
+  const float max = z.value(top);
   if ((max - reference) * z.unit > kHeadroom) {
     reference = max;
     sums = sums_against<T, want>(z, row, begin, end, reference);
@@ -241,16 +257,16 @@ void stats_range(const Z& z, const void* row, int64_t begin, int64_t end, Partia
   }
 }
 
-// The gradient of a logit; `bent` is z.bend(x).
+// The gradient of a logit; `value` is z.value(x).
 template <class Z>
-FSL_INLINE float grad_of(const Z& z, const RowConstants& g, float x, float bent) {
+FSL_INLINE float grad_of(const Z& z, const RowConstants& g, float value) {
   if constexpr (__is_same(Z, Tilted)) {
-    const float u = x - g.reference, p = exp_nonpositive(u, z.unit_log2);
+    const float u = value - g.reference, p = exp_nonpositive(u, z.unit_log2);
     const float there = p == 0.0f ? 0.0f : u * z.unit;  // u may be -inf
     return p * multiply_add(there, g.tilt, g.softmax_factor) - g.smoothing;
   } else {
-    const float p = exp_nonpositive(z.value(x, bent) - g.reference, z.unit_log2);
-    return z.times_slope(p * g.softmax_factor - g.smoothing, bent);
+    const float p = exp_nonpositive(value - g.reference, z.unit_log2);
+    return z.times_slope(p * g.softmax_factor - g.smoothing, value);
   }
 }
 
@@ -258,7 +274,7 @@ template <class T, class Z>
 float grad_at_target(const Z& z, const RowConstants& g, float x) {
   RowConstants at = g;
   at.smoothing += g.target_factor;
-  return grad_of(z, at, x, z.bend(x));
+  return grad_of(z, at, z.value(x));
 }
 
 template <class T, class Z>
@@ -275,18 +291,15 @@ void grad_range(const Z& z, const RowConstants& g, const void* row, void* out, i
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
     prefetch_ahead<T>(w + i);
-    const Bent<T, Z> b(transform, w + i);
+    const Group<T, Z> group(transform, w + i);
 #pragma omp simd
-    for (int l = 0; l < kLanes; ++l) {
-      const int h = kLanes + l;
-      o[i + l] =
-          T::pack(grad_of(transform, local, b.x[l], b.bent[l]), grad_of(transform, local, b.x[h], b.bent[h]));
-    }
+    for (int l = 0; l < kLanes; ++l)
+      o[i + l] = T::pack(grad_of(transform, local, group.value[l]),
+                         grad_of(transform, local, group.value[kLanes + l]));
   }
   auto* elements = static_cast<Element<T>*>(out);
   for (int64_t c = begin + i * 2; c < end; ++c) {
-    const float x = element<T>(row, c);
-    elements[c] = T::round(grad_of(z, g, x, z.bend(x)));
+    elements[c] = T::round(grad_of(z, g, z.value(element<T>(row, c))));
   }
   if (owns) elements[g.target_column] = T::round(at_target);
 }
@@ -294,7 +307,9 @@ void grad_range(const Z& z, const RowConstants& g, const void* row, void* out, i
 Plain plain(const RowMath& m) { return {m.logit_scale, m.logit_scale * kLog2e}; }
 Capped capped(const RowMath& m) {
   const float inward = m.logit_scale / m.softcap, last = 9.2f / inward;  // infinite if no logit is that large
-  return {inward, static_cast<int32_t>(as_bits(last)), m.softcap, m.logit_scale};
+  const float inverse_cap = 1 / m.softcap;
+  return {near_zero(m.logit_scale, inward), inward, static_cast<int32_t>(as_bits(last)), m.softcap,
+          inverse_cap < kInf ? inverse_cap : __FLT_MAX__};  // infinity * 0 is NaN
 }
 
 // Calls run(dtype tag, Plain or Capped).
@@ -319,18 +334,17 @@ void stats(const StatsArgs& a, const void* row, int64_t begin, int64_t end, Part
 }
 
 void grad(const GradArgs& a, const RowConstants& g, const void* row, void* out, int64_t begin, int64_t end) {
+  RowConstants scaled = g;
+  scaled.softmax_factor *= a.math.logit_scale;
+  scaled.smoothing *= a.math.logit_scale;
+  scaled.target_factor *= a.math.logit_scale;
+  scaled.tilt *= a.math.logit_scale;
   with_types(a.logits.dtype, a.math, [&](auto tag, auto z) {
+    using T = decltype(tag);
     if constexpr (__is_same(decltype(z), Plain)) {
-      RowConstants scaled = g;  // dz/dx is one number for the whole row
-      scaled.softmax_factor *= z.unit;
-      scaled.smoothing *= z.unit;
-      scaled.target_factor *= z.unit;
-      scaled.tilt *= z.unit;
-      if (a.entropy.grad) grad_range<decltype(tag)>(Tilted{z}, scaled, row, out, begin, end);
-      else grad_range<decltype(tag)>(z, scaled, row, out, begin, end);
-    } else {
-      grad_range<decltype(tag)>(z, g, row, out, begin, end);
+      if (a.entropy.grad) return grad_range<T>(Tilted{z}, scaled, row, out, begin, end);
     }
+    grad_range<T>(z, scaled, row, out, begin, end);
   });
 }
 
@@ -357,7 +371,7 @@ void rescale(Dtype dtype, void* row, int64_t columns, float ratio) {
 float target_logit(const StatsArgs& a, const void* row, int64_t column) {
   float value = 0;
   with_types(a.logits.dtype, a.math,
-             [&](auto tag, auto z) { value = value_of(z, element<decltype(tag)>(row, column)); });
+             [&](auto tag, auto z) { value = z.value(element<decltype(tag)>(row, column)); });
   return value;
 }
 

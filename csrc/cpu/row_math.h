@@ -75,6 +75,40 @@ FSL_INLINE float tanh_of(float u) {
   return u * p / q;
 }
 
+FSL_INLINE int32_t bits_of_square(float x) { return static_cast<int32_t>(as_bits(x * x)); }
+
+// cap * tanh(x * inward) for |x * inward| <= 0.85: x * P(x^2), with a relative error of 3e-7. P is the
+// minimax polynomial of degree 5 (1.1e-7 without rounding), with the call's numbers in its coefficients.
+struct NearZero {
+  float c[6];
+  int32_t last;  // the bits of the largest x^2; negative: none
+
+  FSL_MEMBER bool holds(int32_t bits_of_square) const { return bits_of_square <= last; }
+  FSL_MEMBER float value(float x) const {
+    const float s = x * x;
+    float p = c[5];
+    p = p * s + c[4];
+    p = p * s + c[3];
+    p = p * s + c[2];
+    p = p * s + c[1];
+    p = p * s + c[0];
+    return x * p;
+  }
+};
+
+FSL_INLINE NearZero near_zero(float logit_scale, float inward) {
+  constexpr double kMinimax[] = {0.99999989,    -0.33332224,  0.13314944,
+                                 -0.0528299336, 0.0185594864, -0.00400811565};
+  NearZero near{{}, -1};
+  const double squared = double{inward} * inward;
+  double factor = logit_scale;
+  for (int i = 0; i < 6; ++i, factor *= squared) near.c[i] = static_cast<float>(kMinimax[i] * factor);
+  // For extreme units a coefficient or a square would overflow or be subnormal.
+  if (inward > 0x1p-12f && inward < 0x1p12f)
+    near.last = static_cast<int32_t>(as_bits(static_cast<float>(0.85 * 0.85 / squared)));
+  return near;
+}
+
 // A dtype is read and written one word, which is two logits, at a time. 16-bit logits are widened inside the
 // word, which avoids the lane shuffles of a uint16 -> uint32 conversion. fp32 is read in pairs too, so that
 // sums have the same order for every dtype. `lo` and `hi` unpack a word; `pack` (a word) and `round` (one
