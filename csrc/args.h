@@ -7,6 +7,21 @@ namespace fsl {
 
 enum class Dtype : int { f32 = 0, bf16 = 1, f16 = 2 };
 
+// Divides numbers n < 2^31: n / value is (2 * n * multiplier) >> 32 >> shift. GPUs have no integer division;
+// a compiler's own, by a number that it does not know, goes through an approximate reciprocal. Granlund and
+// Montgomery, "Division by Invariant Integers using Multiplication", 1994, theorem 4.2 with 31 bits.
+struct Divisor {
+  uint32_t value, multiplier, shift;
+
+  // From 2^31 on every quotient is 0, as it is for 2^31. 0 counts as 1.
+  explicit Divisor(int64_t divisor) : value(1), multiplier(0), shift(0) {
+    constexpr int64_t kMost = int64_t{1} << 31;
+    value = static_cast<uint32_t>(divisor < 1 ? 1 : divisor < kMost ? divisor : kMost);
+    while (uint64_t{1} << shift < value) ++shift;
+    multiplier = static_cast<uint32_t>(((uint64_t{1} << (31 + shift)) + value - 1) / value);
+  }
+};
+
 // Row b * seq + s starts at data + b * stride_b + s * stride_s. Strides count elements. They are int64,
 // because N * V can exceed 2^31 (16384 rows of 131072 columns reach it). The columns of a row are contiguous.
 struct Rows {
@@ -16,6 +31,7 @@ struct Rows {
   int64_t columns;     // V_local, with padding
   int64_t valid;       // columns of the vocabulary; [valid, columns) is padding
   int64_t stride_b, stride_s;
+  Divisor by_seq = Divisor(seq);
 
   int64_t count() const { return batch * seq; }
 };

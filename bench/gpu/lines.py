@@ -59,7 +59,8 @@ class Native:
         self.name, self.kernels = name, kernels
 
     def uses(self, work):
-        return ("row_stats", "row_grad", "row_stats_grad")
+        both = ("row_stats", "row_grad")
+        return (*both, "row_stats_grad") if self.kernels.module.one_read_gains(work.math) else both
 
     def candidates(self, kernel, case):
         """The table's line, then others. Only NVIDIA can share a row that is read once."""

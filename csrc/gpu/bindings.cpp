@@ -100,6 +100,11 @@ PYBIND11_MODULE(FSL_MODULE, m) {
       py::arg("math"), py::arg("target"), py::arg("normalizer"), py::arg("factor"), py::arg("stored"),
       py::arg("scale"), py::arg("entropy"), py::arg("chip"), py::arg("stream"));
   m.def(
+      "one_read_gains", [](const RowMath& math) { return gpu::one_read_gains(math); },
+      "Return whether row_stats_grad is faster than row_stats, merge and row_grad; if not, it raises an "
+      "error.",
+      py::arg("math"));
+  m.def(
       "row_stats_grad",
       [](const Tensor3& logits, const Tensor3& grad, const RowMath& math, uintptr_t target, uintptr_t weight,
          const RowFactor& factor, uintptr_t loss, uintptr_t normalizer, const gpu::Chip& chip,

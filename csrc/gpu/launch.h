@@ -25,6 +25,8 @@ struct Chip {
 int64_t row_stats_parts(const StatsArgs& args, const Chip& chip);
 void row_stats(const StatsArgs& args, float* parts, const Chip& chip, void* stream);
 void row_grad(const GradArgs& args, const Chip& chip, void* stream);
+// Whether row_stats_grad is faster than row_stats, merge and row_grad. If not, it cannot be called.
+bool one_read_gains(const RowMath& math);
 void row_stats_grad(const StatsGradArgs& args, const Chip& chip, void* stream);
 void row_rescale(const RescaleArgs& args, const Chip& chip, void* stream);
 void row_targets(const TargetsArgs& args, void* stream);

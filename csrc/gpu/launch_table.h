@@ -87,4 +87,9 @@ inline int splits(const Chip& chip, int64_t rows, int64_t segments) {
   return static_cast<int>(std::max<int64_t>(1, std::min(segments, each)));
 }
 
+// The columns of each of the blocks that share a row's segments.
+inline int columns_of_part(int64_t segments, int parts, const Line& line) {
+  return static_cast<int>((segments + parts - 1) / parts * line.segment);
+}
+
 }  // namespace fsl::gpu

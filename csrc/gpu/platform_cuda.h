@@ -24,7 +24,6 @@ constexpr bool kUnalignedAccess = false;
 FSL_DEVICE int thread_id() { return threadIdx.x; }
 FSL_DEVICE int block_threads() { return blockDim.x; }
 FSL_DEVICE uint32_t block_id() { return blockIdx.x; }
-FSL_DEVICE uint32_t grid_blocks() { return gridDim.x; }
 FSL_DEVICE void barrier() { __syncthreads(); }
 // nvcc needs none of the next five; see platform_hip.h.
 FSL_DEVICE void scheduling_barrier() {}

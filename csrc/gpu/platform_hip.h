@@ -31,9 +31,6 @@ constexpr bool kUnalignedAccess = true;
 FSL_DEVICE int thread_id() { return __builtin_amdgcn_workitem_id_x(); }
 FSL_DEVICE int block_threads() { return __builtin_amdgcn_workgroup_size_x(); }
 FSL_DEVICE uint32_t block_id() { return __builtin_amdgcn_workgroup_id_x(); }
-FSL_DEVICE uint32_t grid_blocks() {
-  return __builtin_amdgcn_grid_size_x() / __builtin_amdgcn_workgroup_size_x();
-}
 FSL_DEVICE void barrier() {
   __builtin_amdgcn_fence(__ATOMIC_RELEASE, "workgroup");
   __builtin_amdgcn_s_barrier();

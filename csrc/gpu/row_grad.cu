@@ -16,7 +16,7 @@ void row_grad(const GradArgs& a, const Chip& chip, void* stream) {
     with_bool(!same_skew(a.logits, a.grad), [&](auto shifted) {
       const auto run = [&](auto softcap, auto entropy) {
         launch("row_grad", row_grad_kernel<decltype(dtype), softcap(), shifted(), entropy()>, grid, stream, a,
-               units_of(a.math), parts, line.segment);
+               units_of(a.math), Divisor(parts), columns_of_part(segments, parts, line));
       };
       // There is no kernel with both; bindings.h has refused such a call.
       if (a.entropy.grad || a.scale) run(std::integral_constant<int, kNoCap>{}, std::true_type{});

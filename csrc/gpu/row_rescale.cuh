@@ -8,15 +8,15 @@ namespace fsl::gpu {
 
 template <class T>
 FSL_KERNEL(512, 8)
-row_rescale_kernel(RescaleArgs a, int splits, int segment) {
-  const uint32_t n = block_id() / splits, part = block_id() % splits;
+row_rescale_kernel(RescaleArgs a, Divisor by_parts, int each) {
+  const Divided block = divide(block_id(), by_parts);
+  const uint32_t n = block.quotient, part = block.rest;
   const float factor = factor_of(a.factor, n), stored = a.stored[n];
   if (factor == stored) return;
-  const int valid = static_cast<int>(a.grad.valid), segments = (valid + segment - 1) / segment;
-  const int per_part = (segments + splits - 1) / splits * segment;
+  const int valid = static_cast<int>(a.grad.valid);
   const Row row = row_at<T>(a.grad, n);
-  const int head = part == 0 ? 0 : aligned_column<T>(row, 0), begin = head + part * per_part;
-  const int next = aligned_column<T>(row, 0) + (part + 1) * per_part, end = next < valid ? next : valid;
+  const int head = part == 0 ? 0 : aligned_column<T>(row, 0), begin = head + part * each;
+  const int next = aligned_column<T>(row, 0) + (part + 1) * each, end = next < valid ? next : valid;
   if (factor == 0) return GradWriter<T, false, false>::zero_columns(row, begin, end);
   const float ratio = quiet(factor / stored);
   const auto one = [&](int column) {

@@ -30,7 +30,8 @@ void row_stats(const StatsArgs& a, float* parts, const Chip& chip, void* stream)
   check_rows(a.logits);
   const Line& line = line_for(chip, Kernel::row_stats, a.logits.columns);
   const SegmentPlan plan = plan_segments(a, chip);
-  const RowSplit split{plan.blocks, line.segment, parts};
+  const int segments = static_cast<int>(plan.segments), each = (segments + plan.blocks - 1) / plan.blocks;
+  const RowSplit split{Divisor(plan.blocks), line.segment, segments, each, parts};
   const Grid grid{a.logits.count() * plan.blocks, line.threads};
   with_dtype(a.logits.dtype, [&](auto dtype) {
     with_statistics(a.want, [&](auto statistics) {
@@ -47,7 +48,7 @@ void row_stats(const StatsArgs& a, float* parts, const Chip& chip, void* stream)
   const int64_t rows = a.logits.count();
   with_statistics(a.want, [&](auto statistics) {
     launch("fold_segments", fold_segments_kernel<statistics()>, {(rows + threads - 1) / threads, threads},
-           stream, parts, a.weight, a.stats, rows, static_cast<int>(plan.segments), a.math.unit(), a.scale);
+           stream, parts, a.weight, a.stats, rows, segments, a.math.unit(), a.scale);
   });
 }
 

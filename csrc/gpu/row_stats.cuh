@@ -16,9 +16,10 @@ namespace fsl::gpu {
 
 // How the blocks of row_stats share a row.
 struct RowSplit {
-  int blocks;    // per row
-  int segment;   // columns
-  float* parts;  // [N, segments, statistics] if blocks > 1; kTarget is unused
+  Divisor blocks;      // per row
+  int segment;         // columns
+  int segments, each;  // of a row, of a block
+  float* parts;        // [N, segments, statistics] if blocks > 1; kTarget is unused
 };
 
 // One thread's statistics of its own columns, in units of x.
@@ -176,8 +177,10 @@ FSL_DEVICE float target_value(const StatsArgs& a, const Row& row, uint32_t n, co
 template <class T, int kStatistics, int kSoftcap, bool kShifted>
 FSL_KERNEL(512, kStatistics > kSum || kSoftcap ? 4 : 8)
 row_stats_kernel(StatsArgs a, Units z_of_all, RowSplit split) {
-  const uint32_t n = block_id() / split.blocks, part = block_id() % split.blocks;
-  const int valid = static_cast<int>(a.logits.valid), segments = (valid + split.segment - 1) / split.segment;
+  const Divided block = divide(block_id(), split.blocks);
+  const uint32_t n = block.quotient, part = block.rest;
+  const bool alone = split.blocks.value == 1;
+  const int valid = static_cast<int>(a.logits.valid);
   float* stats = a.stats + int64_t{n} * kStatistics;
   if (a.weight[n] == 0) {
     if (part == 0 && thread_id() < kStatistics) stats[thread_id()] = 0;
@@ -188,19 +191,19 @@ row_stats_kernel(StatsArgs a, Units z_of_all, RowSplit split) {
   const Units z = kScaled ? units_of_row(z_of_all, a.scale, n) : z_of_all;
   const Row row = row_at<T>(a.logits, n);
   Stats all;
-  const int per_part = (segments + split.blocks - 1) / split.blocks, from = part * per_part;
-  for (int segment = from; segment < segments && segment < from + per_part; ++segment) {
+  const int from = static_cast<int>(part) * split.each;
+  for (int segment = from; segment < split.segments && segment < from + split.each; ++segment) {
     const int begin = segment * split.segment,
               end = valid - begin < split.segment ? valid : begin + split.segment;
     using Kernel = RowStats<T, kStatistics, kSoftcap, kShifted>;
     const Stats s = Kernel::reduce_block(Kernel::columns(row, begin, end, z), z, a.math.vocab_start);
-    if (split.blocks == 1) all = fold(all, s, z.unit);
+    if (alone) all = fold(all, s, z.unit);
     else if (thread_id() == 0)
-      store_stats<kStatistics>(split.parts + (int64_t{n} * segments + segment) * kStatistics, s);
+      store_stats<kStatistics>(split.parts + (int64_t{n} * split.segments + segment) * kStatistics, s);
   }
   if (thread_id() != 0 || part != 0) return;
   stats[kTarget] = target_value<T, kSoftcap>(a, row, n, z);
-  if (split.blocks == 1) store_stats<kStatistics>(stats, all);
+  if (alone) store_stats<kStatistics>(stats, all);
 }
 
 // Folds the parts of each row, one row per thread. row_stats_kernel has already written the target's x.

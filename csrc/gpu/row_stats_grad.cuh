@@ -18,24 +18,24 @@ namespace fsl::gpu {
 
 // How blocks share a row, and how much of it they keep.
 struct Holding {
-  int cluster;  // blocks per row
-  int columns;  // columns that a block keeps in shared memory: its whole part, or whole tiles of it
+  Divisor cluster;  // blocks per row
+  int each;         // columns of a block's part
+  int columns;      // columns that a block keeps in shared memory: its whole part, or whole tiles of it
 };
 
-// Registers per lane that hold logits. Half as many hold them with a softcap, because its arithmetic needs
-// more registers.
+// Registers per lane that hold logits.
 constexpr int kHeldWords = 64;
 
 // Adds kRuns vectors on the chip to the statistics. `there(r)` says whether vector r exists; the words of the
-// others are -inf.
+// others are -inf. Only smoothing needs the sum of the logits.
 template <int kSoftcap, class T, class There>
 FSL_DEVICE void held_tile(Running& s, uint32_t (&words)[kRuns][T::kWords], T, const There& there,
-                          const Units& z) {
+                          bool smoothing, const Units& z) {
   const auto eight = [&](float* x, int r) {
     FSL_UNROLL for (int i = 0; i < T::kWords; ++i) optimisation_barrier(words[r][i]);
     FSL_UNROLL for (int i = 0; i < 8; ++i) x[i] = T::element(words[r], i);
   };
-  const auto sum = [&](const float* x, int r) { return there(r) ? sum_eight(x) : 0.0f; };
+  const auto sum = [&](const float* x, int r) { return smoothing && there(r) ? sum_eight(x) : 0.0f; };
   accumulate<4, kSoftcap>(s, eight, sum, 0, 0, z);
 }
 
@@ -87,7 +87,7 @@ struct HeldInShared {
     }
   }
 
-  FSL_DEVICE void statistics(Running& s, const Units& z) const {
+  FSL_DEVICE void statistics(Running& s, bool smoothing, const Units& z) const {
     const int stride = 8 * block_threads();
     for (int first = begin + 8 * thread_id(); first < end; first += kRuns * stride) {
       const auto there = [&](int r) { return first + r * stride < end; };
@@ -96,12 +96,12 @@ struct HeldInShared {
         if (there(r)) load_eight<T, false>(words[r], at(first + r * stride), 0);
         else nothing<T>(words[r]);
       }
-      held_tile<kSoftcap>(s, words, T{}, there, z);
+      held_tile<kSoftcap>(s, words, T{}, there, smoothing, z);
     }
   }
 
   // Adds columns [end, whole), which did not fit.
-  FSL_DEVICE void rest(Running& s, const Row& row, int whole, const Units& z) const {
+  FSL_DEVICE void rest(Running& s, const Row& row, int whole, bool, const Units& z) const {
     s = RowStats<T, 4, kSoftcap, kShifted>::columns(row, end, whole, z, s);
   }
 
@@ -136,9 +136,9 @@ struct HeldInShared {
 // Columns [begin, end) of a row, whole vectors, in the registers of the lanes that compute their statistics
 // and gradient. Optimisation barriers make the compiler recompute addresses and fp32 logits; otherwise it
 // would keep them in registers that should hold logits.
-template <class T, int kSoftcap>
+template <class T>
 struct HeldInRegisters {
-  static constexpr int kTiles = (kSoftcap ? kHeldWords / 2 : kHeldWords) / T::kWords / kRuns;
+  static constexpr int kTiles = kHeldWords / T::kWords / kRuns;
   uint32_t words[kTiles][kRuns][T::kWords];
   int begin, end;
   uint32_t lane;  // this lane's column relative to first()
@@ -161,12 +161,12 @@ struct HeldInRegisters {
   }
 
   FSL_DEVICE void tile_statistics(Running& s, uint32_t (&tile_words)[kRuns][T::kWords], int tile, int last,
-                                  const Units& z) const {
+                                  bool smoothing, const Units& z) const {
     const auto there = [&](int r) { return static_cast<int>(lane) < last - first(tile, r); };
     if (first(tile + 1, 0) > last) {
       FSL_UNROLL for (int r = 0; r < kRuns; ++r) if (!there(r)) nothing<T>(tile_words[r]);
     }
-    held_tile<kSoftcap>(s, tile_words, T{}, there, z);
+    held_tile<kNoCap>(s, tile_words, T{}, there, smoothing, z);
   }
 
   FSL_DEVICE HeldInRegisters(const Row& row, int begin, int end, int)
@@ -177,20 +177,20 @@ struct HeldInRegisters {
     FSL_UNROLL for (int tile = 0; tile < kTiles; ++tile) load_tile(words[tile], row, tile, this->end);
   }
 
-  FSL_DEVICE void statistics(Running& s, const Units& z) {
+  FSL_DEVICE void statistics(Running& s, bool smoothing, const Units& z) {
     FSL_UNROLL for (int tile = 0; tile < kTiles; ++tile) {
       scheduling_barrier();
       recompute_addresses();
-      tile_statistics(s, words[tile], tile, end, z);
+      tile_statistics(s, words[tile], tile, end, smoothing, z);
     }
   }
 
   // Adds columns [end, whole), for which there were no registers.
-  FSL_DEVICE void rest(Running& s, const Row& row, int whole, const Units& z) const {
+  FSL_DEVICE void rest(Running& s, const Row& row, int whole, bool smoothing, const Units& z) const {
     for (int tile = kTiles; first(tile, 0) < whole; ++tile) {
       uint32_t more[kRuns][T::kWords];
       load_tile(more, row, tile, whole);
-      tile_statistics(s, more, tile, whole, z);
+      tile_statistics(s, more, tile, whole, smoothing, z);
     }
   }
 
@@ -201,7 +201,7 @@ struct HeldInRegisters {
       recompute_addresses();
       FSL_UNROLL for (int i = 0; i < T::kWords; ++i) optimisation_barrier(words[tile][r][i]);
       FSL_UNROLL for (int i = 0; i < 8; ++i) x[i] =
-          gradient<kSoftcap>(T::element(words[tile][r], i), g, z, false);
+          gradient<kNoCap>(T::element(words[tile][r], i), g, z, false);
       T::put(words[tile][r], x);
       if (static_cast<int>(lane) < end - first(tile, r))
         store_eight<T, true>(vector_at<T>(out, first(tile, r), lane), words[tile][r]);
@@ -233,19 +233,21 @@ FSL_DEVICE Stats reduce_cluster(const Stats& mine, int cluster, float unit) {
   return all;
 }
 
+// With kUnalignedAccess there is no softcap; see one_read_gains.
 template <class T, int kSoftcap, bool kShifted>
 FSL_KERNEL(FSL_VENDOR(512, 1024), 4)
 row_stats_grad_kernel(StatsGradArgs a, Units z, Holding holding) {
-  using Held =
-      std::conditional_t<kUnalignedAccess, HeldInRegisters<T, kSoftcap>, HeldInShared<T, kSoftcap, kShifted>>;
+  using Held = std::conditional_t<kUnalignedAccess, HeldInRegisters<T>, HeldInShared<T, kSoftcap, kShifted>>;
   // If loads and stores work at any address, one kernel serves all rows.
   constexpr bool kAnyAddress = kShifted || kUnalignedAccess;
   using Statistics = RowStats<T, 4, kSoftcap, kAnyAddress>;
   using Gradient = GradWriter<T, kSoftcap, kAnyAddress>;
   const GradArgs& grad = a.grad;
-  const uint32_t n = block_id() / holding.cluster;
-  const int part = block_id() % holding.cluster, valid = static_cast<int>(grad.logits.valid);
-  const int each = ((valid + 7) / 8 + holding.cluster - 1) / holding.cluster * 8;
+  const Divided block = divide(block_id(), holding.cluster);
+  const uint32_t n = block.quotient;
+  const int cluster = static_cast<int>(holding.cluster.value), part = static_cast<int>(block.rest);
+  const int valid = static_cast<int>(grad.logits.valid);
+  const int each = holding.each;
   const int begin = part * each < valid ? part * each : valid,
             end = valid - begin < each ? valid : begin + each;
   const Row in = row_at<T>(grad.logits, n);
@@ -253,7 +255,7 @@ row_stats_grad_kernel(StatsGradArgs a, Units z, Holding holding) {
   const auto row_out = [&] { return row_at<T>(grad.grad, n); };
   const auto target_column = [&] { return own_column(grad.target[n], grad.math.vocab_start, grad.logits); };
   // The last block also writes the padding.
-  const auto until = [&] { return part == holding.cluster - 1 ? static_cast<int>(grad.grad.columns) : end; };
+  const auto until = [&] { return part == cluster - 1 ? static_cast<int>(grad.grad.columns) : end; };
   const bool first = part == 0 && thread_id() == 0;
   if (a.weight[n] == 0) {
     Gradient::zero_columns(row_out(), begin, until());
@@ -268,10 +270,12 @@ row_stats_grad_kernel(StatsGradArgs a, Units z, Holding holding) {
   Running running;
   add_one(running, odd < end ? capped<kSoftcap>(load_one<T>(in, odd), z) : -kInfinity, odd < end, z);
   Held held(in, begin, whole, holding.columns);
-  held.statistics(running, z);
-  held.rest(running, in, whole, z);
+  // nvcc would make two loops of one, for a sum that costs less there.
+  const bool smoothing = !kUnalignedAccess || grad.math.label_smoothing > 0;
+  held.statistics(running, smoothing, z);
+  held.rest(running, in, whole, smoothing, z);
   Stats all = Statistics::reduce_block(running, z, grad.math.vocab_start);
-  if (holding.cluster > 1) all = reduce_cluster(all, holding.cluster, z.unit);
+  if (cluster > 1) all = reduce_cluster(all, cluster, z.unit);
   const int own = target_column();
   const Row out = row_out();
   const float own_value = own < 0 ? 0.0f : capped<kSoftcap>(x_own, z);
@@ -292,7 +296,7 @@ row_stats_grad_kernel(StatsGradArgs a, Units z, Holding holding) {
     if (thread_id() == 0 && own >= begin && own < end)
       T::put(out.start + int64_t{own} * T::kBytes, gradient<kSoftcap>(x_own, g, z, true));
   }
-  if (holding.cluster > 1) cluster_barrier();  // other blocks may still read this block's statistics
+  if (cluster > 1) cluster_barrier();  // other blocks may still read this block's statistics
 }
 
 }  // namespace fsl::gpu

@@ -16,11 +16,20 @@ struct Row {
   int skew;
 };
 
+struct Divided {
+  uint32_t quotient, rest;
+};
+
+FSL_DEVICE Divided divide(uint32_t n, const Divisor& by) {
+  const uint32_t quotient = static_cast<uint32_t>(uint64_t{2 * n} * by.multiplier >> 32) >> by.shift;
+  return {quotient, n - quotient * by.value};
+}
+
 template <class T>
 FSL_DEVICE Row row_at(const Rows& rows, uint32_t n) {
-  const uint32_t seq = static_cast<uint32_t>(rows.seq);
+  const Divided at = divide(n, rows.by_seq);
   char* start =
-      static_cast<char*>(rows.data) + (n / seq * rows.stride_b + n % seq * rows.stride_s) * T::kBytes;
+      static_cast<char*>(rows.data) + (at.quotient * rows.stride_b + at.rest * rows.stride_s) * T::kBytes;
   return {start, rows.columns * T::kBytes, static_cast<int>(reinterpret_cast<uintptr_t>(start) & 15)};
 }
 

@@ -112,8 +112,8 @@ def test_every_kernel_and_line_was_compiled(compiled):
     for softcap, shifted, dtype in product(
         instances.CAPS, (False, True), instances.DTYPES.values()
     ):
-        if shifted and target.startswith("gfx"):  # AMD loads rows from any address
-            continue
+        if (shifted or softcap) and target.startswith("gfx"):
+            continue  # AMD loads rows from any address; a softcap takes two reads there
         name = instances.Instance("row_stats_grad", dtype, None, softcap, shifted).name
         lines = launch_table.lines(target, "row_stats_grad")
         expected |= {(name, line.columns, line.threads) for line in lines}
@@ -153,8 +153,7 @@ def test_one_exp_per_element_and_little_more(compiled):
     """A thread rescales its sum once per tile. A small softcap takes one more exp per element."""
     _, records = compiled
     once = {"statistics": 1.0, "gradient": 1.0, "one read": 2.0, "rescaling": 0.0, None: 0.0}
-    # One read from registers: all straight-line code counts, even a softcap's for leftover logits.
-    more = {"statistics": 1 / 8, "one read": 1.5 if compiled[0].startswith("gfx") else 1 / 8}
+    more = {"statistics": 1 / 8, "one read": 1 / 8}
     for r in records:
         if r["pass"]:
             loop = r["loops"][r["pass"]]

@@ -45,6 +45,47 @@ def test_same_bits_in_whatever_order_lanes_run_and_rows_are_shared_out(passes):
     assert bits(passes, FEW, 1) == expected
 
 
+DIVISIONS = """
+#include <cstdio>
+#include <cstdlib>
+
+#include "rows.cuh"
+
+int main() {
+  const int64_t most = 0x7fffffff;
+  int64_t wrong = 0, tried = 0;
+  const auto check = [&](int64_t by) {
+    const fsl::Divisor divisor(by);
+    const auto one = [&](int64_t n) {
+      if (n < 0 || n > most) return;
+      const fsl::gpu::Divided got = fsl::gpu::divide(static_cast<uint32_t>(n), divisor);
+      wrong += got.quotient != n / by || got.rest != n % by;
+      ++tried;
+    };
+    for (int i = 0; i < 64; ++i) {  // on each side of a multiple a quotient may be wrong by one
+      const int64_t multiple = (most >> i % 32) / by * by - (i / 32) * by;
+      for (int64_t near : {multiple - 1, multiple, multiple + 1}) one(near);
+      one(std::rand());
+    }
+  };
+  for (int bit = 0; bit <= 31; ++bit)
+    for (int64_t by : {(1LL << bit) - 1, 1LL << bit, (1LL << bit) + 1})
+      if (by > 0 && by <= 1LL << 31) check(by);
+  for (int i = 0; i < 100000; ++i) check(1 + std::rand() % most);
+  for (int64_t by : {3LL, 5LL, 7LL, 10LL, 641LL, 4097LL, 32767LL, 131072LL, 6700417LL}) check(by);
+  std::printf("%lld of %lld\\n", static_cast<long long>(wrong), static_cast<long long>(tried));
+}
+"""
+
+
+def test_division_by_multiplication_is_exact(tmp_path):
+    source = tmp_path / "divisions.cu"
+    source.write_text(DIVISIONS)
+    done = run_program([build_shim.compile_program([source], tmp_path / "divisions", 32)])
+    wrong, tried = map(int, done.stdout.split(" of "))
+    assert wrong == 0 and tried > 1e7
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("warp", [32, 64])
 def test_address_and_undefined_behaviour_sanitizers_find_nothing(tmp_path, warp):

@@ -12,6 +12,7 @@ from fused_sft_loss.backends.contract import statistics_for
 from ..codegen import instances, launch_table, toolchains
 from ..ptx import Kernel, Machine, entries
 from .cuda_structs import (
+    Divisor,
     GradArgs,
     Holding,
     MergeArgs,
@@ -104,7 +105,10 @@ class Run(Passes):
         )  # fmt: skip
         shifted = skew(self.logits) != 0
         code = kernel("row_stats", statistics=wanted, shifted=shifted, **self.options)
-        split = RowSplit(splits, chosen.segment, self.parts.data_ptr() if splits > 1 else 0)
+        split = RowSplit(
+            divisor(splits), chosen.segment, segments, segments // splits,
+            self.parts.data_ptr() if splits > 1 else 0,
+        )  # fmt: skip
         self._run("statistics", code, rows * splits, chosen.threads, args, self._units(), split)
         if splits > 1:
             pointers = (t.data_ptr() for t in (self.parts, self.weight, self.stats))
@@ -127,13 +131,14 @@ class Run(Passes):
         logits, given = self.logits, self.given_grad
         grad = self.grad = self.unwritten_gradient() if given is None else given
         rows, chosen = self.labels.numel(), line("row_grad", logits.shape[-1])
-        splits = -(-logits.shape[-1] // chosen.segment) if self.split else 1
+        segments = -(-logits.shape[-1] // chosen.segment)
+        splits = segments if self.split else 1
         args = self._grad_args(grad)
         same = grad is logits or skew(logits) == skew(grad) >= 0
         code = kernel("row_grad", shifted=not same, **self.options)
         self._run(
-            "gradient", code, rows * splits, chosen.threads, args, self._units(), splits,
-            chosen.segment,
+            "gradient", code, rows * splits, chosen.threads, args, self._units(), divisor(splits),
+            segments // splits * chosen.segment,
         )  # fmt: skip
 
     def one_read(self, held=None):
@@ -143,13 +148,14 @@ class Run(Passes):
         grad = self.grad = self.unwritten_gradient() if given is None else given
         self.unwritten_losses()
         chosen = line("row_stats_grad", logits.shape[-1])
-        held = held or -(-self.vocab_size // 8) * 8
+        whole = -(-self.vocab_size // 8) * 8
+        held = held or whole
         args = StatsGradArgs(grad=self._grad_args(grad), **self._named("weight loss normalizer"))
         shifted = skew(logits) != 0 or skew(grad) != 0
         code = kernel("row_stats_grad", shifted=shifted, **self.options)
         self._run(
             "one read", code, self.labels.numel(), chosen.threads, args, self._units(),
-            Holding(1, held), dynamic_shared=held * logits.element_size() + 16,
+            Holding(divisor(1), whole, held), dynamic_shared=held * logits.element_size() + 16,
         )  # fmt: skip
         return self
 
@@ -164,7 +170,7 @@ class Run(Passes):
         strides = dict(zip(("stride_b", "stride_s"), tensor.stride()[:2], strict=True))
         return Rows(
             data=tensor.data_ptr(), dtype=CODES[tensor.dtype], batch=batch, seq=seq,
-            columns=columns, valid=self.vocab_size, **strides,
+            columns=columns, valid=self.vocab_size, by_seq=divisor(seq), **strides,
         )  # fmt: skip
 
     def _units(self) -> Units:
@@ -208,3 +214,9 @@ def skew(tensor: torch.Tensor) -> int:
         for n, stride in zip(tensor.shape[:2], tensor.stride()[:2], strict=True)
     )
     return tensor.data_ptr() % 16 if agree else -1
+
+
+def divisor(value: int) -> Divisor:
+    """The same values as Divisor in csrc/args.h."""
+    shift = (value - 1).bit_length()
+    return Divisor(value, -(-(1 << (31 + shift)) // value), shift)

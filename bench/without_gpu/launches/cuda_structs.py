@@ -7,6 +7,7 @@ from ctypes import (
     c_int,
     c_int32,
     c_int64,
+    c_uint32,
     c_uint64,
 )
 
@@ -24,11 +25,13 @@ def _of(kind, names: str) -> dict:
     return dict.fromkeys(names.split(), kind)
 
 
+Divisor = _struct("Divisor", **_of(c_uint32, "value multiplier shift"))
 Rows = _struct(
     "Rows",
     data=POINTER,
     dtype=c_int,
     **_of(c_int64, "batch seq columns valid stride_b stride_s"),
+    by_seq=Divisor,
 )
 RowMath = _struct(
     "RowMath",
@@ -78,13 +81,15 @@ MergeArgs = _struct(
 ReduceArgs = _struct("ReduceArgs", loss=POINTER, rows=c_int64, **_of(POINTER, "weight_sum result"))
 Metrics = _struct("Metrics", **_of(POINTER, "lse log_prob correct entropy"))
 Units = _struct("Units", **_of(c_float, "unit unit_log2 far inward cap logit_scale"))
-RowSplit = _struct("RowSplit", **_of(c_int32, "blocks segment"), parts=POINTER)
-Holding = _struct("Holding", **_of(c_int32, "cluster columns"))
+RowSplit = _struct(
+    "RowSplit", blocks=Divisor, **_of(c_int32, "segment segments each"), parts=POINTER
+)
+Holding = _struct("Holding", cluster=Divisor, **_of(c_int32, "each columns"))
 
 #: The structs by their C++ names.
 STRUCTS = {
-    **{f"fsl::{s.__name__}": s for s in (Rows, RowMath, RowFactor, StatsArgs, GradArgs)},
-    **{f"fsl::{s.__name__}": s for s in (EntropyGrad, StatsGradArgs, RescaleArgs, TargetsArgs)},
-    **{f"fsl::{s.__name__}": s for s in (MergeArgs, ReduceArgs)},
+    **{f"fsl::{s.__name__}": s for s in (Divisor, Rows, RowMath, RowFactor, StatsArgs)},
+    **{f"fsl::{s.__name__}": s for s in (EntropyGrad, GradArgs, StatsGradArgs, RescaleArgs)},
+    **{f"fsl::{s.__name__}": s for s in (TargetsArgs, MergeArgs, ReduceArgs)},
     **{f"fsl::gpu::{s.__name__}": s for s in (Metrics, Units, RowSplit, Holding)},
 }

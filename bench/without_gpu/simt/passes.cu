@@ -113,6 +113,7 @@ struct Problem {
 
   // The same by row_stats_grad, then rescaled to twice the factor, which is exact for a power of two.
   void one_read(const RowMath& math, std::vector<uint16_t> wanted, const std::vector<float>& wanted_loss) {
+    if (!gpu::one_read_gains(math)) return;
     std::vector<float> loss(kRows), normalizer(kRows * kNormalizer), twice(kRows);
     std::vector<uint16_t> same = logits;
     const GradArgs args{rows(same), rows(same), math, target.data(), normalizer.data(), factor(), nullptr};

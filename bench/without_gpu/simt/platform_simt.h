@@ -24,7 +24,6 @@ constexpr bool kUnalignedAccess = FSL_SIMT == 64;
 FSL_DEVICE int thread_id() { return simt::thread_id(); }
 FSL_DEVICE int block_threads() { return simt::block_threads(); }
 FSL_DEVICE uint32_t block_id() { return simt::block_id(); }
-FSL_DEVICE uint32_t grid_blocks() { return simt::grid_blocks(); }
 FSL_DEVICE void barrier(simt::Site site = simt::here()) { simt::barrier(site); }
 FSL_DEVICE void scheduling_barrier() {}
 FSL_DEVICE void optimisation_barrier(uint32_t&) {}

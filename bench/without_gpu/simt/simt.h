@@ -32,7 +32,6 @@ extern const Place* place;  // of the running thread
 inline int thread_id() { return place->thread; }
 inline int block_threads() { return place->threads; }
 inline uint32_t block_id() { return place->block; }
-inline uint32_t grid_blocks() { return place->blocks; }
 inline int cluster_rank() { return place->rank; }
 inline int cluster_size() { return place->ranks; }
 
