@@ -57,12 +57,12 @@ help:
 demo: $(VENV)/.installed
 	$(BIN)/python -m bench sft
 
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2
 test: $(VENV)/.installed $(PEERS)
-	$(PYTEST) -m "not long" $(PYTEST_ARGS)
+	$(PYTEST) --dist worksteal -m "not long" $(PYTEST_ARGS)
 
 long: $(VENV)/.installed $(PEERS) $(FURTHER_MEGATRONS)
-	$(PYTEST) -m long $(PYTEST_ARGS)
+	$(PYTEST) --dist loadfile --no-loadscope-reorder -m long $(PYTEST_ARGS)
 
 check: long audit wheel wheel-check sanitize compute-sanitizer
 

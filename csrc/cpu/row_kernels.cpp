@@ -7,11 +7,11 @@
 namespace fsl {
 namespace {
 
-// z = unit * value(x); unit_log2 = unit * log2(e). `values` computes them for kGroup logits. `times_slope`
-// multiplies by dz/dx / logit_scale; the row's constants contain the rest.
 constexpr int kLanes = 16;          // words; see Lanes
 constexpr int kGroup = 2 * kLanes;  // logits
 
+// z = unit * value(x); unit_log2 = unit * log2(e). `values` computes kGroup of them. `times_slope` multiplies
+// by dz/dx / logit_scale; the row's constants contain logit_scale.
 struct Plain {
   float unit, unit_log2;
   FSL_MEMBER float value(float x) const { return x; }

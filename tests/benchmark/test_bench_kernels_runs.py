@@ -169,6 +169,7 @@ def _compare(data, path):
     assert changes and changes == pytest.approx([0.5] * len(changes))
 
 
+@pytest.mark.long
 def test_an_interrupted_run_leaves_the_finished_rows(tmp_path):
     mark, path = new_mark(), tmp_path / "out.json"
     many = ["--shape", "2,64,4096", "--scored", "1", *[f"0.{n}" for n in range(1, 10)]]

@@ -61,7 +61,7 @@ def test_a_generated_part_that_was_changed_by_hand_is_noticed(page, block, copy,
 @pytest.mark.parametrize(
     "name, measured, draw",
     [
-        ("cpu.png", RECORDS["cpu"], plots.draw),
+        pytest.param("cpu.png", RECORDS["cpu"], plots.draw, marks=pytest.mark.long),
         ("agreement-cpu.png", LONG_RUNS["cpu"], picture.draw),
     ],
     ids=["losses", "long run"],

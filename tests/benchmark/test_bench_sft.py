@@ -44,6 +44,7 @@ def multiples(record, name):
     return {kind: used[kind] / logits for kind in ("forward_peak", "held", "backward_peak")}
 
 
+@pytest.mark.long
 def test_all_losses_train_alike(tmp_path):
     record, output = finished(tmp_path / "made" / "out")
     reference, ours, linear = (record["losses"][name] for name in ("reference", "ours", "linear"))

@@ -66,7 +66,7 @@ def run(tmp_path_factory):
 SETTINGS = [name for name in global_defaults.SETTINGS if name != REFERENCE]
 
 
-@pytest.mark.parametrize("setting", sampled(SETTINGS, ("bfloat16", "meta")))
+@pytest.mark.parametrize("setting", sampled(SETTINGS, ("bfloat16",)))
 def test_trap_a_global_default_changes_no_bit(run, setting):
     want, got = run(REFERENCE), run(setting)
     assert len(want) >= 16 and got.keys() == want.keys()
