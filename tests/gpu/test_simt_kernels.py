@@ -39,7 +39,8 @@ def bits(program, multiprocessors, seed):
 
 def test_same_bits_in_whatever_order_lanes_run_and_rows_are_shared_out(passes):
     expected = bits(passes, FEW, 0)
-    assert len(expected.splitlines()) == 2 + 6 + 6 + 6 + 3 + 2
+    capped = 4 if passes.name == "passes64" else 6  # on AMD a softcap takes two reads
+    assert len(expected.splitlines()) == 2 + 6 + 2 * capped + 3 + 2
     for seed in range(3):
         assert bits(passes, MANY, seed) == expected
     assert bits(passes, FEW, 1) == expected
