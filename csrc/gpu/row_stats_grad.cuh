@@ -55,7 +55,8 @@ struct HeldInShared {
   FSL_DEVICE char* at(int column) const { return memory + (column - begin) * T::kBytes; }
 
   // A thread loads the vectors that its own statistics use, so it waits for no other thread.
-  FSL_DEVICE HeldInShared(const Row& row, int begin, int end, int columns)
+  // The sum of the logits is always made: for a flag nvcc would make two loops of one.
+  FSL_DEVICE HeldInShared(const Row& row, int begin, int end, int columns, bool)
       : memory(dynamic_shared()), begin(begin), end(end - begin < columns ? end : begin + columns) {
     FSL_UNROLL_BY(4)
     for (int column = begin + 8 * thread_id(); column < this->end; column += 8 * block_threads()) {
@@ -87,7 +88,7 @@ struct HeldInShared {
     }
   }
 
-  FSL_DEVICE void statistics(Running& s, bool smoothing, const Units& z) const {
+  FSL_DEVICE void statistics(Running& s, const Units& z) const {
     const int stride = 8 * block_threads();
     for (int first = begin + 8 * thread_id(); first < end; first += kRuns * stride) {
       const auto there = [&](int r) { return first + r * stride < end; };
@@ -96,12 +97,12 @@ struct HeldInShared {
         if (there(r)) load_eight<T, false>(words[r], at(first + r * stride), 0);
         else nothing<T>(words[r]);
       }
-      held_tile<kSoftcap>(s, words, T{}, there, smoothing, z);
+      held_tile<kSoftcap>(s, words, T{}, there, true, z);
     }
   }
 
   // Adds columns [end, whole), which did not fit.
-  FSL_DEVICE void rest(Running& s, const Row& row, int whole, bool, const Units& z) const {
+  FSL_DEVICE void rest(Running& s, const Row& row, int whole, const Units& z) const {
     s = RowStats<T, 4, kSoftcap, kShifted>::columns(row, end, whole, z, s);
   }
 
@@ -141,6 +142,7 @@ struct HeldInRegisters {
   static constexpr int kTiles = kHeldWords / T::kWords / kRuns;
   uint32_t words[kTiles][kRuns][T::kWords];
   int begin, end;
+  bool smoothing;
   uint32_t lane;  // this lane's column relative to first()
 
   // The column of thread 0's vector. It is equal in all lanes, so it stays in scalar registers.
@@ -161,7 +163,7 @@ struct HeldInRegisters {
   }
 
   FSL_DEVICE void tile_statistics(Running& s, uint32_t (&tile_words)[kRuns][T::kWords], int tile, int last,
-                                  bool smoothing, const Units& z) const {
+                                  const Units& z) const {
     const auto there = [&](int r) { return static_cast<int>(lane) < last - first(tile, r); };
     if (first(tile + 1, 0) > last) {
       FSL_UNROLL for (int r = 0; r < kRuns; ++r) if (!there(r)) nothing<T>(tile_words[r]);
@@ -169,28 +171,28 @@ struct HeldInRegisters {
     held_tile<kNoCap>(s, tile_words, T{}, there, smoothing, z);
   }
 
-  FSL_DEVICE HeldInRegisters(const Row& row, int begin, int end, int)
-      : begin(begin), end(end), lane(8 * thread_id()) {
+  FSL_DEVICE HeldInRegisters(const Row& row, int begin, int end, int, bool smoothing)
+      : begin(begin), end(end), smoothing(smoothing), lane(8 * thread_id()) {
     const int most = first(kTiles, 0);
     if (most < end) this->end = most;
     if (begin == end) return;
     FSL_UNROLL for (int tile = 0; tile < kTiles; ++tile) load_tile(words[tile], row, tile, this->end);
   }
 
-  FSL_DEVICE void statistics(Running& s, bool smoothing, const Units& z) {
+  FSL_DEVICE void statistics(Running& s, const Units& z) {
     FSL_UNROLL for (int tile = 0; tile < kTiles; ++tile) {
       scheduling_barrier();
       recompute_addresses();
-      tile_statistics(s, words[tile], tile, end, smoothing, z);
+      tile_statistics(s, words[tile], tile, end, z);
     }
   }
 
   // Adds columns [end, whole), for which there were no registers.
-  FSL_DEVICE void rest(Running& s, const Row& row, int whole, bool smoothing, const Units& z) const {
+  FSL_DEVICE void rest(Running& s, const Row& row, int whole, const Units& z) const {
     for (int tile = kTiles; first(tile, 0) < whole; ++tile) {
       uint32_t more[kRuns][T::kWords];
       load_tile(more, row, tile, whole);
-      tile_statistics(s, more, tile, whole, smoothing, z);
+      tile_statistics(s, more, tile, whole, z);
     }
   }
 
@@ -269,11 +271,9 @@ row_stats_grad_kernel(StatsGradArgs a, Units z, Holding holding) {
   const int whole = begin + (end - begin) / 8 * 8, odd = whole + thread_id();
   Running running;
   add_one(running, odd < end ? capped<kSoftcap>(load_one<T>(in, odd), z) : -kInfinity, odd < end, z);
-  Held held(in, begin, whole, holding.columns);
-  // nvcc would make two loops of one, for a sum that costs less there.
-  const bool smoothing = !kUnalignedAccess || grad.math.label_smoothing > 0;
-  held.statistics(running, smoothing, z);
-  held.rest(running, in, whole, smoothing, z);
+  Held held(in, begin, whole, holding.columns, grad.math.label_smoothing > 0);
+  held.statistics(running, z);
+  held.rest(running, in, whole, z);
   Stats all = Statistics::reduce_block(running, z, grad.math.vocab_start);
   if (cluster > 1) all = reduce_cluster(all, cluster, z.unit);
   const int own = target_column();

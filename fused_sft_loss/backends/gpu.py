@@ -195,7 +195,10 @@ class Gpu:
         out: Tensor,
     ) -> tuple[Tensor, Tensor]:
         if not self.module.one_read_gains(math):
-            return self._two_reads(logits, target, weight, factor, math, out)
+            stats = self.row_stats(logits, target, weight, math, statistics_for(math))
+            losses, normalizer = self.merge(stats.unsqueeze(0), target, weight, math)
+            self.row_grad(logits, normalizer, target, RowFactor(factor), math, out)
+            return losses, normalizer
         losses, normalizer = losses_like(weight)
         self._launch(
             self.module.row_stats_grad,
@@ -209,20 +212,6 @@ class Gpu:
             losses.data_ptr(),
             normalizer.data_ptr(),
         )
-        return losses, normalizer
-
-    def _two_reads(
-        self,
-        logits: Tensor,
-        target: Tensor,
-        weight: Tensor,
-        factor: Tensor,
-        math: RowMath,
-        out: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        stats = self.row_stats(logits, target, weight, math, statistics_for(math))
-        losses, normalizer = self.merge(stats.unsqueeze(0), target, weight, math)
-        self.row_grad(logits, normalizer, target, RowFactor(factor), math, out)
         return losses, normalizer
 
     def row_rescale(self, grad: Tensor, factor: RowFactor, stored: Tensor, math: RowMath) -> None:
