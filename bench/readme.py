@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from .agreement import FOLDER
 from .errors import UserError, need
 from .kernels import record
 from .pages import agreement, api, gain, records
@@ -55,7 +56,7 @@ def read_records(folder):
 
 def read_long_runs(folder):
     """{name of a device: its record of `bench agreement`}, of all in `folder`."""
-    paths = sorted((folder / "agreement").glob("*.json"))
+    paths = sorted((folder / FOLDER).glob("*.json"))
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
 
 

@@ -42,3 +42,23 @@ def too_far(distances):
     """The runs that are further from fp32 than bf16 alone explains."""
     limit = allowed(distances)
     return [name for name, distance in distances.items() if not distance.rms <= limit]
+
+
+HEADS = ("rms to fp32", "largest", "at step 1", "rms to reference")
+
+
+def rows(record):
+    """[(run, its cells under HEADS)] of a record of `bench agreement`."""
+    return [
+        (name, [f"{number:.1e}" for number in _numbers(found)] + [_rms(record, name)])
+        for name, found in record["from_fp32"].items()
+    ]
+
+
+def _numbers(found):
+    return found["rms"], found["largest"], found["at_first"]
+
+
+def _rms(record, name):
+    other = record["from_reference"].get(name)
+    return f"{other['rms']:.1e}" if other else ""

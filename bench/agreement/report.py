@@ -13,9 +13,7 @@ from ..errors import writable_file, writable_folder
 from ..kernels.command import device_slug
 from ..sft import report as sft
 from ..sft.losses import EVERY_TITLE, IN_FP32
-from . import distance, picture
-
-FOLDER = "agreement"  # inside --results
+from . import FOLDER, distance, picture
 
 
 class Report:
@@ -85,28 +83,8 @@ class Report:
 def _table(record):
     table = Table(title="difference of the loss, over all steps")
     table.add_column("run in bf16")
-    for head in HEADS:
+    for head in distance.HEADS:
         table.add_column(head, justify="right")
-    for name, cells in rows(record):
+    for name, cells in distance.rows(record):
         table.add_row(EVERY_TITLE[name], *cells)
     return table
-
-
-HEADS = ("rms to fp32", "largest", "at step 1", "rms to reference")
-
-
-def rows(record):
-    """[(run, its cells under HEADS)]."""
-    return [
-        (name, [f"{number:.1e}" for number in _numbers(found)] + [_rms(record, name)])
-        for name, found in record["from_fp32"].items()
-    ]
-
-
-def _numbers(found):
-    return found["rms"], found["largest"], found["at_first"]
-
-
-def _rms(record, name):
-    other = record["from_reference"].get(name)
-    return f"{other['rms']:.1e}" if other else ""

@@ -1,8 +1,8 @@
 """docs/benchmarks.md: the long runs."""
 
-from ..agreement.report import HEADS, rows
+from ..agreement.distance import HEADS, rows
 from ..sft.losses import EVERY_TITLE, IN_FP32
-from .markdown import table
+from .markdown import origin, table
 
 
 def section(records):
@@ -27,12 +27,10 @@ def _part(name, record):
 
 def _what(record):
     machine, settings, losses = record["machine"], record["settings"], record["losses"][IN_FP32]
-    versions = machine["versions"]
     return "\n".join(
         [
             f"- Device: {machine['device']}",
-            f"- Date and commit: {machine['date'][:10]}, {machine['commit']}",
-            f"- Versions: torch {versions['torch']}, megatron-core {versions['megatron-core']}",
+            *origin(machine),
             f"- Model: GPTModel, {settings['layers']} layers of {settings['hidden']}, vocabulary "
             f"{settings['vocab']}, from random weights",
             f"- Data: {record['data']['source']}; {record['data']['tokenizer']}",

@@ -9,6 +9,15 @@ def table(head, lines, left):
     return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *lines))
 
 
+def origin(machine):
+    """Lines of a list: when and with what a record was made."""
+    versions = machine["versions"]
+    return [
+        f"- Date and commit: {machine['date'][:10]}, {machine['commit']}",
+        f"- Versions: torch {versions['torch']}, megatron-core {versions['megatron-core']}",
+    ]
+
+
 def milliseconds(row):
     """The median of a timed row, or an empty text."""
     if not row or not row["ms"]:

@@ -1,7 +1,7 @@
 """docs/benchmarks.md: the tables of one record."""
 
 from ..kernels import record
-from .markdown import milliseconds, table
+from .markdown import milliseconds, origin, table
 
 SHOWN = ("mistral-nemo", 0.3)  # model of the long table, and the second scored fraction
 PEAKS = ("forward_x_logits", "full_x_logits")
@@ -38,11 +38,10 @@ def picture(name):
 def _where(measured):
     """Machine, date, versions, bandwidth and command."""
     machine, settings = measured["machine"], measured["settings"]
-    versions, text = machine["versions"], record.remark(measured)
+    text = record.remark(measured)
     lines = [
         f"- Device: {record.device_and_threads(machine)}",
-        f"- Date and commit: {machine['date'][:10]}, {machine['commit']}",
-        f"- Versions: torch {versions['torch']}, megatron-core {versions['megatron-core']}",
+        *origin(machine),
         f"- Memory bandwidth of a copy: {_bandwidth(measured)}",
         f"- Seed: {settings['seed']}",
         f"- Command: `{machine['command']}`",

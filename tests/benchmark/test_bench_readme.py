@@ -1,6 +1,8 @@
 """The generated parts of README and docs/ match their sources, and a manual change is detected."""
 
 import shutil
+import subprocess
+import sys
 import warnings
 from itertools import combinations
 
@@ -32,6 +34,13 @@ def check(root):
 
 def test_the_committed_pages_are_those_of_their_sources(capsys):
     assert main(["readme", "--check"]) == 0, capsys.readouterr().err
+
+
+def test_no_library_for_tables_in_a_terminal_is_needed(copy):
+    code = "import sys; sys.modules['rich'] = None; from bench.__main__ import main; "
+    code += f"sys.exit(main(['readme', '--check', '--root', {str(copy)!r}]))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(
