@@ -92,4 +92,13 @@ inline int columns_of_part(int64_t segments, int parts, const Line& line) {
   return static_cast<int>((segments + parts - 1) / parts * line.segment);
 }
 
+// How many clusters take the rows of row_stats_grad in turn: so many that each has kInTurn rows, in whole
+// rounds of the resident clusters, so that all end together. In a single round, a launch would take twice as
+// long if another kernel, of NCCL perhaps, held a few multiprocessors when it started.
+constexpr int64_t kInTurn = 8, kMostRounds = 4;
+inline uint32_t clusters_for(int64_t rows, int64_t resident) {
+  const int64_t rounds = std::max<int64_t>(1, std::min(kMostRounds, rows / (resident * kInTurn)));
+  return static_cast<uint32_t>(std::min(rows, resident * rounds));
+}
+
 }  // namespace fsl::gpu

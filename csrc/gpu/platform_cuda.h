@@ -3,6 +3,8 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
+
 #define FSL_DEVICE __device__ __forceinline__
 // At most `threads` per block; at least one block must fit on a multiprocessor. Without the 1, ptxas spills
 // rather than use more than 64 registers. Only platform_hip.h uses `waves`.
@@ -35,6 +37,9 @@ template <class T>
 FSL_DEVICE T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(~0u, value, mask);
 }
+// Bit l of the result: the value of lane l.
+FSL_DEVICE uint32_t ballot(bool value) { return __ballot_sync(~0u, value); }
+FSL_DEVICE uint32_t count_bits(uint32_t x) { return __popc(x); }
 FSL_DEVICE float fma(float a, float b, float c) { return fmaf(a, b, c); }
 FSL_DEVICE float max(float a, float b) { return fmaxf(a, b); }
 FSL_DEVICE float min(float a, float b) { return fminf(a, b); }
@@ -137,23 +142,47 @@ inline int most_shared_bytes() {
   return bytes;
 }
 
-// Launches a kernel. Returns null, or the error message.
-template <class... Params, class... Args>
-const char* enqueue(const char* name, void (*kernel)(Params...), const Grid& grid, void* stream,
-                    Args... args) {
-  const void* function = reinterpret_cast<const void*>(kernel);
-  if (grid.shared_bytes > 48 << 10)  // more is opt-in
-    check(error_of(
-              cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, grid.shared_bytes)),
-          name, grid);
+// Calls fn(cudaLaunchConfig_t) for a kernel, and returns its result.
+template <class Fn>
+cudaError_t with_config(const void* kernel, const Grid& grid, void* stream, const Fn& fn) {
+  if (grid.shared_bytes > 48 << 10) {  // more is opt-in
+    const cudaError_t refused =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, grid.shared_bytes);
+    if (refused) return refused;
+  }
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim = {static_cast<unsigned>(grid.cluster), 1, 1};
-  cudaLaunchConfig_t config{
-      dim3(static_cast<unsigned>(grid.blocks)), dim3(grid.threads), static_cast<size_t>(grid.shared_bytes),
-      static_cast<cudaStream_t>(stream),        &cluster,           grid.cluster > 1 ? 1u : 0u};
+  return fn(cudaLaunchConfig_t{dim3(static_cast<unsigned>(grid.blocks)), dim3(grid.threads),
+                               static_cast<size_t>(grid.shared_bytes), static_cast<cudaStream_t>(stream),
+                               &cluster, grid.cluster > 1 ? 1u : 0u});
+}
+
+// How many clusters of a launch an idle device runs at a time.
+template <class... Params>
+int resident_clusters(void (*kernel)(Params...), const Grid& grid) {
+  const void* function = reinterpret_cast<const void*>(kernel);
+  int device = 0, multiprocessors = 0, resident = 0;
+  const auto query = [&](const cudaLaunchConfig_t& config) {
+    if (grid.cluster > 1) return cudaOccupancyMaxActiveClusters(&resident, function, &config);
+    return cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, function, grid.threads,
+                                                         grid.shared_bytes);
+  };
+  check(error_of(cudaGetDevice(&device)), "cudaGetDevice", grid);
+  check(error_of(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device)),
+        "cudaDeviceGetAttribute", grid);
+  check(error_of(with_config(function, grid, nullptr, query)), "occupancy", grid);
+  return std::max(1, grid.cluster > 1 ? resident : resident * multiprocessors);
+}
+
+// Launches a kernel. Returns null, or the error message.
+template <class... Params, class... Args>
+const char* enqueue(const char*, void (*kernel)(Params...), const Grid& grid, void* stream, Args... args) {
+  const void* function = reinterpret_cast<const void*>(kernel);
   std::tuple<Params...> values{static_cast<Params>(args)...};
-  return error_of(cudaLaunchKernelExC(&config, function, addresses_of(values).data()));
+  return error_of(with_config(function, grid, stream, [&](const cudaLaunchConfig_t& config) {
+    return cudaLaunchKernelExC(&config, function, addresses_of(values).data());
+  }));
 }
 
 }  // namespace fsl::gpu

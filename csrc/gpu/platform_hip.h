@@ -99,8 +99,10 @@ FSL_DEVICE void store_chunk_unaligned(char* at, const Chunk& c) {
   *(Global<WordsAnywhere>*)at = Words{c.word[0], c.word[1], c.word[2], c.word[3]};
 }
 
-// Only templates that hold rows in shared memory name these. HIP never instantiates those templates, so there
+// Only templates that hold rows in shared memory call these. HIP never instantiates those templates, so there
 // is no definition.
+__device__ uint32_t ballot(bool value);
+__device__ uint32_t count_bits(uint32_t x);
 __device__ char* dynamic_shared();
 __device__ void async_copy(char* shared, const char* global);
 __device__ void async_wait();

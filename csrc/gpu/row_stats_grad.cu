@@ -56,7 +56,7 @@ void row_stats_grad(const StatsGradArgs& a, const Chip& chip, void* stream) {
   Grid grid{logits.count() * cluster, line.threads, 0, cluster};
   with_dtype(logits.dtype, [&](auto dtype) {
     using T = decltype(dtype);
-    Holding holding{Divisor(cluster), each, 0};
+    Holding holding{Divisor(cluster), each, 0, 0};
     if (!kUnalignedAccess) {
       const Room room = room_for(each, T::kBytes, line.threads);
       holding.columns = room.columns;
@@ -65,8 +65,12 @@ void row_stats_grad(const StatsGradArgs& a, const Chip& chip, void* stream) {
     with_cap_of_one_read(a.grad.math, [&](auto softcap) {
       with_bool(shifted, [&](auto moved) {
         constexpr bool kShifted = decltype(moved)::value && !kUnalignedAccess;
-        launch("row_stats_grad", row_stats_grad_kernel<T, softcap(), kShifted>, grid, stream, a,
-               units_of(a.grad.math), holding);
+        const auto kernel = row_stats_grad_kernel<T, softcap(), kShifted>;
+        if constexpr (kTakesRowsInTurn<kShifted>) {
+          holding.clusters = clusters_for(logits.count(), resident_clusters(kernel, grid));
+          grid.blocks = int64_t{holding.clusters} * cluster;
+        }
+        launch("row_stats_grad", kernel, grid, stream, a, units_of(a.grad.math), holding);
       });
     });
   });

@@ -3,9 +3,11 @@
 // gradient in forward.
 //
 // On NVIDIA, asynchronous copies bring the row into shared memory, of a cluster if one block's is too small;
-// blocks of a cluster read each other's statistics there. On AMD the row stays in registers of up to 1024
-// lanes. Columns that do not fit are read twice; the second read usually hits L2. The columns that a thread
-// takes, and their order, depend on neither dtype nor address, so the bits of the loss do not either.
+// blocks of a cluster read each other's statistics there. A cluster takes several rows, one after the other:
+// while it writes a gradient, each vector's place in shared memory already receives the next row's. On AMD
+// the row stays in registers of up to 1024 lanes. Columns that do not fit are read twice; the second read
+// usually hits L2. The columns that a thread takes, and their order, depend on neither dtype nor address, so
+// the bits of the loss do not either.
 #pragma once
 
 #include <type_traits>
@@ -18,10 +20,22 @@ namespace fsl::gpu {
 
 // How blocks share a row, and how much of it they keep.
 struct Holding {
-  Divisor cluster;  // blocks per row
-  int each;         // columns of a block's part
-  int columns;      // columns that a block keeps in shared memory: its whole part, or whole tiles of it
+  Divisor cluster;    // blocks per row
+  int each;           // columns of a block's part
+  int columns;        // columns that a block keeps in shared memory: its whole part, or whole tiles of it
+  uint32_t clusters;  // of the launch
 };
+
+// The row that a block takes next.
+struct Next {
+  bool exists;
+  Row row;
+};
+
+// Whether the clusters of a launch take all its rows in turn. Registers have no place for a second row, and
+// rows that start at any address have no common places for their vectors.
+template <bool kShifted>
+constexpr bool kTakesRowsInTurn = !kUnalignedAccess && !kShifted;
 
 // Registers per lane that hold logits.
 constexpr int kHeldWords = 64;
@@ -54,19 +68,21 @@ struct HeldInShared {
 
   FSL_DEVICE char* at(int column) const { return memory + (column - begin) * T::kBytes; }
 
-  // A thread loads the vectors that its own statistics use, so it waits for no other thread.
   // The sum of the logits is always made: for a flag nvcc would make two loops of one.
-  FSL_DEVICE HeldInShared(const Row& row, int begin, int end, int columns, bool)
-      : memory(dynamic_shared()), begin(begin), end(end - begin < columns ? end : begin + columns) {
+  FSL_DEVICE HeldInShared(int begin, int end, int columns, bool)
+      : memory(dynamic_shared()), begin(begin), end(end - begin < columns ? end : begin + columns) {}
+
+  // Starts to load a row. A thread loads the vectors that its own statistics use, so it waits for no other
+  // thread.
+  FSL_DEVICE void bring(const Row& row) {
     FSL_UNROLL_BY(4)
-    for (int column = begin + 8 * thread_id(); column < this->end; column += 8 * block_threads()) {
+    for (int column = begin + 8 * thread_id(); column < end; column += 8 * block_threads()) {
       if (!kShifted || chunks_inside<T, kShifted>(row, column, 8, row.skew)) bring_eight(row, column);
     }
     if (kShifted) {
       bring_by_ones(row, begin);
-      if (this->end - begin > 8) bring_by_ones(row, this->end - 8);
+      if (end - begin > 8) bring_by_ones(row, end - 8);
     }
-    async_wait();
   }
 
   // Loads the vector at `column` logit by logit if one of its chunks reaches out of the row. Only the first
@@ -90,6 +106,7 @@ struct HeldInShared {
 
   FSL_DEVICE void statistics(Running& s, const Units& z) const {
     const int stride = 8 * block_threads();
+    async_wait();
     for (int first = begin + 8 * thread_id(); first < end; first += kRuns * stride) {
       const auto there = [&](int r) { return first + r * stride < end; };
       uint32_t words[kRuns][T::kWords];
@@ -111,10 +128,14 @@ struct HeldInShared {
     return T::element(&word, 0);
   }
 
-  // The vectors of the gradient start at an aligned address, those of the logits at `begin`. So a thread may
-  // need logits that other threads loaded. They are complete, because the block reduce of the statistics
-  // contains a barrier.
-  FSL_DEVICE void gradient_to(const Row& out, const GradConstants& g, const Units& z) const {
+  // Writes the gradient. If there is a next row, starts to load it, each vector into the place of the one
+  // that this thread has just used.
+  //
+  // With kShifted the vectors of the gradient start at an aligned address, those of the logits at `begin`. So
+  // a thread may need logits that other threads loaded, and there is no next row. They are complete, because
+  // the block reduce of the statistics contains a barrier.
+  FSL_DEVICE void gradient_to(const Row& out, const GradConstants& g, const Units& z,
+                              const Next& next) const {
     const int aligned = kShifted ? aligned_column<T>(out, begin) : begin,
               first = aligned < end ? aligned : end;
     const int skew = (first - begin) * T::kBytes % 16, last = first + (end - first) / 8 * 8;
@@ -126,6 +147,7 @@ struct HeldInShared {
       FSL_UNROLL for (int i = 0; i < 8; ++i) x[i] = gradient<kSoftcap>(T::element(words, i), g, z, false);
       T::put(words, x);
       store_eight<T>(out.start + int64_t{column} * T::kBytes, words);
+      if (!kShifted && next.exists) bring_eight(next.row, column);
     }
     if (!kShifted) return;
     // Up to seven columns before the whole vectors and up to seven after them, one thread each.
@@ -171,12 +193,15 @@ struct HeldInRegisters {
     held_tile<kNoCap>(s, tile_words, T{}, there, smoothing, z);
   }
 
-  FSL_DEVICE HeldInRegisters(const Row& row, int begin, int end, int, bool smoothing)
+  FSL_DEVICE HeldInRegisters(int begin, int end, int, bool smoothing)
       : begin(begin), end(end), smoothing(smoothing), lane(8 * thread_id()) {
     const int most = first(kTiles, 0);
     if (most < end) this->end = most;
+  }
+
+  FSL_DEVICE void bring(const Row& row) {
     if (begin == end) return;
-    FSL_UNROLL for (int tile = 0; tile < kTiles; ++tile) load_tile(words[tile], row, tile, this->end);
+    FSL_UNROLL for (int tile = 0; tile < kTiles; ++tile) load_tile(words[tile], row, tile, end);
   }
 
   FSL_DEVICE void statistics(Running& s, const Units& z) {
@@ -196,7 +221,7 @@ struct HeldInRegisters {
     }
   }
 
-  FSL_DEVICE void gradient_to(const Row& out, const GradConstants& g, const Units& z) {
+  FSL_DEVICE void gradient_to(const Row& out, const GradConstants& g, const Units& z, const Next&) {
     FSL_UNROLL for (int tile = 0; tile < kTiles; ++tile) FSL_UNROLL for (int r = 0; r < kRuns; ++r) {
       float x[8];
       scheduling_barrier();
@@ -221,9 +246,11 @@ FSL_DEVICE void add_one(Running& s, float x, bool there, const Units& z) {
   s.top = top;
 }
 
-// Folds the statistics of the cluster's blocks, in the order of their parts.
-FSL_DEVICE Stats reduce_cluster(const Stats& mine, int cluster, float unit) {
-  FSL_SHARED(float, part, 4);
+// Folds the statistics of the cluster's blocks, in the order of their parts. `turn` counts the rows of the
+// cluster: two places in turn, because other blocks may still read those of the row before.
+FSL_DEVICE Stats reduce_cluster(const Stats& mine, int cluster, int turn, float unit) {
+  FSL_SHARED(float, parts, 8);
+  float* part = parts + turn % 2 * 4;
   if (thread_id() == 0) store_stats<4>(part, mine);
   cluster_barrier();
   Stats all;
@@ -235,68 +262,127 @@ FSL_DEVICE Stats reduce_cluster(const Stats& mine, int cluster, float unit) {
   return all;
 }
 
+// The rows of a launch that are scored, or those that are masked. A cluster takes every `clusters`-th of
+// each: so all clusters get as many, wherever the masked rows lie. Each warp searches for itself.
+struct RowsOf {
+  const float* weight;
+  uint32_t rows;
+  bool scored;
+
+  // The row with `skip` others of its kind between `from` and itself; `rows` if there is none.
+  FSL_DEVICE uint32_t find(uint32_t from, uint32_t skip) const {
+    for (; from < rows; from += kWarp) {
+      const uint32_t mine = from + lane_id();
+      const bool wanted = mine < rows && (weight[mine] != 0) == scored;
+      const uint32_t all = ballot(wanted), before = all & ((1u << lane_id()) - 1);
+      const uint32_t found = ballot(wanted && count_bits(before) == skip);
+      if (found) return from + count_bits(found - 1);  // the number of lanes before the one that found it
+      skip -= count_bits(all);
+    }
+    return rows;
+  }
+};
+
+// The columns [begin, end) of each row that one block takes.
+template <class T, int kSoftcap, bool kShifted>
+struct Part {
+  using Held = std::conditional_t<kUnalignedAccess, HeldInRegisters<T>, HeldInShared<T, kSoftcap, kShifted>>;
+  // If loads and stores work at any address, one kernel serves all rows.
+  static constexpr bool kAnyAddress = kShifted || kUnalignedAccess;
+  using Statistics = RowStats<T, 4, kSoftcap, kAnyAddress>;
+  using Gradient = GradWriter<T, kSoftcap, kAnyAddress>;
+
+  const StatsGradArgs& a;
+  const Units& z;
+  int number, parts;
+  int begin, whole, end;  // [whole, end) is no whole vector
+
+  FSL_DEVICE Part(const StatsGradArgs& a, const Units& z, const Holding& holding, uint32_t number)
+      : a(a), z(z), number(number), parts(holding.cluster.value) {
+    const int valid = static_cast<int>(a.grad.logits.valid), each = holding.each;
+    begin = this->number * each < valid ? this->number * each : valid;
+    end = valid - begin < each ? valid : begin + each;
+    whole = begin + (end - begin) / 8 * 8;
+  }
+
+  // Recomputed where needed: keeping them during the statistics costs registers that sm_100 lacks.
+  FSL_DEVICE Row in(uint32_t n) const { return row_at<T>(a.grad.logits, n); }
+  FSL_DEVICE Row out(uint32_t n) const { return row_at<T>(a.grad.grad, n); }
+  FSL_DEVICE int own(uint32_t n) const {
+    return own_column(a.grad.target[n], a.grad.math.vocab_start, a.grad.logits);
+  }
+  // The last block also writes the padding.
+  FSL_DEVICE int until() const { return number == parts - 1 ? static_cast<int>(a.grad.grad.columns) : end; }
+  FSL_DEVICE bool first() const { return number == 0 && thread_id() == 0; }
+
+  FSL_DEVICE void masked_row(uint32_t n) const {
+    Gradient::zero_columns(out(n), begin, until());
+    if (!first()) return;
+    a.loss[n] = 0.0f;
+    store_normalizer(a.normalizer, n, 0.0f, 0.0f);
+  }
+
+  // `held` has started to load row n, the `turn`-th of this block.
+  FSL_DEVICE void scored_row(uint32_t n, Held& held, int turn, const Next& next) const {
+    // Read now, because in place the gradient overwrites it.
+    const float x_own = broadcast_first_lane(own(n) < 0 ? 0.0f : load_one<T>(in(n), own(n)));
+    const int odd = whole + thread_id();
+    Running running;
+    add_one(running, odd < end ? capped<kSoftcap>(load_one<T>(in(n), odd), z) : -kInfinity, odd < end, z);
+    held.statistics(running, z);
+    held.rest(running, in(n), whole, z);
+    Stats all = Statistics::reduce_block(running, z, a.grad.math.vocab_start);
+    if (parts > 1) all = reduce_cluster(all, parts, turn, z.unit);
+    const float own_value = own(n) < 0 ? 0.0f : capped<kSoftcap>(x_own, z);
+    const RowLoss row = row_loss(all, own_value, a.grad.target[n], z.unit, a.grad.math);
+    if (first()) {
+      a.loss[n] = row.loss * a.weight[n];
+      store_normalizer(a.normalizer, n, row.top, row.total);
+    }
+    const float factor = factor_of(a.grad.factor, n);
+    if (factor == 0) {
+      Gradient::zero_columns(out(n), begin, until());
+      if (next.exists) held.bring(next.row);
+      return;
+    }
+    const GradConstants g = grad_constants<kSoftcap>(a.grad, z, n, factor, row.top, row.total);
+    Gradient::any_columns(in(n), out(n), g, z, held.end, end);
+    held.gradient_to(out(n), g, z, next);
+    Gradient::zero_columns(out(n), end, until());
+    barrier();  // its own logit is written over what another thread has written there
+    if (thread_id() == 0 && own(n) >= begin && own(n) < end)
+      T::put(out(n).start + int64_t{own(n)} * T::kBytes, gradient<kSoftcap>(x_own, g, z, true));
+  }
+};
+
 // With kUnalignedAccess there is no softcap; see one_read_gains.
 template <class T, int kSoftcap, bool kShifted>
 FSL_KERNEL(FSL_VENDOR(512, 1024), 4)
 row_stats_grad_kernel(StatsGradArgs a, Units z, Holding holding) {
-  using Held = std::conditional_t<kUnalignedAccess, HeldInRegisters<T>, HeldInShared<T, kSoftcap, kShifted>>;
-  // If loads and stores work at any address, one kernel serves all rows.
-  constexpr bool kAnyAddress = kShifted || kUnalignedAccess;
-  using Statistics = RowStats<T, 4, kSoftcap, kAnyAddress>;
-  using Gradient = GradWriter<T, kSoftcap, kAnyAddress>;
-  const GradArgs& grad = a.grad;
   const Divided block = divide(block_id(), holding.cluster);
-  const uint32_t n = block.quotient;
-  const int cluster = static_cast<int>(holding.cluster.value), part = static_cast<int>(block.rest);
-  const int valid = static_cast<int>(grad.logits.valid);
-  const int each = holding.each;
-  const int begin = part * each < valid ? part * each : valid,
-            end = valid - begin < each ? valid : begin + each;
-  const Row in = row_at<T>(grad.logits, n);
-  // Recomputed where needed: keeping them during the statistics costs registers that sm_100 lacks.
-  const auto row_out = [&] { return row_at<T>(grad.grad, n); };
-  const auto target_column = [&] { return own_column(grad.target[n], grad.math.vocab_start, grad.logits); };
-  // The last block also writes the padding.
-  const auto until = [&] { return part == cluster - 1 ? static_cast<int>(grad.grad.columns) : end; };
-  const bool first = part == 0 && thread_id() == 0;
-  if (a.weight[n] == 0) {
-    Gradient::zero_columns(row_out(), begin, until());
-    if (!first) return;
-    a.loss[n] = 0.0f;
-    store_normalizer(a.normalizer, n, 0.0f, 0.0f);
-    return;
-  }
-  // Read now, because in place the gradient overwrites it.
-  const float x_own = broadcast_first_lane(target_column() < 0 ? 0.0f : load_one<T>(in, target_column()));
-  const int whole = begin + (end - begin) / 8 * 8, odd = whole + thread_id();
-  Running running;
-  add_one(running, odd < end ? capped<kSoftcap>(load_one<T>(in, odd), z) : -kInfinity, odd < end, z);
-  Held held(in, begin, whole, holding.columns, grad.math.label_smoothing > 0);
-  held.statistics(running, z);
-  held.rest(running, in, whole, z);
-  Stats all = Statistics::reduce_block(running, z, grad.math.vocab_start);
-  if (cluster > 1) all = reduce_cluster(all, cluster, z.unit);
-  const int own = target_column();
-  const Row out = row_out();
-  const float own_value = own < 0 ? 0.0f : capped<kSoftcap>(x_own, z);
-  const RowLoss row = row_loss(all, own_value, grad.target[n], z.unit, grad.math);
-  if (first) {
-    a.loss[n] = row.loss * a.weight[n];
-    store_normalizer(a.normalizer, n, row.top, row.total);
-  }
-  const float factor = factor_of(grad.factor, n);
-  if (factor == 0) {
-    Gradient::zero_columns(out, begin, until());
+  const uint32_t cluster = block.quotient;
+  const Part<T, kSoftcap, kShifted> part(a, z, holding, block.rest);
+  typename Part<T, kSoftcap, kShifted>::Held held(part.begin, part.whole, holding.columns,
+                                                  a.grad.math.label_smoothing > 0);
+  if constexpr (kTakesRowsInTurn<kShifted>) {
+    const uint32_t rows = static_cast<uint32_t>(a.grad.logits.batch * a.grad.logits.seq);
+    const RowsOf scored{a.weight, rows, true}, masked{a.weight, rows, false};
+    uint32_t n = scored.find(0, cluster);
+    if (n < rows) held.bring(part.in(n));
+    for (uint32_t m = masked.find(0, cluster); m < rows; m = masked.find(m + 1, holding.clusters - 1))
+      part.masked_row(m);
+    for (int turn = 0; n < rows; ++turn) {
+      const uint32_t following = scored.find(n + 1, holding.clusters - 1);
+      const bool exists = following < rows;
+      part.scored_row(n, held, turn, {exists, part.in(exists ? following : n)});
+      n = following;
+    }
   } else {
-    const GradConstants g = grad_constants<kSoftcap>(grad, z, n, factor, row.top, row.total);
-    Gradient::any_columns(in, out, g, z, held.end, end);
-    held.gradient_to(out, g, z);
-    Gradient::zero_columns(out, end, until());
-    barrier();  // its own logit is written over what another thread has written there
-    if (thread_id() == 0 && own >= begin && own < end)
-      T::put(out.start + int64_t{own} * T::kBytes, gradient<kSoftcap>(x_own, g, z, true));
+    if (a.weight[cluster] == 0) return part.masked_row(cluster);
+    held.bring(part.in(cluster));
+    part.scored_row(cluster, held, 0, {});
   }
-  if (cluster > 1) cluster_barrier();  // other blocks may still read this block's statistics
+  if (part.parts > 1) cluster_barrier();  // other blocks may still read this block's statistics
 }
 
 }  // namespace fsl::gpu

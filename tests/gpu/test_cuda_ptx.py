@@ -5,6 +5,7 @@ import subprocess
 
 import pytest
 import torch
+from oracle import evaluate
 from ptx_problems import DTYPES, EVERYTHING, SHAPES, check, problem, rows_at, wide
 from tiers import sampled, sampled_runs
 
@@ -208,10 +209,10 @@ def test_loss_and_gradient_from_one_read(dtype, shape):
     assert torch.equal(one_read(copy, labels, mask, grad=copy, **options).grad, run.grad)
 
 
-def one_read(*problem, held=None, **options):
+def one_read(*problem, held=None, blocks=1, **options):
     run = Run(*problem, **options)
     run.targets()
-    return run.one_read(held)
+    return run.one_read(held, blocks)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -247,6 +248,25 @@ def test_one_read_in_whatever_order_warps_run(columns):
     for seed in range(2):
         run = one_read(logits, labels, mask, seed=seed)
         assert torch.equal(run.loss, in_step.loss) and torch.equal(run.grad, in_step.grad)
+
+
+@pytest.mark.parametrize("scored", sampled([0.3, 1.0], [0.3]))
+def test_blocks_take_the_rows_of_one_read_in_turn(scored):
+    """Wherever the masked rows lie, every row is written by one block, with the same bits."""
+    logits = (torch.randn(2, 19, 264) * 4).to(torch.bfloat16)
+    labels, mask = torch.randint(0, 264, (2, 19)), (torch.rand(2, 19) < scored).float()
+    logits[mask == 0] = float("nan")  # must not be read
+    options = {"shift": False, "label_smoothing": 0.1}
+    alone = one_read(logits, labels, mask, blocks=38, **options)
+    expected = evaluate(logits, labels, mask, **options)
+    torch.testing.assert_close(alone.loss.double(), expected.losses, rtol=1e-6, atol=1e-6)
+    found = alone.grad.double().flatten(0, 1)
+    torch.testing.assert_close(found, expected.grad, rtol=2**-8 * 1.01, atol=1e-9)
+    for blocks in (1, 5):
+        grad = logits.clone()
+        run = one_read(grad, labels, mask, grad=grad, blocks=blocks, seed=blocks, **options)
+        for name in ("loss", "grad", "normalizer"):
+            assert torch.equal(getattr(run, name), getattr(alone, name)), (blocks, name)
 
 
 def test_a_copy_that_is_not_waited_for_shows():

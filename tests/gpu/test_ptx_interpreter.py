@@ -40,6 +40,14 @@ def test_lanes_loads_and_counts():
     assert machine.counts.instructions["st"] == 1
 
 
+def test_votes_and_counted_bits():
+    array = np.arange(64, dtype=np.uint32)
+    run(OWN + "ld.global.b32 %r2, [%rd2]; and.b32 %r3, %r2, 33; setp.eq.u32 %p1, %r3, 33; "
+        "vote.sync.ballot.b32 %r4, %p1, -1; popc.b32 %r5, %r4; xor.b32 %r4, %r4, %r5; "
+        "st.global.b32 [%rd2], %r4;", array, threads=64)  # fmt: skip
+    assert array.tolist() == [0] * 32 + [0xAAAAAAAA ^ 16] * 32
+
+
 def test_what_a_warp_reads_at_one_address_counts_once():
     machine = run(OWN + "ld.global.b32 %r2, [%rd1];", np.zeros(32, np.uint32), threads=64)
     assert machine.counts.loaded["a"] == 2 * 4

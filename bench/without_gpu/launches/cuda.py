@@ -141,9 +141,9 @@ class Run(Passes):
             segments // splits * chosen.segment,
         )  # fmt: skip
 
-    def one_read(self, held=None):
-        """Replaces statistics, merge and gradient. One block per row holds `held` columns on chip;
-        by default all."""
+    def one_read(self, held=None, blocks=1):
+        """Replaces statistics, merge and gradient. `blocks` blocks take the rows in turn, and hold
+        `held` columns of a row on chip, by default all. Shifted rows have a block each."""
         logits, given = self.logits, self.given_grad
         grad = self.grad = self.unwritten_gradient() if given is None else given
         self.unwritten_losses()
@@ -154,8 +154,9 @@ class Run(Passes):
         shifted = skew(logits) != 0 or skew(grad) != 0
         code = kernel("row_stats_grad", shifted=shifted, **self.options)
         self._run(
-            "one read", code, self.labels.numel(), chosen.threads, args, self._units(),
-            Holding(divisor(1), whole, held), dynamic_shared=held * logits.element_size() + 16,
+            "one read", code, self.labels.numel() if shifted else blocks, chosen.threads, args,
+            self._units(), Holding(divisor(1), whole, held, blocks),
+            dynamic_shared=held * logits.element_size() + 16,
         )  # fmt: skip
         return self
 

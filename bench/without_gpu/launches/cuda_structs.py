@@ -84,7 +84,7 @@ Units = _struct("Units", **_of(c_float, "unit unit_log2 far inward cap logit_sca
 RowSplit = _struct(
     "RowSplit", blocks=Divisor, **_of(c_int32, "segment segments each"), parts=POINTER
 )
-Holding = _struct("Holding", cluster=Divisor, **_of(c_int32, "each columns"))
+Holding = _struct("Holding", cluster=Divisor, **_of(c_int32, "each columns"), clusters=c_uint32)
 
 #: The structs by their C++ names.
 STRUCTS = {

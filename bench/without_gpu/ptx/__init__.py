@@ -12,7 +12,8 @@ an access outside a buffer, a misaligned access, a shuffle without all its lanes
 some threads do not reach. With `seed`, warps run in a random order between barriers; this exposes a
 missing barrier.
 
-cp.async copies when its thread waits for it, never earlier. A cluster is one block.
+cp.async copies when its thread waits for it; with `seed` half of the copies happen at once. A
+cluster is one block.
 
 Not supported: bulk copies, mbarriers, larger clusters, matrix instructions, textures.
 """

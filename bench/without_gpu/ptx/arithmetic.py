@@ -85,6 +85,7 @@ UNARY = {
     "neg": lambda a: -a if a.dtype.kind != "u" else (~a) + a.dtype.type(1),
     "abs": np.abs,
     "not": np.invert,
+    "popc": lambda a: np.array([int(x).bit_count() for x in a.tolist()], np.uint32),
     "ex2": lambda a: np.exp2(a.astype(F64)),
     "lg2": lambda a: np.log2(a.astype(F64)),
     "rcp": lambda a: 1.0 / a.astype(F64),

@@ -79,7 +79,7 @@ class Block:
             self._copy(i, lanes)
         elif i.name in ("ld", "st"):
             self._access(i, lanes)
-        elif i.name in ("shfl", "redux"):
+        elif i.name in ("shfl", "redux", "vote"):
             self._exchange(i, lanes)
         elif i.name == "mov":
             self._move(i, lanes)
@@ -174,13 +174,16 @@ class Block:
         self.write(i.operands[0], address, lanes)
 
     def _exchange(self, i, lanes) -> None:
-        """Shuffles and reductions: all running lanes of the warp must execute them together."""
+        """Shuffles, reductions, votes: all running lanes of the warp must execute them together."""
         warp = self.lanes // WARP
         for number in np.unique(warp[lanes]):
             if not lanes[(warp == number) & ~self.done].all():
                 raise RuntimeError(f"expected all lanes of warp {number} at: {i.text}")
         if i.name == "redux":
             self.write(i.operands[0], self._reduced(i, lanes, warp), lanes)
+            return
+        if i.name == "vote":
+            self.write(i.operands[0], self._ballot(i, warp), lanes)
             return
         to, *valid = i.operands[0].split("|")
         amount, clamp = (self.read(o, "u32").astype(np.int64) for o in i.operands[2:4])
@@ -203,6 +206,12 @@ class Block:
             mine = lanes & (warp == number)
             result[mine] = operation.reduce(values[mine])
         return raw(result, i.kind)
+
+    def _ballot(self, i, warp):
+        if i.modifiers[:2] != ("sync", "ballot"):
+            raise NotImplementedError(i.text)
+        bits = self.read_predicate(i.operands[1]).astype(RAW) << (self.lanes % WARP).astype(RAW)
+        return np.bitwise_or.reduceat(bits, np.arange(0, self.threads, WARP))[warp]
 
     def _access(self, i, lanes) -> None:
         store = i.name == "st"
@@ -233,7 +242,11 @@ class Block:
                     self.write(register, bits, inside)
 
     def _copy(self, i, lanes) -> None:
-        """cp.async of 16 bytes, and the wait for all copies of a thread."""
+        """cp.async of 16 bytes, and the wait for all copies of a thread.
+
+        A copy may happen at any time up to the wait: by default at the wait, and in a random order
+        of warps also at once.
+        """
         if i.modifiers[:2] == ("async", "wait_all"):
             for of, to, source in self.copies:
                 now = of & lanes
@@ -246,6 +259,9 @@ class Block:
         to, source = (self._address(place) for place in i.operands[:2])
         check_alignment(to[lanes], 16)
         check_alignment(source[lanes], 16)
+        if self.machine.random is not None and self.machine.random.integers(2):
+            self._copy_now(lanes, to, source)
+            return
         self.copies.append((lanes.copy(), to, source))
 
     def _copy_now(self, lanes, to, source) -> None:

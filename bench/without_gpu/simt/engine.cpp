@@ -11,13 +11,6 @@ void work();
 
 FiberPool pool(work);
 
-// Random number below `end`, by xorshift64*.
-uint32_t random_below(size_t end) {
-  uint64_t& x = engine.random;
-  x ^= x >> 12, x ^= x << 25, x ^= x >> 27;
-  return ((x * 0x2545f4914f6cdd1dull) >> 32) * end >> 32;
-}
-
 // The next thread to run; null when every remaining thread waits.
 Thread* pick() {
   std::vector<Thread*>& ready = engine.ready;
@@ -232,6 +225,12 @@ bool refused(const Grid& grid) {
 
 Engine engine;
 const Place* place = nullptr;
+
+uint32_t random_below(size_t end) {
+  uint64_t& x = engine.random;
+  x ^= x >> 12, x ^= x << 25, x ^= x >> 27;
+  return ((x * 0x2545f4914f6cdd1dull) >> 32) * end >> 32;
+}
 
 void leave() {
   tsan::release(&engine.end);

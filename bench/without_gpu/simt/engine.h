@@ -95,6 +95,9 @@ struct Engine {
 };
 extern Engine engine;
 
+// Random number below `end`, by xorshift64*.
+uint32_t random_below(size_t end);
+
 // Ends the launch with an error: `why`, and where every thread is.
 [[noreturn]] void fail(const std::string& why);
 std::string words(Site site);

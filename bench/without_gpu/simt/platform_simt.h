@@ -34,6 +34,12 @@ template <class T>
 FSL_DEVICE T shuffle_xor(T value, int mask, simt::Site site = simt::here()) {
   return simt::shuffle_xor(value, mask, site);
 }
+FSL_DEVICE uint32_t ballot(bool value, simt::Site site = simt::here()) {
+  uint32_t all = value ? 1u << thread_id() % kWarp : 0;
+  for (int mask = kWarp / 2; mask; mask /= 2) all |= simt::shuffle_xor(all, mask, site);
+  return all;
+}
+FSL_DEVICE uint32_t count_bits(uint32_t x) { return __builtin_popcount(x); }
 FSL_DEVICE float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 FSL_DEVICE float max(float a, float b) { return __builtin_fmaxf(a, b); }  // ignores a NaN, like the GPU
 FSL_DEVICE float min(float a, float b) { return __builtin_fminf(a, b); }
@@ -76,6 +82,12 @@ FSL_DEVICE float cluster_read(float* mine, int rank, simt::Site site = simt::her
 // --- runtime ---------------------------------------------------------------------------------------------
 
 inline int most_shared_bytes() { return FSL_SIMT == 64 ? 64 << 10 : 227 << 10; }
+
+// Few, so that clusters take several rows.
+template <class... Params>
+int resident_clusters(void (*)(Params...), const Grid&) {
+  return 2;
+}
 
 template <class... Params, class... Args>
 const char* enqueue(const char* name, void (*kernel)(Params...), const Grid& grid, void*, Args... args) {

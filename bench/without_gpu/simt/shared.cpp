@@ -74,7 +74,9 @@ void async_copy(void* shared, const void* global, Site site) {
     fail("async_copy: no shared memory of this block, at " + words(site));
   if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16)
     fail("async_copy: an address that is no multiple of 16, at " + words(site));
-  engine.running->copies.push_back({static_cast<Sixteen*>(shared), static_cast<const Sixteen*>(global)});
+  const Copy copy{static_cast<Sixteen*>(shared), static_cast<const Sixteen*>(global)};
+  if (engine.seed && random_below(2)) *copy.to = *copy.from;
+  else engine.running->copies.push_back(copy);
 }
 
 bool next_copy(Copy* copy) {

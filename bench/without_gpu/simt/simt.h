@@ -70,7 +70,8 @@ T* shared(size_t count, const Variable* variable) {
 void* dynamic_shared();
 
 // An asynchronous copy of 16 aligned bytes into shared memory of this block. async_wait() makes the copy: a
-// thread that does not wait reads 0xff. A thread may not exit with a copy in flight.
+// thread that does not wait reads 0xff. With a seed half of the copies are made at once. A thread may not
+// exit with a copy in flight.
 struct alignas(16) Sixteen {
   unsigned char bytes[16];
 };
