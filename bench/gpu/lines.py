@@ -1,7 +1,7 @@
 """Runs the row kernels with chosen lines of the launch tables."""
 
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 from unittest import mock
@@ -12,6 +12,7 @@ from fused_sft_loss.backends import selection
 from fused_sft_loss.backends.contract import LOSS, RowFactor
 from fused_sft_loss.rowmath import RowMath
 
+ROUNDS = (0, 1, 4, 16)  # of the clusters that take rows in turn; 0: a cluster for each row
 THREADS = (64, 128, 256, 512, 1024)
 SEGMENTS = (4096, 8192, 16384, 32768, 65536)
 WHOLE_ROW = 1 << 30  # kWholeRow of launch_table.h
@@ -46,10 +47,12 @@ def _native(name, device):
 class Line:
     threads: int
     segment: int
+    rounds: int
 
     def __str__(self):
         segment = "the whole row" if self.segment == WHOLE_ROW else f"segments of {self.segment}"
-        return f"{self.threads} threads, {segment}"
+        rounds = f", {self.rounds} rounds" if self.rounds else ""
+        return f"{self.threads} threads, {segment}{rounds}"
 
 
 class Native:
@@ -70,18 +73,21 @@ class Native:
         if kernel == "row_stats_grad" and self.name == "hip":
             segments = (WHOLE_ROW,)
         yield table
-        for threads, segment in product(THREADS, segments):
-            line = Line(threads, segment)
+        others = [Line(*shape, table.rounds) for shape in product(THREADS, segments)]
+        if table.rounds:
+            others += [replace(table, rounds=rounds) for rounds in ROUNDS]
+        for line in others:
+            threads, segment = line.threads, line.segment
             if line != table and segment % (TILE * threads) == 0 and _is_useful(segment, case):
                 yield line
 
     @contextmanager
     def trying(self, kernel, line):
-        self.kernels.module.try_line(kernel, line.threads, line.segment)
+        self.kernels.module.try_line(kernel, line.threads, line.segment, line.rounds)
         try:
             yield
         finally:
-            self.kernels.module.try_line(kernel, 0, 0)
+            self.kernels.module.try_line(kernel, 0, 0, 0)
 
 
 def _is_useful(segment, case):

@@ -138,21 +138,21 @@ PYBIND11_MODULE(FSL_MODULE, m) {
       "launch_line",
       [](const std::string& kernel, int64_t columns, const gpu::Chip& chip) {
         const gpu::Line& line = gpu::line_for(chip, kernel_named(kernel), columns);
-        return std::make_tuple(line.threads, line.segment);
+        return std::make_tuple(line.threads, line.segment, line.rounds);
       },
-      "Return threads per block and segment of the launch table's line.", py::arg("kernel"),
+      "Return threads per block, segment and rounds of the launch table's line.", py::arg("kernel"),
       py::arg("columns"), py::arg("chip"));
   m.def(
       "try_line",
-      [](const std::string& kernel, int threads, int segment) {
+      [](const std::string& kernel, int threads, int segment, int rounds) {
         if (threads % 64 || threads > 1024 || (threads && segment % (32 * threads)))
           throw std::invalid_argument(
               "expected 64 to 1024 threads in whole waves and a segment of whole tiles of " +
               std::to_string(32 * threads) + " columns, got " + std::to_string(threads) + " threads and " +
               std::to_string(segment));
-        gpu::tried_line(kernel_named(kernel)) = {0, 0, 0, threads, segment, "tried"};
+        gpu::tried_line(kernel_named(kernel)) = {0, 0, 0, threads, segment, rounds, "tried"};
       },
       "Launch a kernel with this line in place of the launch table's; 0 threads: with the table's again.",
-      py::arg("kernel"), py::arg("threads"), py::arg("segment"));
+      py::arg("kernel"), py::arg("threads"), py::arg("segment"), py::arg("rounds"));
 #endif
 }

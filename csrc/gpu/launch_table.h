@@ -24,6 +24,7 @@ struct Line {
   int64_t columns;   // for V_local up to this
   int threads;
   int segment;  // columns, in whole tiles of 32 logits per thread; for row_stats_grad, columns per block
+  int rounds;   // see clusters_for; 0: each row has its own blocks
   const char* why;
 };
 
@@ -35,21 +36,22 @@ constexpr int kWholeRow = 1 << 30;
 // bench/without_gpu/codegen/budgets.py lists both, and tests compare them. A line serves all dtypes, because
 // otherwise the last bits of a bf16 loss could differ from those of an fp32 loss of the same numbers.
 constexpr Line kTable[] = {
-    {80, kTwoReads, 4096, 64, 4096, "two tiles at most, few columns idle"},
-    {80, kTwoReads, kAny, 128, 16384,
+    {80, kTwoReads, 4096, 64, 4096, 0, "two tiles at most, few columns idle"},
+    {80, kTwoReads, kAny, 128, 16384, 0,
      "H100, measured: row_stats 91 to 95 % of a copy, other sizes within 3 %; row_grad 93 to 95 %, and with "
      "512 threads 97 from 50000 columns on, 80 at 16000, worse softcapped"},
-    {80, kOneRead, 8192, 128, kWholeRow, "two tiles at most, 16 KiB of bf16"},
-    {90, kOneRead, kAny, 128, 32768,
-     "H100, measured: 80 to 93 % of a copy, 67 to 90 in fp32; with 256 threads 72 to 90 and 52 to 87"},
-    {80, kOneRead, kAny, 512, kWholeRow,
+    {80, kOneRead, 8192, 128, kWholeRow, 4, "two tiles at most, 16 KiB of bf16"},
+    {90, kOneRead, kAny, 128, 32768, 4,
+     "H100, measured in 0 rounds: 80 to 93 % of a copy, 67 to 90 in fp32; with 256 threads 72 to 90 and 52 "
+     "to 87"},
+    {80, kOneRead, kAny, 512, kWholeRow, 4,
      "no clusters: 81920 logits of bf16 fit, the rest is left to the L2 cache"},
-    {0x90a, kTwoReads, 4096, 128, 4096, "a tile at most"},
-    {0x90a, kTwoReads, kAny, 256, 32768,
+    {0x90a, kTwoReads, 4096, 128, 4096, 0, "a tile at most"},
+    {0x90a, kTwoReads, kAny, 256, 32768, 0,
      "all 8 waves; 256 threads were measured best for a cross-entropy on MI308X (ROCm/aiter)"},
-    {0x90a, kOneRead, 32768, 256, kWholeRow, "64 registers of a lane hold logits: a row of bf16"},
-    {0x90a, kOneRead, 65536, 512, kWholeRow, "64 registers of a lane hold logits: a row of bf16"},
-    {0x90a, kOneRead, kAny, 1024, kWholeRow, "64 registers of a lane hold logits: 131072 of bf16"},
+    {0x90a, kOneRead, 32768, 256, kWholeRow, 0, "64 registers of a lane hold logits: a row of bf16"},
+    {0x90a, kOneRead, 65536, 512, kWholeRow, 0, "64 registers of a lane hold logits: a row of bf16"},
+    {0x90a, kOneRead, kAny, 1024, kWholeRow, 0, "64 registers of a lane hold logits: 131072 of bf16"},
 };
 
 // Whether a line is for a generation and a kernel. The caller compares the width.
@@ -95,9 +97,10 @@ inline int columns_of_part(int64_t segments, int parts, const Line& line) {
 // How many clusters take the rows of row_stats_grad in turn: so many that each has kInTurn rows, in whole
 // rounds of the resident clusters, so that all end together. In a single round, a launch would take twice as
 // long if another kernel, of NCCL perhaps, held a few multiprocessors when it started.
-constexpr int64_t kInTurn = 8, kMostRounds = 4;
-inline uint32_t clusters_for(int64_t rows, int64_t resident) {
-  const int64_t rounds = std::max<int64_t>(1, std::min(kMostRounds, rows / (resident * kInTurn)));
+constexpr int64_t kInTurn = 8;
+inline uint32_t clusters_for(const Line& line, int64_t rows, int64_t resident) {
+  if (line.rounds == 0) return static_cast<uint32_t>(rows);
+  const int64_t rounds = std::max<int64_t>(1, std::min<int64_t>(line.rounds, rows / (resident * kInTurn)));
   return static_cast<uint32_t>(std::min(rows, resident * rounds));
 }
 

@@ -135,27 +135,32 @@ def test_a_missing_library_skips_its_parts_with_the_line_that_installs_it(tmp_pa
 class _Module:
     """Stands for a compiled module with the hooks of a checkout."""
 
-    def __init__(self):
-        self.tried = []
+    def __init__(self, rounds):
+        self.rounds, self.tried = rounds, []
 
     def launch_line(self, kernel, columns, chip):
-        return 128, 16384
+        return 128, 16384, self.rounds if kernel == "row_stats_grad" else 0
 
-    def try_line(self, kernel, threads, segment):
+    def try_line(self, kernel, threads, segment, rounds):
         assert threads % 64 == 0 and threads <= 1024 and (not threads or segment % threads == 0)
-        self.tried.append((kernel, threads, segment))
+        self.tried.append((kernel, threads, segment, rounds))
 
 
 def test_native_candidates_are_lines_that_can_be_launched():
-    kernels = SimpleNamespace(module=_Module(), chip_of=lambda device: (90, 132))
+    kernels = SimpleNamespace(module=_Module(4), chip_of=lambda device: (90, 132))
     native = lines.Native("cuda", kernels)
     case = case_of(MODELS["mistral-nemo"])
     for kernel in ("row_stats", "row_grad", "row_stats_grad"):
         found = list(native.candidates(kernel, case))
-        assert found[0] == lines.Line(128, 16384) and len(set(found)) == len(found) > 10
+        assert found[0] == lines.Line(*kernels.module.launch_line(kernel, 0, None))
+        assert len(set(found)) == len(found) > 10
+        assert {line.rounds for line in found} == (
+            {0} if kernel != "row_stats_grad" else {0, 1, 4, 16}
+        )
         assert all(line.segment % (lines.TILE * line.threads) == 0 for line in found)
     with pytest.raises(RuntimeError), native.trying("row_grad", found[1]):
         raise RuntimeError("too many resources")
-    assert kernels.module.tried[-1] == ("row_grad", 0, 0)  # the table's line again
+    assert kernels.module.tried[-1] == ("row_grad", 0, 0, 0)  # the table's line again
+    kernels.module = _Module(0)
     amd = list(lines.Native("hip", kernels).candidates("row_stats_grad", case))
     assert {line.segment for line in amd[1:]} == {lines.WHOLE_ROW}

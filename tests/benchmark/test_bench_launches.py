@@ -44,9 +44,9 @@ def test_other_lines_give_the_results_of_the_table_s(softcap):
 def test_a_line_that_cannot_be_launched_cannot_be_tried(threads, segment):
     module = lines.backends("cpu")["cuda"].kernels.module
     with pytest.raises(ValueError, match="expected 64 to 1024 threads in whole waves"):
-        module.try_line("row_stats", threads, segment)
+        module.try_line("row_stats", threads, segment, 0)
     with pytest.raises(ValueError, match="expected row_stats, row_grad or row_stats_grad, got x"):
-        module.try_line("x", 64, 4096)
+        module.try_line("x", 64, 4096, 0)
 
 
 class Faked:

@@ -87,6 +87,28 @@ def test_division_by_multiplication_is_exact(tmp_path):
     assert wrong == 0 and tried > 1e7
 
 
+ROUNDS = """
+#include <cstdio>
+
+#include "launch_table.h"
+
+int main() {
+  fsl::gpu::Line line{0, 0, 0, 0, 0, 4, ""};
+  for (int64_t rows : {0, 7, 99, 500, 1600, 4096, 1000000})
+    std::printf("%u ", fsl::gpu::clusters_for(line, rows, 99));
+  line.rounds = 0;
+  std::printf("%u", fsl::gpu::clusters_for(line, 4096, 99));
+}
+"""
+
+
+def test_clusters_take_eight_rows_or_more_in_whole_rounds(tmp_path):
+    source = tmp_path / "rounds.cu"
+    source.write_text(ROUNDS)
+    done = run_program([build_shim.compile_program([source], tmp_path / "rounds", 32)])
+    assert done.stdout.split() == ["0", "7", "99", "99", "198", "396", "396", "4096"]
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("warp", [32, 64])
 def test_address_and_undefined_behaviour_sanitizers_find_nothing(tmp_path, warp):

@@ -12,8 +12,9 @@ ZEROS = "zeros"  # stores
 RESCALING = "rescaling"  # loads, stores
 
 #: Loops of a kernel that holds a row in shared memory between statistics and gradient: copy from
-#: global to shared memory; shared loads and exp; shared loads, exp and stores. ONE_READ is their
-#: sum, or the code that runs once if registers hold the row.
+#: global to shared memory; shared loads and exp; shared loads, exp and stores. If the last one also
+#: copies the next row, only the first row of a block needs the first. ONE_READ is what a row costs:
+#: the sum of its loops, or the code that runs once if registers hold the row.
 BRINGING, HELD_STATISTICS, HELD_GRADIENT = HELD = ("bringing", "held stats", "held grad")
 ONE_READ = "one read"
 
@@ -76,7 +77,9 @@ def hot_loops(code: Code, element_bytes: int, shifted: Shifted | None = None) ->
         ):
             main[loop.purpose] = loop
     if all(purpose in main for purpose in HELD):
-        main[ONE_READ] = _together([main[purpose] for purpose in HELD])
+        of_a_row = HELD[1:] if main[HELD_GRADIENT].loaded else HELD
+        sums = _together([main[purpose] for purpose in of_a_row])
+        main[ONE_READ] = replace(sums, loads_at_once=main[BRINGING].loads_at_once)
     return list(main.values())
 
 
@@ -123,9 +126,11 @@ def count(
         [a.bytes for a in accesses if (a.space, a.store) == kind]
         for kind in (("global", False), ("global", True), ("shared", False), ("shared", True))
     )
-    to_shared = kept or any(i.name.startswith("LDGSTS") for i in body)
+    copied = any(i.name.startswith("LDGSTS") for i in body)
     wide = [n for n in read if n == CHUNK]
-    purpose = _purpose(bool(loads), bool(stores), bool(exps), bool(to_shared), bool(wide))
+    purpose = _purpose(
+        bool(loads) and not (copied and exps), bool(stores), bool(exps), kept or copied, bool(wide)
+    )
     if purpose is None:
         return None
     moved = wide if purpose == HELD_STATISTICS else loads or stores
@@ -153,6 +158,7 @@ def count(
 
 
 def _purpose(loads: bool, stores: bool, exps: bool, to_shared: bool, wide: bool) -> str | None:
+    """`loads`: of logits that the loop itself uses; it may also copy some for later."""
     if loads and exps:
         return GRADIENT if stores else STATISTICS
     if stores:
