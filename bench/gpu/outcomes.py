@@ -69,14 +69,38 @@ def of_record(path, broken_promises):
 
 
 def _rows(path, broken_promises):
+    record = _read(path)
+    return (record["rows"], broken_promises(record)) if record else ([], [])
+
+
+def _read(path):
+    """The record, or None if the part ended before it wrote one."""
     try:
-        record = json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return [], []
-    return record["rows"], broken_promises(record)
+        return None
 
 
-# Imported late: these modules need rich and torch, and there are no rows without both.
+def of_training(path):
+    """The outcome of `bench sft`. Where the time was over, the finished steps are compared."""
+
+    def outcome(ended):
+        if ended.status and not ended.late:
+            return by_status(ended)
+        record = _read(path) or {"losses": {}}
+        steps = min(map(len, record["losses"].values()), default=0)
+        if not steps:
+            return FAILED, f"no step was finished in {ended.seconds:.0f} s"
+        from ..sft.losses import disagreement
+
+        if wrong := disagreement(record["losses"]):
+            return FAILED, wrong
+        return PASSED, f"{steps} steps" + ("" if record["finished"] else "; the time was over")
+
+    return outcome
+
+
+# Imported late: these modules need torch, without which there are no rows.
 
 
 def of_kernels(record):

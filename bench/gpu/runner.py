@@ -58,6 +58,8 @@ class Part:
     least     seconds of BUDGET that earlier parts leave to it
     skip      why it cannot run, or None
     outcome   outcome(Ended) -> (PASSED, FAILED or SKIPPED; text)
+    record    the file that `outcome` reads, or None. That of an earlier run is removed first, or a
+              part that ends before it writes would be judged by it
     """
 
     name: str
@@ -68,6 +70,7 @@ class Part:
     skip: str | None = None
     outcome: Callable = by_status
     environment: tuple = ()  # (variable, value)
+    record: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,8 @@ class Runner:
         if allowed < SHORTEST * self.scale:
             text = f"{max(left, 0.0):.0f} s of {self.budget:.0f} s are left; raise --budget"
             return _result(part, SKIPPED, text)
+        if part.record:
+            part.record.unlink(missing_ok=True)
         log = self.folder / f"{part.name}.log"
         ended, stopped = run_one(part, log, allowed, self.root)
         if stopped:

@@ -57,7 +57,6 @@ NPROC_HELP = (
 
 
 def run(args):
-    need("rich")
     from . import providers as provider_table
     from . import record, table
 

@@ -5,6 +5,7 @@ import time
 from .. import interrupts
 from ..errors import UserError
 from ..ranks import RankError, run_ranks
+from ..terminal import progress
 from . import worker as kernels_worker
 
 TIMEOUT_S = 24 * 3600.0
@@ -124,7 +125,7 @@ def measure(rows, providers, device_type, threads, budget, build, path, worker=k
     build  build(finished) -> the record
     path   where it is written while rows finish, or None
     """
-    from . import record, table
+    from . import record
 
     finished = False
 
@@ -134,8 +135,8 @@ def measure(rows, providers, device_type, threads, budget, build, path, worker=k
 
     save = Saver(write)
     runnable = sum(row["status"] == "pending" for row in rows.rows.values())
-    with interrupts.raised(), table.Progress(2 * runnable) as progress:
-        run = Measuring(providers, rows, device_type, threads, save, progress.update, worker)
+    with interrupts.raised(), progress(2 * runnable) as shown:
+        run = Measuring(providers, rows, device_type, threads, save, shown.update, worker)
         try:
             run.times(budget)
             run.memory()

@@ -1,61 +1,14 @@
-"""Terminal output: progress, measured rows, predictions, broken promises."""
+"""Terminal output: measured rows, predictions, broken promises."""
 
 import sys
 
-from rich import box
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.progress import Progress as Bars
-from rich.table import Table
-
+from ..terminal import console, new_table
 from .provider import Provider
 from .record import never_ran, remark
 
 MIB = 2**20
-WIDTH = 170  # of a table that is written to a file
 SLOW = 5  # a smaller speed-up over the reference gets a line below the table
 PER_ROW = 2**13  # bytes that ours may take for each row, beyond the gradient
-
-
-class Progress:
-    """A progress bar of the rows, with the time left. Only the parent process calls `update`."""
-
-    def __init__(self, total):
-        columns = (BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn())
-        eta = (TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.description}"))
-        self._bars = Bars(*columns, *eta, console=Console(stderr=True))
-        self._task = self._bars.add_task("starting", total=total)
-
-    def __enter__(self):
-        self._bars.start()
-        return self
-
-    def __exit__(self, *exc):
-        self._bars.stop()
-
-    def update(self, text, finished):
-        self._bars.update(self._task, description=text, advance=finished)
-
-
-def console():
-    """A console as wide as the terminal; if piped, WIDTH columns of plain text."""
-    out = Console(highlight=False)
-    return out if out.is_terminal else Console(width=WIDTH, highlight=False)
-
-
-def new_table(out, title, names, left=2, wraps=0):
-    table = Table(title=title, box=box.SIMPLE_HEAD if out.is_terminal else box.ASCII2)
-    for number, name in enumerate(names):
-        side = "left" if number < left else "right"
-        table.add_column(name, justify=side, no_wrap=number != wraps)
-    return table
-
 
 COLUMNS = ("case", "provider", "check", "ms p50 (p20-p80)", "tokens/s", "peak MiB fwd")
 COLUMNS += ("fwd+bwd", "x logits", "GB/s", "% roof", "speed-up")

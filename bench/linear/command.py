@@ -3,7 +3,7 @@
 from functools import partial
 
 from .. import machine
-from ..errors import UserError, need, writable_file, writable_folder
+from ..errors import UserError, writable_file, writable_folder
 from ..kernels.cases import DTYPES
 from ..kernels.command import device_slug, device_type, expect
 from ..kernels.timing import FEWEST
@@ -38,7 +38,6 @@ LIMIT_HELP = (
 
 
 def run(args):
-    need("rich")
     from ..kernels.measuring import measure
     from ..kernels.providers import select
     from ..kernels.record import Rows

@@ -3,7 +3,8 @@
 import sys
 
 from ..kernels.record import never_ran
-from ..kernels.table import MIB, check_cell, console, new_table
+from ..kernels.table import MIB, check_cell
+from ..terminal import console, new_table
 
 COLUMNS = ("provider", "check", "ms p50 (p20-p80)", "forward ms", "x products")
 COLUMNS += ("peak MiB", "bytes", "chunks")

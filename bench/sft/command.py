@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from .. import interrupts, machine
 from ..errors import UserError, need, need_installed, writable_folder
+from .kept import Kept
 from .losses import EVERY_TITLE, TITLES
 from .shapes import SHAPES, Shape, columns
 
@@ -79,8 +80,14 @@ def train_and_report(args, report):
     need_installed("megatron.core", "megatron-core")
     batches, data = _load(args, dp)
     settings = _settings(args, dp, data["vocabulary"], world)
+    kept = Kept(settings, data)
     with interrupts.raised():
-        ranks = (_train if world is None else _take_part)(settings, batches)
+        try:
+            ranks = (_train if world is None else _take_part)(settings, batches, kept)
+        except KeyboardInterrupt:
+            if first:
+                kept.write(folder / "result.json")
+            raise
     if not first:
         return 0
     record = report.build(ranks, batches, settings, data, machine.arguments())
@@ -169,7 +176,7 @@ def _load(args, dp):
     }
 
 
-def _train(settings, batches):
+def _train(settings, batches, kept):
     """Start the processes and show their progress. Returns the results of all ranks."""
     from ..ranks import RankError, run_ranks
     from . import report, train
@@ -177,6 +184,11 @@ def _train(settings, batches):
     if settings.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # hide the GPUs, if there are any
     with report.Progress(len(batches)) as progress:
+
+        def tell(rank, message):
+            kept.add(message)
+            progress.update(message)
+
         try:
             return run_ranks(
                 settings.tp * settings.dp,
@@ -186,20 +198,25 @@ def _train(settings, batches):
                 timeout=24 * 3600.0,
                 threads=settings.threads,
                 backend="gloo" if settings.device == "cpu" else BOTH_KINDS,
-                on_message=lambda rank, message: progress.update(message),
+                on_message=tell,
             )
         except RankError as error:
             raise UserError(f"the training processes failed\n{error}") from error
 
 
-def _take_part(settings, batches):
+def _take_part(settings, batches, kept):
     """Train as one of torchrun's processes. Returns all ranks' results on rank 0, else None."""
     from . import report, train
 
     dist.init_process_group("gloo" if settings.device == "cpu" else BOTH_KINDS)
     first = dist.get_rank() == 0
     with report.Progress(len(batches)) if first else contextlib.nullcontext() as progress:
-        mine = train.run(settings, batches, progress.update if first else None)
+
+        def tell(message):
+            kept.add(message)
+            progress.update(message)
+
+        mine = train.run(settings, batches, tell if first else None)
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     dist.destroy_process_group()

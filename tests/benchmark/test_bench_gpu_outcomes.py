@@ -1,12 +1,13 @@
 """What `python -m bench gpu` concludes from the output and the record of a part."""
 
 import json
+import sys
 
 import pytest
 from bench_providers import case_of
 
 from bench.gpu import outcomes
-from bench.gpu.runner import FAILED, PASSED, SKIPPED, Ended
+from bench.gpu.runner import FAILED, PASSED, SKIPPED, Ended, Part, Runner
 
 
 def ended(tmp_path, text, status=0, late=False):
@@ -75,5 +76,51 @@ def test_the_outcome_of_a_benchmark(tmp_path, rows, status, late, expected, said
     if rows:
         path.write_text(json.dumps(rows))
     outcome = outcomes.of_record(path, outcomes.of_kernels)
+    got, text = outcome(ended(tmp_path, "bench: no such model\n", status, late))
+    assert got == expected and said in text
+
+
+def test_a_record_of_an_earlier_run_does_not_pass_for_this_one_s(tmp_path):
+    """A part that is interrupted while it imports ends before it writes anything."""
+    path = tmp_path / "record.json"
+    path.write_text(json.dumps(rows_of("ok", "ok")))
+    outcome = outcomes.of_record(path, outcomes.of_kernels)
+    command = [sys.executable, "-c", "pass"]
+    part = Part("stale", "stale", command, 60, outcome=outcome, record=path)
+    (result,) = Runner(tmp_path).run([part])
+    assert result.status == FAILED and "no row was measured" in result.text
+
+
+TRAINED = {"reference": [10.0, 8.0], "ours": [10.00001, 8.01]}
+
+
+@pytest.mark.parametrize(
+    ("record", "status", "late", "expected", "said"),
+    [
+        ({"finished": True, "losses": TRAINED}, 0, False, PASSED, "2 steps"),
+        ({"finished": False, "losses": TRAINED}, 130, True, PASSED, "2 steps; the time was over"),
+        (
+            {"finished": False, "losses": {**TRAINED, "ours": [10.0, 9.0]}},
+            130,
+            True,
+            FAILED,
+            "disagree",
+        ),
+        (
+            {"finished": False, "losses": {"reference": [], "ours": []}},
+            130,
+            True,
+            FAILED,
+            "no step was finished in 12 s",
+        ),
+        (None, 130, True, FAILED, "no step was finished"),
+        (None, 1, False, FAILED, "no such model"),
+    ],
+)
+def test_the_outcome_of_a_training_run(tmp_path, record, status, late, expected, said):
+    path = tmp_path / "result.json"
+    if record:
+        path.write_text(json.dumps(record))
+    outcome = outcomes.of_training(path)
     got, text = outcome(ended(tmp_path, "bench: no such model\n", status, late))
     assert got == expected and said in text

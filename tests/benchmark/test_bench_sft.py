@@ -10,7 +10,7 @@ from bench_processes import alive, interrupted, new_mark, start
 
 from bench.__main__ import main
 from bench.ranks import run_ranks
-from bench.sft import report, train
+from bench.sft import command, report, train
 from bench.sft.shapes import Shape
 from bench.sft.tokenizer import Batch
 from bench.sft.train import Settings
@@ -29,8 +29,8 @@ def chat(tmp_path):
 
 def finished(folder, *arguments, size=SMALL, launcher=()):
     """Run `python -m bench sft` to its end; returns the record and the printed text."""
-    command = ["sft", *arguments, "--steps", "3", "--out", str(folder), *size]
-    process = start(*command, launcher=launcher)
+    words = ["sft", *arguments, "--steps", "3", "--out", str(folder), *size]
+    process = start(*words, launcher=launcher)
     output, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     assert (folder / "result.png").read_bytes().startswith(b"\x89PNG")
@@ -164,6 +164,24 @@ def test_interrupt_is_one_line_and_leaves_nobody_behind(tmp_path, chat):
     time.sleep(1)
     errors = interrupted(process, mark)
     assert "Traceback" not in errors and errors.rstrip().endswith("bench: interrupted")
+
+
+def test_an_interrupted_run_keeps_the_losses_of_its_steps(tmp_path, monkeypatch, capfd):
+    """`python -m bench gpu` interrupts a run that reaches its limit."""
+
+    def interrupted_at_the_second_step(settings, batches, kept):
+        losses = {name: 10.0 for name in settings.losses}
+        for message in ({"rehearsed": "ours"}, {"step": 0, "losses": losses}):
+            kept.add(message)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "_load", lambda args, dp: ([], {"vocabulary": 512}))
+    monkeypatch.setattr(command, "_train", interrupted_at_the_second_step)
+    assert main(["sft", "--device", "cpu", "--out", str(tmp_path)]) == 130
+    assert capfd.readouterr().err == "bench: interrupted\n"
+    record = json.loads((tmp_path / "result.json").read_text())
+    assert record["finished"] is False and record["settings"]["vocab"] == 512
+    assert record["losses"] == {"reference": [10.0], "ours": [10.0], "linear": [10.0]}
 
 
 def blocked(tmp_path):

@@ -4,7 +4,7 @@ import pytest
 from rich.console import Console
 
 from bench.sft import report
-from bench.sft.losses import TITLES
+from bench.sft.losses import TITLES, disagreement
 
 
 def run(factor, logits=True):
@@ -65,3 +65,14 @@ def test_the_difference_of_a_step_is_the_largest_of_all_runs():
 
 def test_nothing_kept_is_not_divided_by():
     assert report.better(5, 0, False) == ""
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_a_loss_that_is_not_a_number_disagrees(at):
+    """max keeps whatever came before a NaN."""
+    steps = [10.0, 8.0, 7.0]
+    bad = [float("nan") if step == at else loss for step, loss in enumerate(steps)]
+    for losses in ({"reference": steps, "ours": bad}, {"reference": bad, "ours": steps}):
+        assert "disagree" in disagreement({**losses, "linear": steps})
+    assert disagreement({"reference": steps, "ours": steps}) is None
+    assert disagreement({"reference": [], "ours": []}) is None
