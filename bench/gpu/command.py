@@ -10,6 +10,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 
 from .. import interrupts
 from ..errors import UserError, writable_folder
@@ -37,6 +38,7 @@ def run(args):
 
 
 def _run(args, folder):
+    begun = time.monotonic()
     found = look(args.device)
     for line in found.lines:
         print(line)
@@ -56,7 +58,8 @@ def _run(args, folder):
 
     command = shlex.join(["python", "-m", "bench", "gpu", *sys.argv[2:]])
     written = Written(found, folder, command)
-    running = runner.Runner(folder / "logs", args.budget, written, ROOT)
+    left = max(args.budget - (time.monotonic() - begun), 1.0)
+    running = runner.Runner(folder / "logs", left, written, ROOT)
     results = running.run(chosen)
     return _finish(results, running.interrupted, written)
 

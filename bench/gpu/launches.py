@@ -6,6 +6,7 @@ lines of a kernel are interleaved, and each result is compared with that of the 
 """
 
 from functools import partial
+from itertools import product
 
 from .. import interrupts, machine
 from ..errors import UserError, writable_file
@@ -64,15 +65,16 @@ def run(args):
 
 
 def measured(backends, device, seconds):
-    """Yield a row for each kernel of each backend, width by width."""
+    """Yield a row for each kernel of each width, backend by backend.
+
+    The compiled backend is first: it tries a line in a tenth of a second, and Triton compiles it.
+    """
     widths, count = (WIDTHS, GPU_ROWS) if device == "cuda" else (CPU_WIDTHS, CPU_ROWS)
-    for model, tp in widths:
+    for (name, backend), (model, tp) in product(backends.items(), widths):
         case = model_case(MODELS[model], tp, 1, BATCH, count // BATCH, "bf16", 1.0, 0)
-        problem = Problem(case, Source(case.source, device, copies=1))
-        for name, backend in backends.items():
-            work = lines.Work(backend.kernels, problem)
-            for kernel in backend.uses(work):
-                yield _row(name, backend, kernel, work, seconds)
+        work = lines.Work(backend.kernels, Problem(case, Source(case.source, device, copies=1)))
+        for kernel in backend.uses(work):
+            yield _row(name, backend, kernel, work, seconds)
 
 
 def _row(name, backend, kernel, work, seconds):

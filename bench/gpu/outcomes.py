@@ -39,6 +39,8 @@ def sanitized(ended):
     if any(int(count) for count in errors):
         return FAILED, f"{max(errors, key=int)} errors; see the log"
     status, said = tests(ended)
+    if ended.late:  # slow is no fault: the same tests without the tool are a part of their own
+        return SKIPPED, f"{said}, and no error until then"
     if status == FAILED and any(sign in ended.text for sign in UNUSABLE):
         return SKIPPED, "compute-sanitizer does not work on this machine"
     if status == PASSED and not errors:
@@ -63,7 +65,8 @@ def of_record(path, broken_promises):
         if not done:
             return FAILED, f"no row was measured in {ended.seconds:.0f} s"
         todo = sum(row["status"] == "pending" for row in rows)
-        return PASSED, f"{done} rows" + (f" of {done + todo}; the time was over" if todo else "")
+        text = f"{done} rows" + (f" of {done + todo}" if todo else "")
+        return PASSED, text + ("; the time was over" if todo or ended.late else "")
 
     return outcome
 

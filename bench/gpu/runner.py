@@ -5,12 +5,15 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 PASSED, FAILED, SKIPPED = "PASSED", "FAILED", "SKIPPED"
 BUDGET = 600.0  # seconds; the limits of parts are written for it
 SHORTEST = 10.0  # of BUDGET: a part that would get less does not start
+#: Of a part's time: then a benchmark begins with no row, times those that it has checked, and
+#: records their memory. Compiling a peer may take half a minute, and is not interrupted.
+BEGINNING = 0.55
 GRACE_S = 15.0  # after an interrupt: the time in which a part may write what it has
 
 
@@ -58,6 +61,7 @@ class Part:
     least     seconds of BUDGET that earlier parts leave to it
     skip      why it cannot run, or None
     outcome   outcome(Ended) -> (PASSED, FAILED or SKIPPED; text)
+    stop      the option of `command` that takes the seconds of BEGINNING, or None
     record    the file that `outcome` reads, or None. That of an earlier run is removed first, or a
               part that ends before it writes would be judged by it
     """
@@ -70,6 +74,7 @@ class Part:
     skip: str | None = None
     outcome: Callable = by_status
     environment: tuple = ()  # (variable, value)
+    stop: str | None = None
     record: Path | None = None
 
 
@@ -121,12 +126,16 @@ class Runner:
             return _result(part, SKIPPED, "interrupted")
         if part.skip:
             return _result(part, SKIPPED, part.skip)
-        allowed = min(part.limit * self.scale, left - later * self.scale)
+        # The grace of the last part is within the budget too.
+        allowed = min(part.limit * self.scale, left - (later + GRACE_S) * self.scale)
         if allowed < SHORTEST * self.scale:
             text = f"{max(left, 0.0):.0f} s of {self.budget:.0f} s are left; raise --budget"
             return _result(part, SKIPPED, text)
         if part.record:
             part.record.unlink(missing_ok=True)
+        if part.stop:
+            more = [part.stop, f"{BEGINNING * allowed:.0f}"]
+            part = replace(part, command=[*part.command, *more])
         log = self.folder / f"{part.name}.log"
         ended, stopped = run_one(part, log, allowed, self.root)
         if stopped:

@@ -40,6 +40,7 @@ def add_arguments(parser):
     add("--without", nargs="+", default=[], metavar="NAME", help="leave these providers out")
     add("--device", choices=("cpu", "cuda"), default=None, help="default: a GPU if there is one")
     add("--seconds", type=float, default=0.4, help=f"to time a row, {FEWEST} times at least")
+    add("--stop", type=float, metavar="SECONDS", help=STOP_HELP)
     add("--seed", type=int, default=0)
     add("--json", metavar="PATH", help="write the record there, row by row")
     add("--csv", metavar="PATH", help="write the rows there")
@@ -53,6 +54,10 @@ def add_arguments(parser):
 NPROC_HELP = (
     "processes there are to shard over: cases of --tp up to it run on that many, others as the "
     "shard of one rank; 0: as many as there are GPUs, or cores"
+)
+
+STOP_HELP = (
+    "begin with no row after this time: those that were checked are timed, the others stay pending"
 )
 
 
@@ -206,7 +211,8 @@ def _measure(args, cases, chosen, device, outputs):
     settings = {key: value for key, value in vars(args).items() if key != "command"}
     build = partial(record.build, rows, described, settings)
     threads = described["threads"]
-    return measure(rows, chosen, device, threads, args.seconds, build, outputs["json"])
+    path, seconds = outputs["json"], args.seconds
+    return measure(rows, chosen, device, threads, seconds, build, path, stop=args.stop)
 
 
 def expect(holds, name, expected, got):

@@ -20,7 +20,7 @@ class Measuring:
     providers: the allocator counts exactly, and starting CUDA takes longer than measuring.
 
     rows      record.Rows; the rows to measure are pending
-    worker    a module with measure_times(work, device_type, mode, budget) and
+    worker    a module with measure_times(work, device_type, mode, budget, until) and
               measure_memory(work, device_type); see kernels/worker.py
     save      called when rows change
     progress  called with (text, rows finished since the last call)
@@ -35,9 +35,9 @@ class Measuring:
         self._at = None  # (index, name) that a worker is working on
         self._done = set()
 
-    def times(self, budget):
+    def times(self, budget, until=None):
         for nproc in sorted({case.nproc for case in self.cases}):
-            job = self.worker.measure_times, self.rows.mode, budget
+            job = self.worker.measure_times, self.rows.mode, budget, until
             self._drive("times", nproc, list(self.providers), *job)
 
     def memory(self):
@@ -117,15 +117,20 @@ class Measuring:
         self.save()
 
 
-def measure(rows, providers, device_type, threads, budget, build, path, worker=kernels_worker):
+def measure(
+    rows, providers, device_type, threads, budget, build, path, worker=kernels_worker, stop=None
+):
     """Measure the pending rows, and return the record.
 
     An interrupt first writes the JSON of the finished rows.
 
     build  build(finished) -> the record
     path   where it is written while rows finish, or None
+    stop   seconds from now after which no row is begun; None: never
     """
     from . import record
+
+    until = None if stop is None else time.monotonic() + stop
 
     finished = False
 
@@ -138,9 +143,9 @@ def measure(rows, providers, device_type, threads, budget, build, path, worker=k
     with interrupts.raised(), progress(2 * runnable) as shown:
         run = Measuring(providers, rows, device_type, threads, save, shown.update, worker)
         try:
-            run.times(budget)
+            run.times(budget, until)
             run.memory()
-            finished = True
+            finished = all(row["status"] != "pending" for row in rows.rows.values())
         finally:
             save(now=True)
     return build(finished)

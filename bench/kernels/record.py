@@ -7,7 +7,7 @@
 
 A provider that can run none of the cases has one row. It has a reason, and null as its case.
 status: "ok"; "wrong" (the check failed, so it was not timed), "unavailable", "OOM" and "failed",
-each with a reason; "pending" if the run was interrupted.
+each with a reason; "pending" if the run was interrupted or its --stop was over.
 """
 
 import csv

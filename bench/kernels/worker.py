@@ -5,6 +5,7 @@ out of memory or dies. Before each piece of work it says what it is going to do.
 """
 
 import ctypes
+import time
 import warnings
 from dataclasses import asdict
 from functools import partial
@@ -25,14 +26,29 @@ FRESH = -3, 2**23
 OOM = ("can't allocate memory", "not enough memory", "out of memory")
 
 
-def measure_times(work, device_type, mode, budget):
+def measure_times(work, device_type, mode, budget, until=None):
     """Check and time `work`: [(index, case, providers)]. Runs in every rank of run_ranks.
 
     Sends {"at": (index, name)} before it begins with a provider, and {"of": (index, name), ...}
     with the results of a row: a check, a status and reason, seconds [n][2].
+
+    until  the time.monotonic() after which it begins with no row, or None; see `is_over`
     """
-    for index, problem, providers in _problems(work, device_type):
-        time_case(problem, providers, mode, budget, partial(tell_of, index))
+    for index, problem, providers in before_it_is_over(_problems(work, device_type), until):
+        time_case(problem, providers, mode, budget, partial(tell_of, index), until)
+
+
+def before_it_is_over(problems, until):
+    """The first of (index, Problem, providers), and the others until the time is over."""
+    for number, (index, problem, providers) in enumerate(problems):
+        if number and is_over(until, problem):
+            return
+        yield index, problem, providers
+
+
+def is_over(until, problem):
+    """Whether to begin with no further row. Never with peers: they must agree on every row."""
+    return until is not None and problem.group is None and time.monotonic() >= until
 
 
 def tell_of(index, name, **what):
@@ -54,7 +70,7 @@ def measure_memory(work, device_type):
             tell_of(index, provider.name, **(failure or {"memory": usage}))
 
 
-def time_case(problem, providers, mode, budget, tell):
+def time_case(problem, providers, mode, budget, tell, until=None):
     """Check every provider against float64. Then time the roof and the providers that pass."""
     oracle = Oracle(problem)
 
@@ -64,7 +80,7 @@ def time_case(problem, providers, mode, budget, tell):
 
     contenders = timing.roof_contenders(problem.source)
     check = partial(_checked, problem=problem, oracle=oracle)
-    contenders += right_ones(problem, providers, check, contender, tell)
+    contenders += right_ones(problem, providers, check, contender, tell, until)
     time_in_turn(contenders, problem, problem.source.device, budget, tell)
 
 
@@ -80,14 +96,17 @@ def time_in_turn(contenders, problem, device, budget, tell):
             tell(contender.name, seconds=seconds)
 
 
-def right_ones(problem, providers, check, contender, tell):
+def right_ones(problem, providers, check, contender, tell, until=None):
     """The contenders that pass the check. For the others the reason is sent.
 
     check      check(provider) -> (its function, Check)
     contender  contender(provider, its function) -> Contender
+    until      of `is_over`: those that were checked by then are timed, the others stay pending
     """
     contenders = []
     for provider in providers:
+        if contenders and is_over(until, problem):
+            break
         tell(provider.name)
         made, failure = tried(partial(check, provider), problem)
         if failure:

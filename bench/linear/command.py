@@ -5,7 +5,7 @@ from functools import partial
 from .. import machine
 from ..errors import UserError, writable_file, writable_folder
 from ..kernels.cases import DTYPES
-from ..kernels.command import device_slug, device_type, expect
+from ..kernels.command import STOP_HELP, device_slug, device_type, expect
 from ..kernels.timing import FEWEST
 
 #: rows, hidden, vocabulary without --rows, --hidden and --vocab, by device type: a CPU measures all
@@ -26,6 +26,7 @@ def add_arguments(parser):
     add("--without", nargs="+", default=[], metavar="NAME", help="leave these providers out")
     add("--device", choices=tuple(SIZES), help="default: a GPU if there is one")
     add("--seconds", type=float, default=0.4, help=f"to time a row, {FEWEST} times at least")
+    add("--stop", type=float, metavar="SECONDS", help=STOP_HELP)
     add("--limit", type=float, default=60.0, help=LIMIT_HELP)
     add("--seed", type=int, default=0)
     add("--json", metavar="PATH", help="write the record there, row by row")
@@ -56,7 +57,7 @@ def run(args):
     settings = {key: value for key, value in vars(args).items() if key != "command"}
     build = partial(record.build, rows, described, settings, device)
     threads = described["threads"]
-    done = measure(rows, chosen, device, threads, args.seconds, build, path, worker)
+    done = measure(rows, chosen, device, threads, args.seconds, build, path, worker, args.stop)
     table.show(done)
     if path:
         from ..kernels.table import show_files

@@ -7,17 +7,24 @@ import torch
 
 from ..kernels.footprint import Footprint
 from ..kernels.timing import Contender
-from ..kernels.worker import prepare, right_ones, tell_of, time_in_turn, tried
+from ..kernels.worker import (
+    before_it_is_over,
+    prepare,
+    right_ones,
+    tell_of,
+    time_in_turn,
+    tried,
+)
 from ..memory import MemoryRecord
 from . import products
 from .case import Problem, run_once
 from .oracle import Oracle
 
 
-def measure_times(work, device_type, mode, budget):
+def measure_times(work, device_type, mode, budget, until=None):
     """Check and time `work`: [(index, case, providers)], beside the bare products."""
-    for index, problem, providers in _problems(work, device_type):
-        time_case(problem, providers, budget, partial(tell_of, index))
+    for index, problem, providers in before_it_is_over(_problems(work, device_type), until):
+        time_case(problem, providers, budget, partial(tell_of, index), until)
 
 
 def measure_memory(work, device_type):
@@ -29,10 +36,11 @@ def measure_memory(work, device_type):
             tell_of(index, provider.name, **(failure or {"memory": asdict(usage)}))
 
 
-def time_case(problem, providers, budget, tell):
+def time_case(problem, providers, budget, tell, until=None):
     """Check every provider against float64. Then time the products and those that pass."""
     check = partial(_checked, problem=problem, oracle=Oracle(problem))
-    contenders = right_ones(problem, providers, check, partial(provider_contender, problem), tell)
+    contender = partial(provider_contender, problem)
+    contenders = right_ones(problem, providers, check, contender, tell, until)
     contenders.append(products.contender(problem))
     time_in_turn(contenders, problem, problem.device, budget, tell)
 

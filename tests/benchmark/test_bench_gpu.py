@@ -15,7 +15,7 @@ from bench.__main__ import main
 from bench.gpu import command, runner
 from bench.gpu import record as gpu_record
 from bench.gpu.found import Found
-from bench.gpu.runner import FAILED, PASSED, SKIPPED, Ended, Part, Result, Runner, verdict
+from bench.gpu.runner import FAILED, PASSED, SKIPPED, Part, Result, Runner, verdict
 from bench.kernels import record
 
 
@@ -76,34 +76,6 @@ def test_a_part_that_does_not_listen_is_killed_with_its_children(tmp_path, monke
     while alive(mark):
         assert time.monotonic() < deadline
         time.sleep(0.1)
-
-
-def test_tests_leave_time_to_the_benchmark(tmp_path, monkeypatch):
-    """A part gets at most its limit, and at most what later ones leave."""
-    given = {}
-
-    def took(part, log, limit, root):
-        given[part.name] = limit
-        clock[0] += spent.get(part.name, 0.0)
-        return Ended(0, False, 0.0, log), False
-
-    clock, spent = [0.0], {"slow": 395.0, "first": 100.0}
-    monkeypatch.setattr(runner.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(runner, "run_one", took)
-    parts = [
-        part("first", "", 150, outcome=lambda ended: (PASSED, "")),
-        part("slow", "", 500, outcome=lambda ended: (PASSED, "")),
-        part("third", "", 200, outcome=lambda ended: (PASSED, "")),
-        part("away", "", 50, least=40, skip="not here"),
-        part("wanted", "", 400, least=100, outcome=lambda ended: (PASSED, "")),
-    ]
-    results = Runner(tmp_path).run(parts)
-    assert given == {"first": 150, "slow": 400, "wanted": 105}
-    assert results[2].status == SKIPPED and "raise --budget" in results[2].text
-    given.clear()
-    clock[0], spent = 0.0, {}
-    Runner(tmp_path, budget=300).run(parts)  # limits shrink with the budget
-    assert given["first"] == 75 and given["wanted"] == 200
 
 
 INTERRUPTED = """

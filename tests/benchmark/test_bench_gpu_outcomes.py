@@ -37,6 +37,13 @@ def test_the_outcome_of_tests(tmp_path, text, status, late, expected):
         assert said == "no hammer"
 
 
+def test_a_sanitizer_that_is_slow_has_found_nothing_and_says_so(tmp_path):
+    late = outcomes.sanitized(ended(tmp_path, "..\n", 130, late=True))
+    assert late == (SKIPPED, "not finished after 12 s, and no error until then")
+    text = "..\n========= ERROR SUMMARY: 2 errors\n"
+    assert outcomes.sanitized(ended(tmp_path, text, 130, late=True))[0] == FAILED
+
+
 @pytest.mark.parametrize(
     ("text", "status", "expected"),
     [
@@ -64,6 +71,8 @@ def rows_of(*statuses, provider="ours-cuda-inplace"):
     [
         (rows_of("ok", "ok"), 0, False, PASSED, "2 rows"),
         (rows_of("ok", "pending"), 130, True, PASSED, "1 rows of 2; the time was over"),
+        (rows_of("ok", "ok"), 130, True, PASSED, "2 rows; the time was over"),
+        (rows_of("ok", "pending"), 0, False, PASSED, "1 rows of 2; the time was over"),
         (rows_of("pending"), 130, True, FAILED, "no row was measured"),
         (rows_of("ok", "wrong"), 1, False, FAILED, "1 broken promises, the first: "),
         (rows_of("wrong", "pending"), 130, True, FAILED, "broken"),

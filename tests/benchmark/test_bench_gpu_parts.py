@@ -1,5 +1,6 @@
 """The real parts of `python -m bench gpu`: their commands, and why they are skipped."""
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -51,6 +52,7 @@ def test_the_arguments_of_every_benchmark_are_those_of_its_command(found, tmp_pa
         module.add_arguments(commands[name])
         args = parser.parse_args(part.command[3:])
         assert args.device == "cuda"
+        assert part.record and (part.stop is None or hasattr(args, part.stop.strip("-")))
         seen.append(name)
     assert seen == ["sft", "kernels", "linear", "kernels", "launches", "kernels", "kernels"]
 
@@ -111,6 +113,20 @@ def test_the_build_is_for_this_gpu_and_only_where_it_is_needed(tmp_path):
     assert named(missing, tmp_path)["test-cuda"].skip is None  # it will be there
     assert named(AMD, tmp_path)["test-hip"].skip == "not built"
     assert named(AMD, tmp_path)["test-triton"].skip is None
+
+
+def test_one_process_for_tests_gets_fewer_examples(tmp_path, monkeypatch):
+    """Without pytest-xdist the tests of Triton alone would take longer than their limit."""
+    monkeypatch.setattr(looking, "_is_there", lambda module: module != "xdist")
+    alone = named(NVIDIA, tmp_path)["test-triton"]
+    assert "-n" not in alone.command and alone.skip is None
+    program = "import closeness; print(closeness.PRODUCT.max_examples)"
+    environment = {**os.environ, **dict(alone.environment), "PYTHONPATH": "tests/support"}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout == f"{parts.EXAMPLES}\n", done.stderr
+    monkeypatch.undo()
+    assert named(NVIDIA, tmp_path)["test-triton"].environment == ()
 
 
 def test_a_sanitizer_is_skipped_with_the_reason(tmp_path):

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -87,6 +88,14 @@ def test_a_line_with_another_result_fails_and_one_that_is_refused_does_not(off):
     else:
         assert row["status"] == "wrong" and "other: its result is not that" in row["reason"]
         assert "wrong" in launches.sentence(row)
+
+
+def test_triton_which_compiles_every_line_comes_last(monkeypatch):
+    """The part has a limit; the compiled backend tries its lines in a tenth of the time."""
+    monkeypatch.setattr(launches, "CPU_WIDTHS", (("gpt2", 8), ("gpt2", 4)))
+    monkeypatch.setattr(launches, "_row", lambda name, *_: name)
+    fakes = {name: SimpleNamespace(kernels=None, uses=lambda work: "a") for name in ("cuda", "t")}
+    assert list(launches.measured(fakes, "cpu", 0.0)) == ["cuda", "cuda", "t", "t"]
 
 
 def test_a_table_s_line_that_gives_nan_fails():

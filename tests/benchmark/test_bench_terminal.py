@@ -7,6 +7,7 @@ import pytest
 from bench_processes import ROOT
 
 from bench import terminal
+from bench.__main__ import main
 from bench.kernels import record
 
 WITHOUT_RICH = "import sys; sys.modules['rich'] = None; from bench.__main__ import main; "
@@ -29,6 +30,26 @@ def test_a_benchmark_needs_torch_alone(command, size, tmp_path):
     lines = done.stdout.splitlines()
     assert sum(line.startswith("| ") and row["title"] in line for line in lines) == 1
     assert f"{row['ms']['p50']:.2f} (" in done.stdout and lines[-1] == f"written: {path}"
+
+
+@pytest.mark.parametrize(
+    ("command", "size", "names"),
+    [
+        ("kernels", ["--shape", "1,16,512"], ("ours-eager-new", "torch")),
+        ("linear", ["--rows", "8", "--hidden", "16", "--vocab", "64"], ("ours-linear", "chunked")),
+    ],
+)
+def test_a_benchmark_whose_time_is_over_times_what_it_has_checked(command, size, names, tmp_path):
+    """Compiling the peers may take a whole part; the rows of ours were measured before."""
+    path = tmp_path / "record.json"
+    options = ["--provider", *names, "--scored", "1.0", "0.5", "--seconds", "0.01", "--stop", "0"]
+    assert main([command, "--device", "cpu", *size, *options, "--json", str(path)]) == 0
+    made = record.read(path)
+    found = {(row["case"], row["provider"]): row for row in made["rows"]}
+    assert set(found) == {(case, name) for case in (0, 1) for name in names}
+    first = found.pop((0, names[0]))
+    assert first["status"] == "ok" and first["ms"] and first["memory"]
+    assert {row["status"] for row in found.values()} == {"pending"} and not made["finished"]
 
 
 def test_progress_without_rich_is_a_line_now_and_then(monkeypatch, capsys):

@@ -1,10 +1,13 @@
 """Tolerances against the float64 oracle, and the number of hypothesis examples."""
 
+import os
+
 import torch
 from hypothesis import HealthCheck, settings
 
+#: `python -m bench gpu` asks for fewer where its ten minutes have only one process for tests.
 PRODUCT = settings(
-    max_examples=120,
+    max_examples=int(os.environ.get("FSL_EXAMPLES", "120")),
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
