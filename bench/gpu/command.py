@@ -33,8 +33,17 @@ def run(args):
     if args.budget <= 0:
         raise UserError(f"--budget: expected a number of seconds above 0, got {args.budget:g}")
     folder = writable_folder(args.out).absolute()
-    with interrupts.raised(signal.SIGTERM):
+    with interrupts.raised(*_signals_of_an_end()):
         return _run(args, folder)
+
+
+def _signals_of_an_end():
+    """A batch system's, and that of a closed terminal unless nohup ignores it.
+
+    A part is a session of its own: it would go on alone.
+    """
+    closed = signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
+    return (signal.SIGTERM, signal.SIGHUP) if closed else (signal.SIGTERM,)
 
 
 def _run(args, folder):

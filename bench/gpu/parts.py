@@ -111,7 +111,7 @@ def _tests(found):
         yield _pytest(*args, workers=4)
     title = "graph capture, without a synchronisation"
     yield _pytest("test-graphs", title, BACKENDS_TEST, "graph_capture", 45)
-    yield _pytest("test-sharded", "TP 2 and TP 4 on one device", SHARDED_TEST, "ranks", 75)
+    yield _pytest("test-sharded", "TP 2 and TP 4 on one device", SHARDED_TEST, "one_device", 75)
     yield _pytest("test-compile", "torch.compile", BACKENDS_TEST, "compiled_step", 60)
 
 
@@ -183,8 +183,30 @@ def _launches(found, folder):
     path = launches_path(folder, found.slug)
     command = [*_bench("launches", found), "--json", str(path)]
     outcome = outcomes.of_record(path, outcomes.of_launches)
-    title = "other lines of the launch tables"
-    return Part("launches", title, command, 90, 45, outcome=outcome, record=path)
+    return Part(
+        "launches",
+        "other lines of the launch tables",
+        command,
+        90,
+        45,
+        skip=_no_lines(found),
+        outcome=outcome,
+        record=path,
+    )
+
+
+def _no_lines(found):
+    """Why there is no backend whose launch table can be tried, or None."""
+    reasons = dict(found.reasons)
+    if found.device == "cpu":
+        from ..without_gpu.simt import build
+
+        reasons["cuda"] = build.missing()
+    elif found.compiler:  # the part `build` makes it
+        reasons[found.native] = None
+    if all(reasons.values()):
+        return "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    return None
 
 
 def _bench(name, found):

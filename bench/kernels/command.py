@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from fused_sft_loss.backends import devices
+
 from .. import machine
 from ..clock import LEAD_BYTES
 from ..errors import UserError, need, writable_file, writable_folder
@@ -128,8 +130,13 @@ def _outputs(args, device):
 
 
 def device_slug(device):
-    """A file name for this kind of device."""
-    name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    """A file name for this kind of device. Without amdgpu.ids, ROCm knows no name of an AMD GPU."""
+    name = "cpu"
+    if device == "cuda":
+        name = (
+            torch.cuda.get_device_name().strip()
+            or f"gpu {devices.architecture(0).partition(':')[0]}"
+        )
     return re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
 
 

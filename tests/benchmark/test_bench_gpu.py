@@ -228,19 +228,33 @@ def test_a_rehearsal_on_a_cpu_measures_and_writes_a_record(tmp_path):
     assert "| ours (eager), in place |" in (tmp_path / "cpu.md").read_text()
 
 
-def test_sigterm_interrupts_the_command(monkeypatch, tmp_path):
-    """A batch system ends its jobs with SIGTERM, and waits a little."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_batch_system_and_a_closed_terminal_interrupt_the_command(monkeypatch, tmp_path, number):
+    """Both end a job with a signal. A part would go on alone, because it is its own session."""
 
     def stopped(device):
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         raise AssertionError("the signal came too late")
 
     monkeypatch.setattr(command, "look", stopped)
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    before = signal.signal(number, signal.SIG_DFL)
     try:
         assert main(["gpu", "--out", str(tmp_path)]) == 130
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(number, before)
+
+
+def test_nohup_keeps_the_command_when_the_terminal_is_closed(monkeypatch, tmp_path):
+    def closed(device):
+        os.kill(os.getpid(), signal.SIGHUP)
+        return Found(why="still here")
+
+    monkeypatch.setattr(command, "look", closed)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert main(["gpu", "--out", str(tmp_path)]) == 1
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.long

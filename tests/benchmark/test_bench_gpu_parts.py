@@ -7,6 +7,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 from bench_processes import ROOT
 from bench_providers import case_of
 
@@ -15,6 +16,9 @@ from bench.gpu import found as looking
 from bench.gpu import lines, parts
 from bench.gpu.found import Found
 from bench.kernels.cases import MODELS
+from bench.kernels.command import device_slug
+from bench.without_gpu.simt import build as build_shim
+from fused_sft_loss.backends import devices
 
 NVIDIA = Found(
     device="cuda",
@@ -86,6 +90,7 @@ def test_every_test_on_a_gpu_belongs_to_a_part(tmp_path):
         some = [one for one in ids if one.startswith(file) and selected(expression, one)]
         assert some, part.name
         taken += some
+    ids = [one for one in ids if "on_a_cpu" not in one]  # alone it would pass without a GPU
     assert sorted(taken) == sorted(one for one in ids if "hip" not in one or "graph" in one or (
         "compiled_step" in one))  # fmt: skip
     assert any(selected(parts.SANITIZED, one) for one in ids)
@@ -113,6 +118,20 @@ def test_the_build_is_for_this_gpu_and_only_where_it_is_needed(tmp_path):
     assert named(missing, tmp_path)["test-cuda"].skip is None  # it will be there
     assert named(AMD, tmp_path)["test-hip"].skip == "not built"
     assert named(AMD, tmp_path)["test-triton"].skip is None
+
+
+def test_launch_tables_are_skipped_where_no_backend_can_try_a_line(tmp_path, monkeypatch):
+    neither = {"hip": "not built", "triton": "cannot be imported"}
+    alone = named(replace(AMD, reasons=neither), tmp_path)["launches"]
+    assert alone.skip == "hip: not built; triton: cannot be imported"
+    assert named(AMD, tmp_path)["launches"].skip is None
+    compiled = replace(AMD, reasons=neither, compiler="hipcc")
+    assert named(compiled, tmp_path)["launches"].skip is None
+    rehearsed = replace(NVIDIA, device="cpu", reasons={"cuda": "no GPU", "triton": "no GPU"})
+    monkeypatch.setattr(build_shim, "missing", lambda: "no Boost.Context")
+    assert "no Boost.Context" in named(rehearsed, tmp_path)["launches"].skip
+    monkeypatch.setattr(build_shim, "missing", lambda: None)
+    assert named(rehearsed, tmp_path)["launches"].skip is None
 
 
 def test_one_process_for_tests_gets_fewer_examples(tmp_path, monkeypatch):
@@ -179,3 +198,13 @@ def test_native_candidates_are_lines_that_can_be_launched():
     kernels.module = _Module(0)
     amd = list(lines.Native("hip", kernels).candidates("row_stats_grad", case))
     assert {line.segment for line in amd[1:]} == {lines.WHOLE_ROW}
+
+
+@pytest.mark.parametrize(
+    ("name", "slug"), [("AMD Instinct MI300X", "amd-instinct-mi300x"), ("", "gpu-gfx942")]
+)
+def test_a_gpu_without_a_name_has_a_record(monkeypatch, name, slug):
+    """Images without amdgpu.ids: the record would be a hidden file, which no page reads."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    monkeypatch.setattr(devices, "architecture", lambda index: "gfx942")
+    assert device_slug("cuda") == slug
