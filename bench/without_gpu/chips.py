@@ -11,7 +11,9 @@ SXM, the H100 SXM and the HGX B200; clocks give the peak FP32 rate stated there;
 [4] AMD CDNA2, CDNA3 and CDNA4 ISA guides: 512 VGPRs per lane and SIMD in units of 8, at most 8
 waves per SIMD, 4 SIMDs of 16 lanes, LDS; [5] LLVM's AMDGPU usage guide and SISchedule.td: a
 transcendental takes four passes of a plain VALU instruction; [6] AMD data sheets of the MI250X,
-MI300X and MI355X.
+MI300X and MI355X; [7] NVIDIA's data sheet of the RTX PRO 6000 Blackwell: 24064 CUDA cores, 128 an
+SM, 1792 GB/s, 125 TFLOP/s in FP32. Blocks of an SM of 12.0: 24 in [1], 32 in the Blackwell tuning
+guide; the smaller number is taken.
 """
 
 from dataclasses import dataclass
@@ -68,10 +70,10 @@ _AMD = {
 }
 
 
-def _sm(device, build, bandwidth, units, clock, shared, fp32) -> Limits:
+def _sm(device, build, bandwidth, units, clock, shared, fp32, threads=2048, blocks=32) -> Limits:
     return Limits(
-        device, build, bandwidth, units, clock, 2048, 32, shared * 1024, (shared - 1) * 1024, 1024,
-        512, 8, _nvidia(fp32),
+        device, build, bandwidth, units, clock, threads, blocks, shared * 1024,
+        (shared - 1) * 1024, 1024, 512, 8, _nvidia(fp32),
     )  # fmt: skip
 
 
@@ -85,12 +87,15 @@ CHIPS = {
     "sm_80": _sm("A100 80GB", "8.0", 2.039e12, 108, 1.41e9, 164, 64),  # [1, 3]
     "sm_90": _sm("H100 SXM", "9.0a", 3.35e12, 132, 1.98e9, 228, 128),  # [1, 3]: 67 TFLOP/s
     "sm_100": _sm("B200", "10.0+PTX", 8.0e12, 148, 1.98e9, 228, 128),  # [1, 3]: 75 TFLOP/s
+    "sm_120": _sm("RTX PRO 6000", "12.0", 1.792e12, 188, 2.6e9, 100, 128, 1536, 24),  # [1, 7]
     "gfx90a": _cu("MI250X die", "gfx90a", 1.6e12, 110, 1.7e9, 64),  # [4, 6]
     "gfx942": _cu("MI300X", "gfx942", 5.3e12, 304, 2.1e9, 64),  # [4, 6]
     "gfx950": _cu("MI355X", "gfx950", 8.0e12, 256, 2.4e9, 160),  # [4, 6]
 }
 
 NVIDIA = tuple(name for name, chip in CHIPS.items() if chip.warp == 32)
+#: Those for which Triton's kernels are compiled here. sm_120 takes the lines of sm_100.
+TRITON = tuple(name for name in CHIPS if name != "sm_120")
 AMD = tuple(name for name, chip in CHIPS.items() if chip.warp == 64)
 
 

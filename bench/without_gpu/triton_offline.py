@@ -28,8 +28,9 @@ from fused_sft_loss.scoring import Scoring
 from fused_sft_loss.targets import Targets
 
 from .chips import CHIPS as LIMITS
+from .chips import TRITON
 
-CHIPS = {name: Chip(name, limits.warp, limits.units) for name, limits in LIMITS.items()}
+CHIPS = {name: Chip(name, LIMITS[name].warp, LIMITS[name].units) for name in TRITON}
 
 #: Dtypes of the logits.
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

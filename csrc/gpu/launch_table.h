@@ -41,6 +41,7 @@ constexpr Line kTable[] = {
      "H100, measured: row_stats 91 to 95 % of a copy, other sizes within 3 %; row_grad 93 to 95 %, and with "
      "512 threads 97 from 50000 columns on, 80 at 16000, worse softcapped"},
     {80, kOneRead, 8192, 128, kWholeRow, 4, "two tiles at most, 16 KiB of bf16"},
+    {120, kOneRead, kAny, 128, 16384, 4, "two blocks of bf16 fit an SM of 100 KiB: one loads, one computes"},
     {90, kOneRead, kAny, 128, 32768, 4,
      "H100, measured in 0 rounds: 80 to 93 % of a copy, 67 to 90 in fp32; with 256 threads 72 to 90 and 52 "
      "to 87"},

@@ -15,7 +15,7 @@ from tiers import sampled
 pytest.importorskip("triton")
 pytest.importorskip("rich")
 
-from bench.without_gpu.chips import CHIPS, resident_threads  # noqa: E402
+from bench.without_gpu.chips import CHIPS, TRITON, resident_threads  # noqa: E402
 from bench.without_gpu.codegen import amdgcn, budgets, sass  # noqa: E402
 from bench.without_gpu.codegen.audit import violations  # noqa: E402
 from bench.without_gpu.codegen.loops import hot_loops  # noqa: E402
@@ -23,7 +23,7 @@ from bench.without_gpu.codegen.predict import predict  # noqa: E402
 from bench.without_gpu.codegen.table import is_plain  # noqa: E402
 
 
-@pytest.fixture(scope="session", params=sampled(CHIPS, []))
+@pytest.fixture(scope="session", params=sampled(TRITON, []))
 def target(request):
     return request.param
 
@@ -61,9 +61,9 @@ def test_registers_and_bytes_in_flight_are_those_the_launch_table_was_chosen_for
 def test_every_chip_has_a_budget_and_a_name_in_liger():
     from bench.without_gpu.codegen import peers
 
-    assert set(peers.ARCHITECTURES) == set(CHIPS)
+    assert set(peers.ARCHITECTURES) == set(TRITON)
     for use in ("row_stats", "row_grad"):
-        assert {chip for chip, other in budgets.TRITON if other == use} == set(CHIPS)
+        assert {chip for chip, other in budgets.TRITON if other == use} == set(TRITON)
 
 
 def test_no_spills_wide_accesses_and_limits_kept(compiled, target):
@@ -89,7 +89,7 @@ def test_memory_is_what_bounds_both_passes(compiled):
 @needs_liger
 def test_not_above_liger_in_either_pass(tmp_path):
     compared = assert_not_above_liger(codegen(tmp_path, "--backend", "triton", "--peer", "liger"))
-    assert len(compared) == len(CHIPS) * 3 * 2
+    assert len(compared) == len(TRITON) * 3 * 2
 
 
 # Tests of the audit: each rule is broken on purpose, and the parsers read bad code.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.without_gpu.chips import CHIPS
+from bench.without_gpu.chips import TRITON
 
 pytest.importorskip("triton")
 
@@ -28,7 +28,7 @@ DTYPES = {"torch.bfloat16", "torch.float16", "torch.float32"}
 
 
 @pytest.mark.long  # make test audits one of them, sm_90 (test_codegen.py)
-@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("chip", TRITON)
 def test_compiles_for(chip):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(

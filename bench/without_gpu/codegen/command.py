@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ... import interrupts, machine
 from ...errors import UserError, need, writable_file, writable_folder
-from ..chips import CHIPS
+from ..chips import CHIPS, TRITON
 from . import toolchains
 from .audit import violations
 
@@ -74,14 +74,15 @@ def _collect(args, backends, targets, folder: Path):
         )
 
     ours, theirs, absent = [], [], []
+    with_triton = [target for target in targets if target in TRITON]
     # Triton first: it forks, and a fork is only safe before any thread has started.
     if "triton" in backends:
         source = partial(_ours, options=args.options)
-        ours += collect.records(source, targets, keep, folder, args.jobs)
+        ours += collect.records(source, with_triton, keep, folder, args.jobs)
     if args.peer:
         dtypes = tuple(args.dtype or DTYPES)
         liger = partial(peers.launches, folder=str(Path(args.peers).absolute()), dtypes=dtypes)
-        theirs = collect.records(liger, targets, lambda work: True, folder, args.jobs)
+        theirs = collect.records(liger, with_triton, lambda work: True, folder, args.jobs)
     for backend in (b for b in BACKENDS if b in backends and b != "triton"):
         made, missing = native.records(
             backend,
@@ -102,7 +103,7 @@ def _executed(args, backends, targets, absent):
 
     missing = {(one["backend"], one["target"]) for one in absent}
     there = [b for b in backends if (b, "sm_90") not in missing]
-    return executed.records(there, targets, args.dtype or DTYPES)
+    return executed.records(there, [one for one in targets if one in TRITON], args.dtype or DTYPES)
 
 
 def _ours(target, options):
