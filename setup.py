@@ -32,7 +32,7 @@ ROOT = Path(__file__).parent.absolute()
 sys.path.insert(0, str(ROOT))
 sys.dont_write_bytecode = True  # keep __pycache__ out of csrc/
 
-from csrc.toolchains import compilers, variables  # noqa: E402
+from csrc.toolchains import compilers, headers, variables  # noqa: E402
 
 MODULES = compilers.modules()
 
@@ -68,12 +68,12 @@ class NinjaBuild(build_ext):
 
     def environment(self, jobs):
         """Settings for the compilers that are kept from ninja: a change must not recompile."""
-        import pybind11
-
         # If there are more cores than files, nvcc compiles the targets of a file in parallel.
         threads = max(1, jobs // max(1, len(compilers.gpu_sources())))
         # pip installs the build requirements into a new folder each time.
-        includes = [pybind11.get_include(), sysconfig.get_path("include")]
+        includes = [headers.pybind11(), sysconfig.get_path("include")]
+        if includes[0] is None:
+            sys.exit("expected pybind11 or torch, whose headers are needed: pip install pybind11")
         includes += filter(None, [os.environ.get("CPLUS_INCLUDE_PATH")])
         return {
             "NVCC_APPEND_FLAGS": f"--threads {threads} {os.environ.get('NVCC_APPEND_FLAGS', '')}",

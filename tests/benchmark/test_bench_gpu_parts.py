@@ -1,9 +1,11 @@
 """The real parts of `python -m bench gpu`: their commands, and why they are skipped."""
 
+import importlib.util
 import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +20,7 @@ from bench.gpu.found import Found
 from bench.kernels.cases import MODELS
 from bench.kernels.command import device_slug
 from bench.without_gpu.simt import build as build_shim
+from csrc.toolchains import headers
 from fused_sft_loss.backends import devices
 
 NVIDIA = Found(
@@ -146,6 +149,25 @@ def test_one_process_for_tests_gets_fewer_examples(tmp_path, monkeypatch):
     assert done.stdout == f"{parts.EXAMPLES}\n", done.stderr
     monkeypatch.undo()
     assert named(NVIDIA, tmp_path)["test-triton"].environment == ()
+
+
+def test_an_image_without_pybind11_builds_with_the_headers_that_torch_ships(tmp_path, monkeypatch):
+    """Otherwise an MI300X without a network could be measured with Triton alone."""
+    real = importlib.util.find_spec
+
+    def find_spec(name, package=None):
+        return None if name in away else real(name, package)
+
+    away = {"pybind11"}
+    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
+    folder = Path(headers.pybind11())
+    assert folder == Path(torch.__file__).parent / "include"
+    assert "PYBIND11_MODULE" in (folder / "pybind11/detail/common.h").read_text()
+    missing = replace(NVIDIA, reasons={"cuda": "cannot be loaded", "triton": None})
+    assert named(missing, tmp_path)["build"].skip is None
+    away.add("torch")
+    assert headers.pybind11() is None
+    assert named(missing, tmp_path)["build"].skip == "needs pybind11: pip install pybind11"
 
 
 def test_a_sanitizer_is_skipped_with_the_reason(tmp_path):
