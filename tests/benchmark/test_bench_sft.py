@@ -164,6 +164,7 @@ def test_interrupt_is_one_line_and_leaves_nobody_behind(tmp_path, chat):
     time.sleep(1)
     errors = interrupted(process, mark)
     assert "Traceback" not in errors and errors.rstrip().endswith("bench: interrupted")
+    assert json.loads((tmp_path / "result.json").read_text())["finished"] is False
 
 
 def test_an_interrupted_run_keeps_the_losses_of_its_steps(tmp_path, monkeypatch, capfd):
