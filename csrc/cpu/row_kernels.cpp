@@ -3,6 +3,7 @@
 #include "row_kernels.h"
 
 #include "row_math.h"
+#include "softcap.h"
 
 namespace fsl {
 namespace {
@@ -10,57 +11,31 @@ namespace {
 constexpr int kLanes = 16;          // words; see Lanes
 constexpr int kGroup = 2 * kLanes;  // logits
 
-// z = unit * value(x); unit_log2 = unit * log2(e). `values` computes kGroup of them. `times_slope` multiplies
-// by dz/dx / logit_scale; the row's constants contain logit_scale.
+// z = unit * value(x); unit_log2 = unit * log2(e). The members are those of a formula and of Capped.
 struct Plain {
+  static constexpr bool finds_top = true;
+  static constexpr float sum_unit = 1;  // a sum's unit in statistics
   float unit, unit_log2;
   FSL_MEMBER float value(float x) const { return x; }
-  FSL_MEMBER void values(const float* x, float* value) const {
-#pragma omp simd
-    for (int l = 0; l < kGroup; ++l) value[l] = x[l];
-  }
+  FSL_MEMBER float minus(float x, float reference) const { return x - reference; }
+  FSL_MEMBER float rebase(float x, int, float reference) const { return 1.0f / exp(x - reference); }
+  FSL_MEMBER float exp(float u) const { return exp_nonpositive(u, unit_log2); }
   FSL_MEMBER float times_slope(float grad, float) const { return grad; }
+  FSL_MEMBER float statistic(float x) const { return x; }
+  FSL_MEMBER RowConstants constants(const RowConstants& g) const { return g; }
+  template <class T, class Run>
+  FSL_MEMBER Top blocks(const typename T::Word*, int64_t words, float, Run run) const {
+    run(*this, 0, words);
+    return {};
+  }
 };
 
 // Plain, with the gradient of an entropy.
-struct Tilted : Plain {};
-
-struct Capped {
-  static constexpr float unit = 1, unit_log2 = kLog2e;
-  NearZero near;
-  float inward;  // logit_scale / softcap
-  int32_t last;  // the bits of the |x| from which the tangent is constant
-  float cap, inverse_cap;
-
-  // cap * tanh(x * inward); infinities and NaNs stay as they are. Magnitudes are compared as integers,
-  // because gcc makes no minimum of a float select.
-  FSL_MEMBER float far(float x) const {
-    const int32_t bits = static_cast<int32_t>(as_bits(x) & 0x7fffffffu);
-    const float magnitude = as_float(static_cast<uint32_t>(bits < last ? bits : last));
-    const float bent = as_float(as_bits(tanh_of(magnitude * inward)) | (as_bits(x) & 0x80000000u));
-    return bits < 0x7f800000 ? cap * bent : x;
-  }
-  FSL_MEMBER float value(float x) const { return near.holds(bits_of_square(x)) ? near.value(x) : far(x); }
-  // Most logits of a model are small, so most groups take the short formula.
-  FSL_MEMBER void values(const float* x, float* value) const {
-    int32_t most = 0;
-#pragma omp simd reduction(max : most)
-    for (int l = 0; l < kGroup; ++l) {
-      const int32_t bits = bits_of_square(x[l]);
-      most = bits > most ? bits : most;
-    }
-    if (near.holds(most)) {
-#pragma omp simd
-      for (int l = 0; l < kGroup; ++l) value[l] = near.value(x[l]);
-    } else {
-#pragma omp simd
-      for (int l = 0; l < kGroup; ++l) value[l] = far(x[l]);
-    }
-  }
-  FSL_MEMBER float times_slope(float grad, float value) const {
-    const float bent = value * inverse_cap;
-    const int32_t slope = static_cast<int32_t>(as_bits(1.0f - bent * bent));  // < 0 if the slope is
-    return grad * as_float(static_cast<uint32_t>(slope > 0 ? slope : 0));
+struct Tilted : Plain {
+  template <class T, class Run>
+  FSL_MEMBER Top blocks(const typename T::Word*, int64_t words, float, Run run) const {
+    run(*this, 0, words);
+    return {};
   }
 };
 
@@ -96,6 +71,7 @@ float max_of(const void* row, int64_t begin, int64_t end) {
 // integer maximum costs half of a float maximum.
 struct Sums {
   int32_t top;
+  int formula;  // that capped the largest logit; negative: the one of that logit alone
   float sum_exp, sum, moment;
 };
 
@@ -104,20 +80,17 @@ FSL_INLINE float moment_of(float u, float e) { return e == 0.0f ? 0.0f : u * e; 
 
 constexpr int64_t kLine = 64, kAhead = 4096;  // bytes
 
-// The logits of kLanes words, first the low ones, then the high ones, and their values. A loop that
-// computes the exponentials too would be a longer chain of dependent instructions: the reorder window would
-// hold fewer of them (measured: 28 ms -> 15 ms for 32 MiB of bf16 on one core).
-template <class T, class Z>
+// The logits of kLanes words, first the low ones, then the high ones.
+template <class T>
 struct Group {
-  float x[kGroup], value[kGroup];
+  float x[kGroup];
 
-  FSL_MEMBER Group(const Z& z, const Word<T>* w) {
+  explicit FSL_MEMBER Group(const Word<T>* w) {
 #pragma omp simd
     for (int l = 0; l < kLanes; ++l) {
       x[l] = T::lo(w[l]);
       x[kLanes + l] = T::hi(w[l]);
     }
-    z.values(x, value);
   }
 };
 
@@ -131,7 +104,7 @@ FSL_INLINE void prefetch_ahead(const Word<T>* w) {
 
 // A sum has kLanes partial sums on every instruction set, so that all of them add in the same order. The
 // compiler turns the inner loops over lanes into vectors.
-template <class T, Want want, class Z>
+template <Want want>
 struct Lanes {
   int32_t top[kLanes];
   float sum_exp[kLanes], sum[kLanes], moment[kLanes];
@@ -143,17 +116,30 @@ struct Lanes {
     }
   }
 
-  FSL_MEMBER void add(const Z& z, float x, float value, float reference, int l) {
-    const float u = value - reference, e = exp_nonpositive(u, z.unit_log2);
-    const int32_t bits = static_cast<int32_t>(as_bits(x));
-    top[l] = bits > top[l] ? bits : top[l];
+  template <class Z>
+  FSL_MEMBER void add(const Z& z, float x, float value, float u, int l) {
+    const float e = z.exp(u);
+    if constexpr (Z::finds_top) {
+      const int32_t bits = static_cast<int32_t>(as_bits(x));
+      top[l] = bits > top[l] ? bits : top[l];
+    }
     sum_exp[l] += e;
     if constexpr (want != Want::loss) sum[l] += value;
     if constexpr (want == Want::metrics) moment[l] += moment_of(u, e);
   }
 
+  // One loop would be a longer chain of dependent instructions: the reorder window would hold fewer of them.
+  template <class Z>
+  FSL_MEMBER void add_all(const Z& z, const float* x, float reference) {
+    float u[kLanes];
+#pragma omp simd
+    for (int l = 0; l < kLanes; ++l) u[l] = z.minus(x[l], reference);
+#pragma omp simd
+    for (int l = 0; l < kLanes; ++l) add(z, x[l], z.value(x[l]), u[l], l);
+  }
+
   Sums total() const {
-    Sums t{-1, 0, 0, 0};
+    Sums t{-1, -1, 0, 0, 0};
     for (int l = 0; l < kLanes; ++l) {
       t.top = top[l] > t.top ? top[l] : t.top;
       t.sum_exp += sum_exp[l];
@@ -168,23 +154,27 @@ template <class T, Want want, class Z>
 Sums sums_against(const Z& z, const void* row, int64_t begin, int64_t end, float reference) {
   const Z local = z;
   const Word<T>* w = words<T>(row, begin);
-  const int64_t n = (end - begin) / 2;
-  Lanes<T, want, Z> low, high;
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    prefetch_ahead<T>(w + i);
-    const Group<T, Z> g(local, w + i);
-#pragma omp simd
-    for (int l = 0; l < kLanes; ++l) low.add(local, g.x[l], g.value[l], reference, l);
-#pragma omp simd
-    for (int l = 0; l < kLanes; ++l) high.add(local, g.x[kLanes + l], g.value[kLanes + l], reference, l);
-  }
-  for (int64_t c = begin + i * 2; c < end; ++c) {
+  const int64_t n = (end - begin) / 2, whole = n - n % kLanes;
+  Lanes<want> low, high;
+  const Top top =
+      local.template blocks<T>(w, whole, reference, [&](const auto& z, int64_t i, int64_t stop) FSL_LAMBDA {
+        const auto f = z;
+        for (; i < stop; i += kLanes) {
+          prefetch_ahead<T>(w + i);
+          const Group<T> g(w + i);
+          low.add_all(f, g.x, reference);
+          high.add_all(f, g.x + kLanes, reference);
+        }
+      });
+  for (int64_t c = begin + whole * 2; c < end; ++c) {
     const float x = element<T>(row, c);
-    low.add(local, x, local.value(x), reference, c % kLanes);
+    low.add(local, x, local.value(x), local.minus(x, reference), c % kLanes);
   }
-  const Sums a = low.total(), b = high.total();
-  return {a.top > b.top ? a.top : b.top, a.sum_exp + b.sum_exp, a.sum + b.sum, a.moment + b.moment};
+  Sums a = low.total();
+  const Sums b = high.total();
+  const int32_t other = top.element < 0 ? b.top : static_cast<int32_t>(as_bits(T::lo(top.element)));
+  return {a.top > other ? a.top : other, a.top > other ? -1 : top.formula, a.sum_exp + b.sum_exp,
+          a.sum + b.sum, a.moment + b.moment};
 }
 
 // Makes the sums relative to a new maximum: delta = unit * (old - new), factor = e^delta.
@@ -216,10 +206,11 @@ Partial chunk_stats(const Z& z, const void* row, int64_t begin, int64_t end) {
     reference = max;
     sums = sums_against<T, want>(z, row, begin, end, reference);
   }
-  Partial out{max, sums.sum_exp, sums.sum, sums.moment * z.unit, begin};
+  Partial out{z.statistic(top), sums.sum_exp, sums.sum * Z::sum_unit, sums.moment * z.unit, begin};
   if (max != -kInf) {
-    // Dividing by the maximum's own computed exponential cancels its error: its term in the sum is 1.
-    move_maximum(&out, (reference - max) * z.unit, 1.0f / exp_nonpositive(max - reference, z.unit_log2));
+    // Dividing by the maximum's own computed exponential cancels its error: its term in the sum is 1, but
+    // for the rounding of a capped maximum.
+    move_maximum(&out, (reference - max) * z.unit, z.rebase(top, sums.formula, reference));
     if (out.sum_exp < 1) out.sum_exp = 1;  // undo a last rounding, or a loss could be negative
     if constexpr (want == Want::metrics) {
       if ((max - reference) * z.unit > kMomentHeadroom)
@@ -251,21 +242,20 @@ void merge(Partial* into, const Partial& next, float unit) {
 }
 
 template <class T, Want want, class Z>
-void stats_range(const Z& z, const void* row, int64_t begin, int64_t end, Partial* partial) {
+void stats_range(const Z& z, float unit, const void* row, int64_t begin, int64_t end, Partial* partial) {
   for (int64_t c = begin; c < end; c += kChunk) {
-    merge(partial, chunk_stats<T, want>(z, row, c, c + kChunk < end ? c + kChunk : end), z.unit);
+    merge(partial, chunk_stats<T, want>(z, row, c, c + kChunk < end ? c + kChunk : end), unit);
   }
 }
 
-// The gradient of a logit; `value` is z.value(x).
+// The gradient of a logit, given z.value(x) and z.minus(x, reference).
 template <class Z>
-FSL_INLINE float grad_of(const Z& z, const RowConstants& g, float value) {
+FSL_INLINE float grad_of(const Z& z, const RowConstants& g, float value, float u) {
+  const float p = z.exp(u);
   if constexpr (__is_same(Z, Tilted)) {
-    const float u = value - g.reference, p = exp_nonpositive(u, z.unit_log2);
     const float there = p == 0.0f ? 0.0f : u * z.unit;  // u may be -inf
     return p * multiply_add(there, g.tilt, g.softmax_factor) - g.smoothing;
   } else {
-    const float p = exp_nonpositive(value - g.reference, z.unit_log2);
     return z.times_slope(p * g.softmax_factor - g.smoothing, value);
   }
 }
@@ -274,7 +264,7 @@ template <class T, class Z>
 float grad_at_target(const Z& z, const RowConstants& g, float x) {
   RowConstants at = g;
   at.smoothing += g.target_factor;
-  return grad_of(z, at, z.value(x));
+  return grad_of(z, at, z.value(x), z.minus(x, at.reference));
 }
 
 template <class T, class Z>
@@ -284,39 +274,42 @@ void grad_range(const Z& z, const RowConstants& g, const void* row, void* out, i
   const float at_target = owns ? grad_at_target<T>(z, g, element<T>(row, g.target_column)) : 0.0f;
   const Word<T>* w = words<T>(row, begin);
   Word<T>* o = const_cast<Word<T>*>(words<T>(out, begin));
-  const int64_t n = (end - begin) / 2;
+  const int64_t n = (end - begin) / 2, whole = n - n % kLanes;
   const RowConstants local = g;
   const Z transform = z;
   // Safe in place: `out` is `row` or does not overlap it, and word i is read before it is written.
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    prefetch_ahead<T>(w + i);
-    const Group<T, Z> group(transform, w + i);
+  transform.template blocks<T>(w, whole, g.reference, [&](const auto& z, int64_t i, int64_t stop) FSL_LAMBDA {
+    const auto f = z;
+    for (; i < stop; i += kLanes) {
+      prefetch_ahead<T>(w + i);
+      const Group<T> group(w + i);
+      float value[kGroup], u[kGroup];
 #pragma omp simd
-    for (int l = 0; l < kLanes; ++l)
-      o[i + l] = T::pack(grad_of(transform, local, group.value[l]),
-                         grad_of(transform, local, group.value[kLanes + l]));
-  }
+      for (int l = 0; l < kGroup; ++l) {
+        value[l] = f.value(group.x[l]);
+        u[l] = f.minus(group.x[l], local.reference);
+      }
+#pragma omp simd
+      for (int l = 0; l < kLanes; ++l)
+        o[i + l] =
+            T::pack(grad_of(f, local, value[l], u[l]), grad_of(f, local, value[kLanes + l], u[kLanes + l]));
+    }
+  });
   auto* elements = static_cast<Element<T>*>(out);
-  for (int64_t c = begin + i * 2; c < end; ++c) {
-    elements[c] = T::round(grad_of(z, g, z.value(element<T>(row, c))));
+  for (int64_t c = begin + whole * 2; c < end; ++c) {
+    const float x = element<T>(row, c);
+    elements[c] = T::round(grad_of(z, g, z.value(x), z.minus(x, g.reference)));
   }
   if (owns) elements[g.target_column] = T::round(at_target);
 }
 
 Plain plain(const RowMath& m) { return {m.logit_scale, m.logit_scale * kLog2e}; }
-Capped capped(const RowMath& m) {
-  const float inward = m.logit_scale / m.softcap, last = 9.2f / inward;  // infinite if no logit is that large
-  const float inverse_cap = 1 / m.softcap;
-  return {near_zero(m.logit_scale, inward), inward, static_cast<int32_t>(as_bits(last)), m.softcap,
-          inverse_cap < kInf ? inverse_cap : __FLT_MAX__};  // infinity * 0 is NaN
-}
 
 // Calls run(dtype tag, Plain or Capped).
 template <class Run>
 void with_types(Dtype dtype, const RowMath& math, Run run) {
   auto with_dtype = [&](auto tag) {
-    if (math.softcap > 0) run(tag, capped(math));
+    if (math.softcap > 0) run(tag, Capped(math));
     else run(tag, plain(math));
   };
   if (dtype == Dtype::f32) with_dtype(F32{});
@@ -327,9 +320,10 @@ void with_types(Dtype dtype, const RowMath& math, Run run) {
 void stats(const StatsArgs& a, const void* row, int64_t begin, int64_t end, Partial* partial) {
   with_types(a.logits.dtype, a.math, [&](auto tag, auto z) {
     using T = decltype(tag);
-    if (a.want == Want::loss) stats_range<T, Want::loss>(z, row, begin, end, partial);
-    else if (a.want == Want::smoothing) stats_range<T, Want::smoothing>(z, row, begin, end, partial);
-    else stats_range<T, Want::metrics>(z, row, begin, end, partial);
+    const float unit = a.math.unit();
+    if (a.want == Want::loss) stats_range<T, Want::loss>(z, unit, row, begin, end, partial);
+    else if (a.want == Want::smoothing) stats_range<T, Want::smoothing>(z, unit, row, begin, end, partial);
+    else stats_range<T, Want::metrics>(z, unit, row, begin, end, partial);
   });
 }
 
@@ -344,7 +338,7 @@ void grad(const GradArgs& a, const RowConstants& g, const void* row, void* out, 
     if constexpr (__is_same(decltype(z), Plain)) {
       if (a.entropy.grad) return grad_range<T>(Tilted{z}, scaled, row, out, begin, end);
     }
-    grad_range<T>(z, scaled, row, out, begin, end);
+    grad_range<T>(z, z.constants(scaled), row, out, begin, end);
   });
 }
 
@@ -371,7 +365,7 @@ void rescale(Dtype dtype, void* row, int64_t columns, float ratio) {
 float target_logit(const StatsArgs& a, const void* row, int64_t column) {
   float value = 0;
   with_types(a.logits.dtype, a.math,
-             [&](auto tag, auto z) { value = z.value(element<decltype(tag)>(row, column)); });
+             [&](auto tag, auto z) { value = z.statistic(element<decltype(tag)>(row, column)); });
   return value;
 }
 

@@ -10,6 +10,7 @@ namespace fsl {
 
 #define FSL_MEMBER inline __attribute__((always_inline))
 #define FSL_INLINE static FSL_MEMBER
+#define FSL_LAMBDA __attribute__((always_inline))
 
 FSL_INLINE float as_float(uint32_t bits) {
   float value;
@@ -23,7 +24,8 @@ FSL_INLINE uint32_t as_bits(float value) {
   return bits;
 }
 
-constexpr float kLog2e = 1.4426950408889634f;
+constexpr double kExactLog2e = 1.4426950408889634;
+constexpr float kLog2e = static_cast<float>(kExactLog2e);
 constexpr float kInf = __builtin_inff();
 
 FSL_INLINE float canonical(float x) { return x == x ? x : __builtin_nanf(""); }
@@ -38,11 +40,24 @@ FSL_INLINE float multiply_add(float a, float b, float c) {
 #endif
 }
 
-// e^(unit * u) for unit * u <= 88, given unit_log2 = unit * log2(e).
+constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+
+// 2^(n + f) for |f| <= 1/2, given shifted = n + kRound.
 //
-// u * unit_log2 = n + f with |f| <= 1/2, and 2^f is a polynomial of degree 5 with p(0) = 1. Its coefficients
-// come from Lawson's weighted least squares for the smallest maximal relative error, which is 9.2e-8. The
-// unit is applied here, so that u is a difference of logits and not of rounded products.
+// 2^f is a polynomial of degree 5 with p(0) = 1. Its coefficients come from Lawson's weighted least squares
+// for the smallest maximal relative error, which is 9.2e-8.
+FSL_INLINE float power_of_two(float shifted, float f) {
+  float p = 0.001326472731307149f;
+  p = p * f + 0.009671512991189957f;
+  p = p * f + 0.05550733581185341f;
+  p = p * f + 0.24022242426872253f;
+  p = p * f + 0.6931470036506653f;
+  p = p * f + 1.0f;
+  return as_float(as_bits(p) + (as_bits(shifted) << 23));
+}
+
+// e^(unit * u) for unit * u <= 88, given unit_log2 = unit * log2(e). u * unit_log2 = n + f. The unit is
+// applied here, so that u is a difference of logits and not of rounded products.
 //
 // With z = unit * u the relative error is at most 2e-7 + |z| * 3e-8. Without FMA the product is rounded
 // before n is subtracted, and the bound is 2e-7 + |z| * 9e-8. If unit_log2 is itself rounded, add |z| * 6e-8.
@@ -50,18 +65,19 @@ FSL_INLINE float multiply_add(float a, float b, float c) {
 // (2^-126.5) and for -inf. A NaN gives NaN if its low 9 bits are clear. u = +inf gives NaN; it arises only in
 // rows that contain +inf and in sums that are then discarded.
 FSL_INLINE float exp_nonpositive(float u, float unit_log2) {
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
   const float shifted = multiply_add(u, unit_log2, kRound);
-  const float f = multiply_add(u, unit_log2, kRound - shifted);
-  float p = 0.001326472731307149f;
-  p = p * f + 0.009671512991189957f;
-  p = p * f + 0.05550733581185341f;
-  p = p * f + 0.24022242426872253f;
-  p = p * f + 0.6931470036506653f;
-  p = p * f + 1.0f;
-  const float scaled = as_float(as_bits(p) + (as_bits(shifted) << 23));
-  return shifted <= kRound - 127 ? 0.0f : scaled;
+  const float power = power_of_two(shifted, multiply_add(u, unit_log2, kRound - shifted));
+  return shifted <= kRound - 127 ? 0.0f : power;
 }
+
+// 2^u for |u| <= 126, with a relative error of 2e-7. Additions take the place of FMAs, which have less room.
+FSL_INLINE float exp2_in_range(float u) {
+  const float shifted = u + kRound;
+  return power_of_two(shifted, u - (shifted - kRound));
+}
+
+// The same for u <= 126; like exp_nonpositive below -126 and for infinities and NaNs.
+FSL_INLINE float exp2_nonpositive(float u) { return u + kRound <= kRound - 127 ? 0.0f : exp2_in_range(u); }
 
 // tanh(u) for 0 <= u <= 9.2, with a relative error of 4e-7. large_cap in gpu/row_math.cuh explains the
 // formula.
@@ -73,40 +89,6 @@ FSL_INLINE float tanh_of(float u) {
   p = p * s + 0.13394015f, q = q * s + 0.46727334f;
   p = p * s + 1.0f, q = q * s + 1.0f;
   return u * p / q;
-}
-
-FSL_INLINE int32_t bits_of_square(float x) { return static_cast<int32_t>(as_bits(x * x)); }
-
-// cap * tanh(x * inward) for |x * inward| <= 0.85: x * P(x^2), with a relative error of 3e-7. P is the
-// minimax polynomial of degree 5 (1.1e-7 without rounding), with the call's numbers in its coefficients.
-struct NearZero {
-  float c[6];
-  int32_t last;  // the bits of the largest x^2; negative: none
-
-  FSL_MEMBER bool holds(int32_t bits_of_square) const { return bits_of_square <= last; }
-  FSL_MEMBER float value(float x) const {
-    const float s = x * x;
-    float p = c[5];
-    p = p * s + c[4];
-    p = p * s + c[3];
-    p = p * s + c[2];
-    p = p * s + c[1];
-    p = p * s + c[0];
-    return x * p;
-  }
-};
-
-FSL_INLINE NearZero near_zero(float logit_scale, float inward) {
-  constexpr double kMinimax[] = {0.99999989,    -0.33332224,  0.13314944,
-                                 -0.0528299336, 0.0185594864, -0.00400811565};
-  NearZero near{{}, -1};
-  const double squared = double{inward} * inward;
-  double factor = logit_scale;
-  for (int i = 0; i < 6; ++i, factor *= squared) near.c[i] = static_cast<float>(kMinimax[i] * factor);
-  // For extreme units a coefficient or a square would overflow or be subnormal.
-  if (inward > 0x1p-12f && inward < 0x1p12f)
-    near.last = static_cast<int32_t>(as_bits(static_cast<float>(0.85 * 0.85 / squared)));
-  return near;
 }
 
 // A dtype is read and written one word, which is two logits, at a time. 16-bit logits are widened inside the
