@@ -33,6 +33,30 @@ def assert_log_sum_exp(stats, z):
     torch.testing.assert_close(got / size, want / size, rtol=0, atol=1e-6)
 
 
+def assert_step(name, rows, math):
+    """Loss and gradient of column 0 against float64, within the promised bounds."""
+    target, weight = torch.zeros(len(rows), dtype=torch.int64), torch.ones(len(rows))
+    leaf = rows.double().requires_grad_()
+    z = torch.where(leaf.isinf(), leaf, capped(leaf, math))
+    want = torch.logsumexp(z, 1) - z[:, 0]
+    (slopes,) = torch.autograd.grad(want.sum(), leaf)
+    with using(name) as backend:
+        kernels = selection.load(backend)
+        stats = kernels.row_stats(rows[None], target, weight, math, 3)
+        losses, normalizer = kernels.merge(stats[None], target, weight, math)
+        grad = torch.empty_like(rows)
+        kernels.row_grad(rows[None], normalizer, target, RowFactor(weight), math, grad[None])
+    size = 1 + want + torch.logsumexp(z, 1).abs()
+    torch.testing.assert_close(losses.double() / size, want / size, rtol=0, atol=1e-6)
+    dtype = rows.dtype
+    rounding = 0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
+    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    slopes = slopes.nan_to_num(0)
+    torch.testing.assert_close(
+        grad.double(), slopes, rtol=rounding, atol=2e-6 * slopes.abs().max().item() + smallest
+    )
+
+
 @pytest.mark.parametrize("cap", [1.0, 30.0, 50.0, 300.0])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", NATIVE)
@@ -76,22 +100,4 @@ def test_statistics_and_gradient_of_random_blocks(name, dtype, std, cap):
     rows[2] -= 40
     rows[3, 2500] = -torch.inf
     math = RowMath(0, 5000, softcap=cap)
-    target, weight = torch.arange(4), torch.ones(4)
-    leaf = rows.double().requires_grad_()
-    z = torch.where(leaf.isinf(), leaf, capped(leaf, math))
-    want = torch.logsumexp(z, 1) - z[torch.arange(4), target]
-    (slopes,) = torch.autograd.grad(want.sum(), leaf)
-    with using(name) as backend:
-        kernels = selection.load(backend)
-        stats = kernels.row_stats(rows[None], target, weight, math, 3)
-        losses, normalizer = kernels.merge(stats[None], target, weight, math)
-        grad = torch.empty_like(rows)
-        kernels.row_grad(rows[None], normalizer, target, RowFactor(weight), math, grad[None])
-    size = 1 + want + torch.logsumexp(z, 1).abs()
-    torch.testing.assert_close(losses.double() / size, want / size, rtol=0, atol=1e-6)
-    rounding = 0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
-    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
-    slopes = slopes.nan_to_num(0)
-    torch.testing.assert_close(
-        grad.double(), slopes, rtol=rounding, atol=2e-6 * slopes.abs().max().item() + smallest
-    )
+    assert_step(name, rows, math)
