@@ -11,32 +11,20 @@ namespace {
 constexpr int kLanes = 16;          // words; see Lanes
 constexpr int kGroup = 2 * kLanes;  // logits
 
-// z = unit * value(x); unit_log2 = unit * log2(e). The members are those of a formula and of Capped.
-struct Plain {
-  static constexpr bool finds_top = true;
-  static constexpr float sum_unit = 1;  // a sum's unit in statistics
+// Values are logits: z = unit * value(x); unit_log2 = unit * log2(e).
+template <class Self>
+struct WithoutCap : OneFormula<Self> {
   float unit, unit_log2;
+  explicit WithoutCap(const RowMath& m) : unit(m.logit_scale), unit_log2(m.logit_scale * kLog2e) {}
   FSL_MEMBER float value(float x) const { return x; }
-  FSL_MEMBER float minus(float x, float reference) const { return x - reference; }
-  FSL_MEMBER float rebase(float x, int, float reference) const { return 1.0f / exp(x - reference); }
   FSL_MEMBER float exp(float u) const { return exp_nonpositive(u, unit_log2); }
   FSL_MEMBER float times_slope(float grad, float) const { return grad; }
-  FSL_MEMBER float statistic(float x) const { return x; }
-  FSL_MEMBER RowConstants constants(const RowConstants& g) const { return g; }
-  template <class T, class Run>
-  FSL_MEMBER Top blocks(const typename T::Word*, int64_t words, float, Run run) const {
-    run(*this, 0, words);
-    return {};
-  }
 };
-
-// Plain, with the gradient of an entropy.
-struct Tilted : Plain {
-  template <class T, class Run>
-  FSL_MEMBER Top blocks(const typename T::Word*, int64_t words, float, Run run) const {
-    run(*this, 0, words);
-    return {};
-  }
+struct Plain : WithoutCap<Plain> {
+  using WithoutCap::WithoutCap;
+};
+struct Tilted : WithoutCap<Tilted> {  // with the gradient of an entropy
+  using WithoutCap::WithoutCap;
 };
 
 template <class T>
@@ -71,7 +59,6 @@ float max_of(const void* row, int64_t begin, int64_t end) {
 // integer maximum costs half of a float maximum.
 struct Sums {
   int32_t top;
-  int formula;  // that capped the largest logit; negative: the one of that logit alone
   float sum_exp, sum, moment;
 };
 
@@ -139,7 +126,7 @@ struct Lanes {
   }
 
   Sums total() const {
-    Sums t{-1, -1, 0, 0, 0};
+    Sums t{-1, 0, 0, 0};
     for (int l = 0; l < kLanes; ++l) {
       t.top = top[l] > t.top ? top[l] : t.top;
       t.sum_exp += sum_exp[l];
@@ -156,8 +143,8 @@ Sums sums_against(const Z& z, const void* row, int64_t begin, int64_t end, float
   const Word<T>* w = words<T>(row, begin);
   const int64_t n = (end - begin) / 2, whole = n - n % kLanes;
   Lanes<want> low, high;
-  const Top top =
-      local.template blocks<T>(w, whole, reference, [&](const auto& z, int64_t i, int64_t stop) FSL_LAMBDA {
+  const int32_t of_blocks =
+      local.template blocks<T>(w, whole, [&](const auto& z, int64_t i, int64_t stop) FSL_LAMBDA {
         const auto f = z;
         for (; i < stop; i += kLanes) {
           prefetch_ahead<T>(w + i);
@@ -170,11 +157,9 @@ Sums sums_against(const Z& z, const void* row, int64_t begin, int64_t end, float
     const float x = element<T>(row, c);
     low.add(local, x, local.value(x), local.minus(x, reference), c % kLanes);
   }
-  Sums a = low.total();
-  const Sums b = high.total();
-  const int32_t other = top.element < 0 ? b.top : static_cast<int32_t>(as_bits(T::lo(top.element)));
-  return {a.top > other ? a.top : other, a.top > other ? -1 : top.formula, a.sum_exp + b.sum_exp,
-          a.sum + b.sum, a.moment + b.moment};
+  const Sums a = low.total(), b = high.total();
+  const int32_t top = a.top > b.top ? a.top : b.top;
+  return {of_blocks > top ? of_blocks : top, a.sum_exp + b.sum_exp, a.sum + b.sum, a.moment + b.moment};
 }
 
 // Makes the sums relative to a new maximum: delta = unit * (old - new), factor = e^delta.
@@ -210,7 +195,7 @@ Partial chunk_stats(const Z& z, const void* row, int64_t begin, int64_t end) {
   if (max != -kInf) {
     // Dividing by the maximum's own computed exponential cancels its error: its term in the sum is 1, but
     // for the rounding of a capped maximum.
-    move_maximum(&out, (reference - max) * z.unit, z.rebase(top, sums.formula, reference));
+    move_maximum(&out, (reference - max) * z.unit, z.rebase(top, reference));
     if (out.sum_exp < 1) out.sum_exp = 1;  // undo a last rounding, or a loss could be negative
     if constexpr (want == Want::metrics) {
       if ((max - reference) * z.unit > kMomentHeadroom)
@@ -278,7 +263,7 @@ void grad_range(const Z& z, const RowConstants& g, const void* row, void* out, i
   const RowConstants local = g;
   const Z transform = z;
   // Safe in place: `out` is `row` or does not overlap it, and word i is read before it is written.
-  transform.template blocks<T>(w, whole, g.reference, [&](const auto& z, int64_t i, int64_t stop) FSL_LAMBDA {
+  transform.template blocks<T>(w, whole, [&](const auto& z, int64_t i, int64_t stop) FSL_LAMBDA {
     const auto f = z;
     for (; i < stop; i += kLanes) {
       prefetch_ahead<T>(w + i);
@@ -303,14 +288,13 @@ void grad_range(const Z& z, const RowConstants& g, const void* row, void* out, i
   if (owns) elements[g.target_column] = T::round(at_target);
 }
 
-Plain plain(const RowMath& m) { return {m.logit_scale, m.logit_scale * kLog2e}; }
-
-// Calls run(dtype tag, Plain or Capped).
+// Calls run(dtype tag, Plain, SmallCap or LargeCap).
 template <class Run>
 void with_types(Dtype dtype, const RowMath& math, Run run) {
   auto with_dtype = [&](auto tag) {
-    if (math.softcap > 0) run(tag, Capped(math));
-    else run(tag, plain(math));
+    if (math.softcap > kMostSmallCap) run(tag, LargeCap(math));
+    else if (math.softcap > 0) run(tag, SmallCap(math));
+    else run(tag, Plain(math));
   };
   if (dtype == Dtype::f32) with_dtype(F32{});
   else if (dtype == Dtype::bf16) with_dtype(BF16{});
@@ -336,7 +320,7 @@ void grad(const GradArgs& a, const RowConstants& g, const void* row, void* out, 
   with_types(a.logits.dtype, a.math, [&](auto tag, auto z) {
     using T = decltype(tag);
     if constexpr (__is_same(decltype(z), Plain)) {
-      if (a.entropy.grad) return grad_range<T>(Tilted{z}, scaled, row, out, begin, end);
+      if (a.entropy.grad) return grad_range<T>(Tilted(a.math), scaled, row, out, begin, end);
     }
     grad_range<T>(z, z.constants(scaled), row, out, begin, end);
   });

@@ -33,7 +33,7 @@ def assert_log_sum_exp(stats, z):
     torch.testing.assert_close(got / size, want / size, rtol=0, atol=1e-6)
 
 
-def assert_step(name, rows, math):
+def assert_step(name, rows, math, bound=2e-6):
     """Loss and gradient of column 0 against float64, within the promised bounds."""
     target, weight = torch.zeros(len(rows), dtype=torch.int64), torch.ones(len(rows))
     leaf = rows.double().requires_grad_()
@@ -53,11 +53,11 @@ def assert_step(name, rows, math):
     smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
     slopes = slopes.nan_to_num(0)
     torch.testing.assert_close(
-        grad.double(), slopes, rtol=rounding, atol=2e-6 * slopes.abs().max().item() + smallest
+        grad.double(), slopes, rtol=rounding, atol=bound * slopes.abs().max().item() + smallest
     )
 
 
-@pytest.mark.parametrize("cap", [1.0, 30.0, 50.0, 300.0])
+@pytest.mark.parametrize("cap", [1.0, 30.0, 42.0, 300.0])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", NATIVE)
 def test_equal_logits_in_a_block(name, dtype, cap):
@@ -86,18 +86,20 @@ def test_a_nearly_sure_token_beside_large_logits(name):
         stats = row_stats(rows, math, backend, count=3)
     assert_log_sum_exp(stats, capped(rows, math))
     assert (stats[:, 1] >= 1).all()
+    # Two degrees differ by up to 2e-7 of z, which is 29 here, and a sum below 1 is corrected to 1.
+    assert_step(name, rows, math, bound=6e-6)
 
 
-@pytest.mark.parametrize("cap", [30.0, 50.0, 90.0])
+@pytest.mark.parametrize("cap", [30.0, 42.0, 50.0, 3000.0])
 @pytest.mark.parametrize("std", [0.5, 2.0, 8.0, 30.0])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", NATIVE)
 def test_statistics_and_gradient_of_random_blocks(name, dtype, std, cap):
-    """Caps above 60 have exponentials out of the range of those that need no check."""
+    """Caps above 43 take the rational function everywhere; its error is 4e-7 of z."""
     generator = torch.Generator().manual_seed(0)
     rows = (torch.randn(4, 5000, generator=generator) * std).to(dtype)
     rows[1] += 40  # the reference lies away from 0
     rows[2] -= 40
     rows[3, 2500] = -torch.inf
     math = RowMath(0, 5000, softcap=cap)
-    assert_step(name, rows, math)
+    assert_step(name, rows, math, bound=2e-6 if cap < 100 else 1e-5)
