@@ -8,8 +8,8 @@
 
 namespace fsl {
 
-// A formula serves logits up to some size. value(x) is z in some unit, exact(x) the same before it is
-// rounded, minus(x, r) is value(x) - r, and exp(u) is e^z for a value u. times_slope multiplies by dz/dx /
+// A formula serves logits up to some size. value(x) is z in some unit, exact(x) what minus(x, r) subtracts r
+// from, which an FMA has not rounded, and exp(u) is e^z for a value u. times_slope multiplies by dz/dx /
 // logit_scale, because the row's constants contain logit_scale. finds_top: the largest logit has to be found
 // beside the sums.
 
@@ -56,7 +56,7 @@ struct NearZero {
     return p;
   }
   FSL_MEMBER float value(float x) const { return x * ratio(x); }
-  FSL_MEMBER double exact(float x) const { return double{x} * ratio(x); }
+  FSL_MEMBER double exact(float x) const { return kFused ? double{x} * ratio(x) : double{value(x)}; }
   FSL_MEMBER float minus(float x, float reference) const { return multiply_add(x, ratio(x), -reference); }
   FSL_MEMBER float exp(float u) const { return exp2_in_range(u); }
   FSL_MEMBER float times_slope(float grad, float value) const {

@@ -74,6 +74,15 @@ def test_equal_logits_in_a_block(name, dtype, cap):
 
 
 @pytest.mark.parametrize("name", NATIVE)
+def test_the_gradient_of_a_sure_token_has_the_rounding_of_the_maximum(name):
+    """The maximum is rounded down to fp32. To nearest, the sum would be corrected to 1 half the time."""
+    top = torch.linspace(24, 36, 997)
+    rows = torch.zeros(len(top), COLUMNS)
+    rows[:, 700] = top
+    assert_step(name, rows, RowMath(0, COLUMNS, softcap=42.0), bound=5e-7)
+
+
+@pytest.mark.parametrize("name", NATIVE)
 def test_a_nearly_sure_token_beside_large_logits(name):
     """Its block takes a higher degree than the token alone. The loss must not be negative."""
     top = torch.linspace(0.5, 29, 997)
