@@ -75,7 +75,7 @@ def test_equal_logits_in_a_block(name, dtype, cap):
 
 @pytest.mark.parametrize("name", NATIVE)
 def test_the_gradient_of_a_sure_token_has_the_rounding_of_the_maximum(name):
-    """The maximum is rounded down to fp32. To nearest, the sum would be corrected to 1 half the time."""
+    """The maximum is rounded down. To nearest, the sum would be corrected to 1 half the time."""
     top = torch.linspace(24, 36, 997)
     rows = torch.zeros(len(top), COLUMNS)
     rows[:, 700] = top
