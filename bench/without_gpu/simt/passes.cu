@@ -99,8 +99,8 @@ struct Problem {
 
   // Statistics and gradient of rows with their own scale and the gradient of their entropy.
   void tokens(StatsArgs args) {
-    std::vector<float> scale{0.5f, 1.5f, 0, 1}, loss(n), normalizer(n * kNormalizer), entropy(n),
-        lse(n), log_prob(n), of_entropy{0.25f, -2, 1, 0};
+    std::vector<float> scale{0.5f, 1.5f, 0, 1}, loss(n), normalizer(n * kNormalizer), entropy(n), lse(n),
+        log_prob(n), of_entropy{0.25f, -2, 1, 0};
     std::vector<uint8_t> correct(n);
     std::vector<uint16_t> same = logits;
     args.scale = scale.data();
