@@ -17,7 +17,13 @@ WITHOUT_RICH = "import sys; sys.modules['rich'] = None; from bench.__main__ impo
     ("command", "size"),
     [
         ("kernels", ["--shape", "1,16,512", "--provider", "ours-eager-new"]),
-        ("linear", ["--rows", "8", "--hidden", "16", "--vocab", "64", "--provider", "chunked"]),
+        pytest.param(
+            *(
+                "linear",
+                ["--rows", "8", "--hidden", "16", "--vocab", "64", "--provider", "chunked"],
+            ),
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_a_benchmark_needs_torch_alone(command, size, tmp_path):
@@ -36,7 +42,11 @@ def test_a_benchmark_needs_torch_alone(command, size, tmp_path):
     ("command", "size", "names"),
     [
         ("kernels", ["--shape", "1,16,512"], ("ours-eager-new", "torch")),
-        ("linear", ["--rows", "8", "--hidden", "16", "--vocab", "64"], ("ours-linear", "chunked")),
+        pytest.param(
+            *("linear", ["--rows", "8", "--hidden", "16", "--vocab", "64"]),
+            ("ours-linear", "chunked"),
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_a_benchmark_whose_time_is_over_times_what_it_has_checked(command, size, names, tmp_path):
