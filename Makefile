@@ -118,7 +118,7 @@ audit: $(VENV)/.installed
 	$(BIN)/python -m bench codegen --options
 
 # A second copy of the package in build/, so that the installed one stays as it is. leaks: CPython's own.
-SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g
+SANITIZE := -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g
 NATIVE_TESTS := backends/test_exp $(addprefix loss/test_,against_oracle bugs_of_peers bugs_of_peers_with_masks determinism \
     module_and_metrics grad_in_forward)
 sanitize: $(VENV)/.installed
