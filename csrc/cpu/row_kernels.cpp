@@ -144,8 +144,8 @@ Sums sums_against(const Z& z, const void* row, int64_t begin, int64_t end, float
   const int64_t n = (end - begin) / 2, whole = n - n % kLanes;
   Lanes<want> low, high;
   const int32_t of_blocks =
-      local.template blocks<T>(w, whole, [&](const auto& z, int64_t i, int64_t stop) FSL_LAMBDA {
-        const auto f = z;
+      local.template blocks<T>(w, whole, [&](const auto& formula, int64_t i, int64_t stop) FSL_LAMBDA {
+        const auto f = formula;
         for (; i < stop; i += kLanes) {
           prefetch_ahead<T>(w + i);
           const Group<T> g(w + i);
@@ -227,9 +227,10 @@ void merge(Partial* into, const Partial& next, float unit) {
 }
 
 template <class T, Want want, class Z>
-void stats_range(const Z& z, float unit, const void* row, int64_t begin, int64_t end, Partial* partial) {
+void stats_range(const Z& z, const void* row, int64_t begin, int64_t end, Partial* partial) {
   for (int64_t c = begin; c < end; c += kChunk) {
-    merge(partial, chunk_stats<T, want>(z, row, c, c + kChunk < end ? c + kChunk : end), unit);
+    merge(partial, chunk_stats<T, want>(z, row, c, c + kChunk < end ? c + kChunk : end),
+          z.unit / Z::sum_unit);
   }
 }
 
@@ -263,8 +264,8 @@ void grad_range(const Z& z, const RowConstants& g, const void* row, void* out, i
   const RowConstants local = g;
   const Z transform = z;
   // Safe in place: `out` is `row` or does not overlap it, and word i is read before it is written.
-  transform.template blocks<T>(w, whole, [&](const auto& z, int64_t i, int64_t stop) FSL_LAMBDA {
-    const auto f = z;
+  transform.template blocks<T>(w, whole, [&](const auto& formula, int64_t i, int64_t stop) FSL_LAMBDA {
+    const auto f = formula;
     for (; i < stop; i += kLanes) {
       prefetch_ahead<T>(w + i);
       const Group<T> group(w + i);
@@ -304,10 +305,9 @@ void with_types(Dtype dtype, const RowMath& math, Run run) {
 void stats(const StatsArgs& a, const void* row, int64_t begin, int64_t end, Partial* partial) {
   with_types(a.logits.dtype, a.math, [&](auto tag, auto z) {
     using T = decltype(tag);
-    const float unit = a.math.unit();
-    if (a.want == Want::loss) stats_range<T, Want::loss>(z, unit, row, begin, end, partial);
-    else if (a.want == Want::smoothing) stats_range<T, Want::smoothing>(z, unit, row, begin, end, partial);
-    else stats_range<T, Want::metrics>(z, unit, row, begin, end, partial);
+    if (a.want == Want::loss) stats_range<T, Want::loss>(z, row, begin, end, partial);
+    else if (a.want == Want::smoothing) stats_range<T, Want::smoothing>(z, row, begin, end, partial);
+    else stats_range<T, Want::metrics>(z, row, begin, end, partial);
   });
 }
 

@@ -1,4 +1,5 @@
-// The formulas of a softcap, and how a row's logits are dealt out to them.
+// The formulas of a softcap, and how a row's logits are dealt out to them. Like row_math.h without external
+// symbols.
 #pragma once
 
 #include <type_traits>
@@ -7,6 +8,7 @@
 #include "row_math.h"
 
 namespace fsl {
+namespace {
 
 // A formula serves logits up to some size. value(x) is z in some unit, exact(x) what minus(x, r) subtracts r
 // from, which an FMA has not rounded, and exp(u) is e^z for a value u. times_slope multiplies by dz/dx /
@@ -145,8 +147,6 @@ constexpr float kMostSmallCap = 62 * static_cast<float>(kLn2);
 
 struct SmallCap {
   static constexpr bool finds_top = true;
-  static constexpr double kMinimax5[] = {0.99999989,    -0.33332224,  0.13314944,
-                                         -0.0528299336, 0.0185594864, -0.00400811565};
   static constexpr float unit = static_cast<float>(kLn2);  // z = unit * value
   static constexpr float sum_unit = unit;
   static constexpr int kFar = 5;          // formulas before `far`
@@ -163,7 +163,7 @@ struct SmallCap {
       : near2(m, {0.99999989, -0.33328449, 0.13010712}),
         near3(m, {0.99999989, -0.33331188, 0.13267401, -0.04737781}),
         near4(m, {0.99999989, -0.33331923, 0.13304046, -0.05179912, 0.01501788}),
-        near5(m, kMinimax5),
+        near5(m, {0.99999989, -0.33332224, 0.13314944, -0.0528299336, 0.0185594864, -0.00400811565}),
         near7(m, {0.99999989, -0.333324687, 0.133219782, -0.0533869995, 0.0203574886, -0.0065993114,
                   0.00149240591, -0.00016440079}),
         far(m) {
@@ -251,4 +251,5 @@ struct SmallCap {
   }
 };
 
+}  // namespace
 }  // namespace fsl

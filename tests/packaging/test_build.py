@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from wheel_check import USE, install_and_use, wheel_faults
 
-from csrc.toolchains import without
+from csrc.toolchains import compilers, without
 
 ROOT = Path(__file__).parents[2]
 VERSION = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
@@ -102,6 +102,26 @@ def test_sources_include_no_torch_header():
     assert len(sources) > 20
     for path in sources:
         assert "#include <torch" not in path.read_text() and "<ATen" not in path.read_text()
+
+
+def test_kernels_of_an_instruction_set_share_no_function_with_others(tmp_path):
+    """The linker could pick the AVX-512 copy for a machine without AVX-512. -O0 inlines nothing
+    that may be left out of line."""
+    try:
+        compiler = compilers.cxx()
+    except compilers.Missing as missing:
+        pytest.skip(str(missing))
+    if not shutil.which("nm"):
+        pytest.skip("no nm")
+    kernels = tmp_path / "kernels.o"
+    source = ROOT / "csrc/cpu/row_kernels.cpp"
+    command = [*compiler, "-std=c++17", "-O0", "-fopenmp-simd", "-DFSL_ISA=any"]
+    subprocess.run([*command, "-c", source, "-o", kernels], check=True, capture_output=True)
+    listed = subprocess.run(["nm", "-C", kernels], check=True, capture_output=True, text=True)
+    kinds = [line.split(maxsplit=2)[-2:] for line in listed.stdout.splitlines()]
+    assert ["D", "fsl::kernels_any"] in kinds or ["R", "fsl::kernels_any"] in kinds, kinds
+    shared = [name for kind, name in kinds if kind in "WVu" and not name.startswith("DW.ref.")]
+    assert not shared, shared
 
 
 def test_import_does_not_need_the_extras():
