@@ -160,17 +160,14 @@ cudaError_t with_config(const void* kernel, const Grid& grid, void* stream, cons
 
 // How many clusters of a launch an idle device runs at a time.
 template <class... Params>
-int resident_clusters(void (*kernel)(Params...), const Grid& grid) {
+int resident_clusters(void (*kernel)(Params...), const Grid& grid, int multiprocessors) {
   const void* function = reinterpret_cast<const void*>(kernel);
-  int device = 0, multiprocessors = 0, resident = 0;
+  int resident = 0;
   const auto query = [&](const cudaLaunchConfig_t& config) {
     if (grid.cluster > 1) return cudaOccupancyMaxActiveClusters(&resident, function, &config);
     return cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, function, grid.threads,
                                                          grid.shared_bytes);
   };
-  check(error_of(cudaGetDevice(&device)), "cudaGetDevice", grid);
-  check(error_of(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device)),
-        "cudaDeviceGetAttribute", grid);
   check(error_of(with_config(function, grid, nullptr, query)), "occupancy", grid);
   return std::max(1, grid.cluster > 1 ? resident : resident * multiprocessors);
 }

@@ -67,7 +67,8 @@ void row_stats_grad(const StatsGradArgs& a, const Chip& chip, void* stream) {
         constexpr bool kShifted = decltype(moved)::value && !kUnalignedAccess;
         const auto kernel = row_stats_grad_kernel<T, softcap(), kShifted>;
         if constexpr (kTakesRowsInTurn<kShifted>) {
-          holding.clusters = clusters_for(line, logits.count(), resident_clusters(kernel, grid));
+          holding.clusters =
+              clusters_for(line, logits.count(), resident_clusters(kernel, grid, chip.multiprocessors));
           grid.blocks = int64_t{holding.clusters} * cluster;
         }
         launch("row_stats_grad", kernel, grid, stream, a, units_of(a.grad.math), holding);

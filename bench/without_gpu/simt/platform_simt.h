@@ -85,7 +85,7 @@ inline int most_shared_bytes() { return FSL_SIMT == 64 ? 64 << 10 : 227 << 10; }
 
 // Few, so that clusters take several rows.
 template <class... Params>
-int resident_clusters(void (*)(Params...), const Grid&) {
+int resident_clusters(void (*)(Params...), const Grid&, int) {
   return 2;
 }
 
