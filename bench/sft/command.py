@@ -184,11 +184,7 @@ def _train(settings, batches, kept):
     if settings.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # hide the GPUs, if there are any
     with report.Progress(len(batches)) as progress:
-
-        def tell(rank, message):
-            kept.add(message)
-            progress.update(message)
-
+        tell = _both(kept.add, progress.update)
         try:
             return run_ranks(
                 settings.tp * settings.dp,
@@ -198,10 +194,20 @@ def _train(settings, batches, kept):
                 timeout=24 * 3600.0,
                 threads=settings.threads,
                 backend="gloo" if settings.device == "cpu" else BOTH_KINDS,
-                on_message=tell,
+                on_message=lambda rank, message: tell(message),
             )
         except RankError as error:
             raise UserError(f"the training processes failed\n{error}") from error
+
+
+def _both(*listeners):
+    """A listener that passes each message on to all of these."""
+
+    def tell(message):
+        for listener in listeners:
+            listener(message)
+
+    return tell
 
 
 def _take_part(settings, batches, kept):
@@ -211,12 +217,8 @@ def _take_part(settings, batches, kept):
     dist.init_process_group("gloo" if settings.device == "cpu" else BOTH_KINDS)
     first = dist.get_rank() == 0
     with report.Progress(len(batches)) if first else contextlib.nullcontext() as progress:
-
-        def tell(message):
-            kept.add(message)
-            progress.update(message)
-
-        mine = train.run(settings, batches, tell if first else None)
+        tell = _both(kept.add, progress.update) if first else None
+        mine = train.run(settings, batches, tell)
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     dist.destroy_process_group()

@@ -41,8 +41,7 @@ def assert_step(name, rows, math, bound=2e-6):
     want = torch.logsumexp(z, 1) - z[:, 0]
     (slopes,) = torch.autograd.grad(want.sum(), leaf)
     with using(name) as backend:
-        kernels = selection.load(backend)
-        stats = kernels.row_stats(rows[None], target, weight, math, 3)
+        kernels, stats = selection.load(backend), row_stats(rows, math, backend, count=3)
         losses, normalizer = kernels.merge(stats[None], target, weight, math)
         grad = torch.empty_like(rows)
         kernels.row_grad(rows[None], normalizer, target, RowFactor(weight), math, grad[None])
